@@ -1,0 +1,76 @@
+"""The waist: what every backend offers and all that generation, serving and evaluation see.
+
+Two methods: ``new_state`` and ``forward``. This module knows neither torch nor the native engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from zamba2.config import Config
+
+__all__ = ["Backend", "Logits", "Row", "State"]
+
+
+class State(Protocol):
+    """What one sequence keeps between calls: SSM and convolution state, keys and values."""
+
+    @property
+    def position(self) -> int:
+        """Tokens read so far."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, shared keys and values included."""
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the run-time adapter, or None."""
+
+    def copy(self) -> State:
+        """An independent state at the same position; keys and values are shared until one of the two appends."""
+
+    def save(self, path: Path) -> None:
+        """Write a file that ``load`` of the same model reads; written beside and renamed. Raises Zamba2Error."""
+
+    def load(self, path: Path) -> None:
+        """Replace the contents by a saved state. Raises Zamba2Error for a file of another model, version or shape."""
+
+    def keep(self, n: int) -> None:
+        """After a call with ``record=True``: keep only the first n of its tokens, by replaying recorded updates."""
+
+
+class Logits(Protocol):
+    """float32 [k, V]: scores of the next token after each of the k trailing positions asked for."""
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """The scores on the host."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One sequence's part of a call. Tokens: int32 [T], T >= 1. logits: trailing positions wanted, 0 to T."""
+
+    tokens: npt.NDArray[np.int32]
+    state: State
+    logits: int = 1
+    record: bool = False
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A loaded model. Rows of any lengths may share a call; each state may appear once in it."""
+
+    config: Config
+
+    def new_state(self, *, adapter: str | None = None) -> State:
+        """An empty state at position 0. Raises Zamba2Error for an unknown adapter."""
+
+    def forward(self, rows: Sequence[Row]) -> list[Logits]:
+        """Read each row's tokens, advance its state, return its logits. Raises Zamba2Error for tokens out of range."""

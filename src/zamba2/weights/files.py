@@ -1,0 +1,176 @@
+"""Safetensors files: a bounds-checked header, tensors read one by one or mapped, written one by one. Knows no torch.
+
+The library's own reader maps whole files and its writer holds all bytes at once; streaming a model larger than half of
+the memory needs neither. Format: 8 bytes little-endian header length, JSON header, tensor bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zamba2.errors import Zamba2Error
+
+__all__ = ["DTYPE_BYTES", "Entry", "TensorFile", "replacing", "write_tensors"]
+
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype as the format spells it ("BF16"), shape, and where its bytes lie in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+class TensorFile:
+    """A safetensors file open for reading. Raises Zamba2Error for anything but a well-formed file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise Zamba2Error(f"{path} cannot be opened ({error.strerror}); a safetensors file is needed.") from None
+        self._map: mmap.mmap | None = None
+        try:
+            self.entries, self.metadata = self._parse()
+        except BaseException:
+            os.close(self._fd)
+            self._fd = -1
+            raise
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
+
+    def _bad(self, what: str) -> Zamba2Error:
+        return Zamba2Error(f"{self.path} is not a complete safetensors file: {what}; download or write it again.")
+
+    def _parse(self) -> tuple[dict[str, Entry], dict[str, str]]:
+        try:
+            size = os.fstat(self._fd).st_size
+            prefix = os.pread(self._fd, 8, 0)
+        except OSError as error:
+            raise Zamba2Error(f"{self.path} cannot be read ({error.strerror}); a safetensors file is needed.") from None
+        if len(prefix) < 8:
+            raise self._bad(f"it has {size} bytes")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(LONGEST_HEADER, size - 8):
+            raise self._bad(f"its header claims {length} bytes and the file has {size}")
+        try:
+            header = json.loads(os.pread(self._fd, length, 8).decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise self._bad("its header is not JSON") from None
+        if not isinstance(header, dict):
+            raise self._bad("its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._bad("its metadata are not strings")
+        entries = {name: self._entry(name, value, 8 + length, size) for name, value in header.items()}
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+            if entry.start < end:
+                raise self._bad(f"tensor {name} overlaps another one")
+            end = entry.start + entry.nbytes
+        return entries, metadata
+
+    def _entry(self, name: str, value: Any, data: int, size: int) -> Entry:
+        dtype, shape, offsets = (value.get(k) if isinstance(value, dict) else None for k in ("dtype", "shape", "data_offsets"))
+        whole = [isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) for v in (shape, offsets)]
+        if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or not all(whole) or len(offsets) != 2:
+            raise self._bad(f"the header entry of tensor {name} is malformed")
+        if dtype not in DTYPE_BYTES:
+            raise Zamba2Error(f"{self.path}: tensor {name} has dtype {dtype}; one of {', '.join(DTYPE_BYTES)} is needed.")
+        count = 1
+        for side in shape:
+            count *= side
+        start, end = offsets
+        if end - start != count * DTYPE_BYTES[dtype]:
+            raise self._bad(f"tensor {name} has shape {shape} of {dtype} but {end - start} bytes")
+        if data + end > size:
+            raise self._bad(f"tensor {name} ends at byte {data + end} and the file has {size}")
+        return Entry(dtype, tuple(shape), data + start, end - start)
+
+    def read(self, name: str) -> bytearray:
+        """A copy of one tensor's bytes."""
+        entry = self.entries[name]
+        target = bytearray(entry.nbytes)
+        view, done = memoryview(target), 0
+        while done < entry.nbytes:
+            try:
+                got = os.preadv(self._fd, [view[done : done + (1 << 30)]], entry.start + done)
+            except OSError as error:
+                raise Zamba2Error(f"{self.path} cannot be read ({error.strerror}).") from None
+            if got == 0:
+                raise self._bad(f"it ended inside tensor {name}")
+            done += got
+        return target
+
+    def map(self, name: str) -> memoryview:
+        """One tensor's bytes, mapped: copied by the system only if written to, never written back."""
+        if self._map is None:
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        entry = self.entries[name]
+        return memoryview(self._map)[entry.start : entry.start + entry.nbytes]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place if the block succeeds and vanishes if it does not.
+
+    Works for a file and for a folder (created here, when the target is missing or an empty folder).
+    Raises Zamba2Error when the system refuses to write (disk full, no permission).
+    """
+    import shutil
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Zamba2Error(f"{path} cannot be written ({error.strerror or error}); free some space or choose another place.") from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[tuple[str, str, Sequence[int], Callable[[], memoryview]]], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time. tensors: (name, dtype, shape, function giving the bytes)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape, _ in tensors:
+        nbytes = DTYPE_BYTES[dtype]
+        for side in shape:
+            nbytes *= side
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # tensors start on a 64-byte border
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name, _, _, produce in tensors:
+            data = produce()
+            begin, end = header[name]["data_offsets"]
+            if data.nbytes != end - begin:
+                raise ValueError(f"tensor {name} has {data.nbytes} bytes, its shape and dtype need {end - begin}")
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
