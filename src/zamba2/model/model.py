@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from zamba2.config import Config, Layer
 from zamba2.model import ops as _ops
+from zamba2.model.ops.reference import wide
 from zamba2.model.state import LayerRecord, ModelState
 
 __all__ = ["Mamba2", "SharedBlock", "Zamba2"]
@@ -118,10 +119,10 @@ class Attention(nn.Module):
         if halves:
             if layer.block not in context.hoisted:
                 context.hoisted[layer.block] = [matmul(right, w) for _, w in halves]
-            hoisted = ((h.float() * scale).to(left.dtype) for h in context.hoisted[layer.block])
+            hoisted = ((wide(h) * scale).to(left.dtype) for h in context.hoisted[layer.block])
             projected = [matmul(left, w) + h for (w, _), h in zip(halves, hoisted, strict=True)]
             return projected if len(projected) == 3 else projected[0].split(self.sizes, dim=-1)
-        u = torch.cat([left, (right.float() * scale).to(left.dtype)], dim=-1)
+        u = torch.cat([left, (wide(right) * scale).to(left.dtype)], dim=-1)
         projected = [self.q_proj(u), self.k_proj(u), self.v_proj(u)]
         if self.adapters:
             lists = (self.linear_q_adapter_list, self.linear_k_adapter_list, self.linear_v_adapter_list)
@@ -180,7 +181,7 @@ class SharedBlock(nn.Module):
         assert layer.position is not None
         weight = self.input_layernorm.weight
         left, scale = ops.concat_rms_norm(x, context.x0, weight, self.eps)
-        right = (weight[x.shape[-1] :].float() * context.x0.float()).to(x.dtype)
+        right = (wide(weight[x.shape[-1] :]) * wide(context.x0)).to(x.dtype)
         o = self.self_attn(left, scale, right, layer, context)
         m = ops.rms_norm(o, self.pre_ff_layernorm.weight, self.eps)
         out: Tensor = self.feed_forward(m, layer.position, ops)
@@ -211,8 +212,9 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(config.d_inner, config.hidden_size)
 
     def recur(
-        self, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, ops: _ops.Ops, real: Tensor | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
+        seq_idx: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Convolution and scan. xBC: (b, T, conv_dim); dt: (b, T, heads) before softplus. Returns y (b, T, d_inner), states."""
         config = self.config
         xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx)
@@ -221,8 +223,8 @@ class Mamba2(nn.Module):
         x, B, C = xBC.split([config.d_inner, *[config.mamba_ngroups * config.mamba_d_state] * 2], dim=-1)
         y, S = ops.ssd_scan(
             x.unflatten(-1, (config.n_mamba_heads, -1)),
-            F.softplus(dt.float() + self.dt_bias.float()),  # fp32, no clamp
-            -torch.exp(self.A_log.float()),
+            F.softplus(wide(dt) + wide(self.dt_bias)),  # no clamp
+            -torch.exp(wide(self.A_log)),
             B.unflatten(-1, (config.mamba_ngroups, -1)),
             C.unflatten(-1, (config.mamba_ngroups, -1)),
             self.D,
@@ -238,12 +240,12 @@ class Mamba2(nn.Module):
             u = u * context.real
         z, xBC, dt = self.in_proj(u).split([config.d_inner, config.conv_dim, config.n_mamba_heads], dim=-1)
         before = (None, None) if state is None else (state.conv[layer.index], state.ssm[layer.index])
-        y, conv, S = self.recur(xBC, dt, *before, ops, context.real, context.seq_idx)
+        y, conv, S = self.recur(xBC, dt, *before, context.real, ops, context.seq_idx)
         if state is not None:
             state.conv[layer.index], state.ssm[layer.index] = conv, S
         if context.records is not None:
-            context.records.append(LayerRecord(*before, xBC, dt))
-        gated = ops.rms_norm(y, self.norm.weight, config.rms_norm_eps, gate=z, groups=config.mamba_ngroups)
+            context.records.append(LayerRecord(*before, xBC, dt, context.real))
+        gated = ops.rms_norm(y, self.norm.weight, 1e-5, gate=z, groups=config.mamba_ngroups)  # not rms_norm_eps (FACTS 2)
         out: Tensor = self.out_proj(gated)
         return out
 
@@ -259,9 +261,7 @@ class DecoderLayer(nn.Module):
         self.mamba = Mamba2(config)
 
     def forward(self, x: Tensor, block: SharedBlock | None, context: Context, ops: _ops.Ops) -> Tensor:
-        u = x
-        if self.linear is not None and block is not None:
-            u = x + self.linear(block(x, self.layer, context, ops))
+        u = x if self.linear is None or block is None else x + self.linear(block(x, self.layer, context, ops))
         u = ops.rms_norm(u, self.input_layernorm.weight, self.eps)
         out: Tensor = x + self.mamba(u, self.layer, context, ops)
         return out
@@ -352,9 +352,9 @@ class Zamba2(nn.Module):
             if seq_idx is not None:
                 mask = mask & (seq_idx[:, :, None] == seq_idx[:, None, :])
                 first = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)) * columns
-                positions = columns - first.cummax(dim=1).values
+                positions = torch.minimum(positions, columns - first.cummax(dim=1).values)
             mask = (mask | (keys == columns[:, None]))[:, None]  # padding sees itself, or its softmax would be empty
-        real = None if padding is None or past else (positions >= 0)[..., None]
+        real = None if padding is None or past else (columns >= start[:, None])[..., None]
         rope = self.rotary_angles(positions) if self.config.use_mem_rope else None
         return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {})
 
@@ -362,20 +362,19 @@ class Zamba2(nn.Module):
         """cos and sin of position * base ** (-2i / d). positions: (b, T). Returns (b, 1, T, head_dim), fp32."""
         d = self.config.attention_head_dim
         exponents = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
-        angles = positions[:, None, :, None].float() * self.config.rope_base**-exponents
-        angles = torch.cat([angles, angles], dim=-1)
+        angles = (positions[:, None, :, None].float() * self.config.rope_base**-exponents).repeat(1, 1, 1, 2)
         return angles.cos(), angles.sin()
 
     def keep(self, state: ModelState, n: int) -> None:
         """Undo all but the first n tokens of the last recorded call, by replaying its convolution and scan inputs."""
-        records, self_ops = state.records, self.ops
+        records = state.records
         if records is None or not 0 <= n <= records[0].xBC.shape[1]:
             raise ValueError(f"cannot keep {n} tokens: {'nothing was recorded' if records is None else 'more than were recorded'}")
         for layer, record in zip(self.layers, records, strict=True):
             assert isinstance(layer, DecoderLayer)
             conv, S = record.conv, record.ssm
             if n:
-                _, conv, S = layer.mamba.recur(record.xBC[:, :n], record.dt[:, :n], conv, S, self_ops, None, None)
+                _, conv, S = layer.mamba.recur(*record.first(n), self.ops)
             state.conv[layer.layer.index], state.ssm[layer.layer.index] = conv, S
         state.position -= records[0].xBC.shape[1] - n
         for kv in state.kv:
@@ -385,8 +384,8 @@ class Zamba2(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding over the whole head dimension, first half against second. x: (b, heads, T, head_dim)."""
-    first, second = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    first, second = wide(x).chunk(2, dim=-1)
+    return (wide(x) * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def left_padding(attention_mask: Tensor) -> Tensor | None:

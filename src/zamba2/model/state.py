@@ -63,7 +63,7 @@ class KVCache:
 
     def tensor(self) -> Tensor | None:
         """Keys and values, (2, b, heads, length, head_dim), or None before the first token."""
-        return None if self.buffer is None else self.buffer.data[:, :, :, : self.length]
+        return None if self.buffer is None or not self.length else self.buffer.data[:, :, :, : self.length]
 
 
 @dataclass
@@ -74,6 +74,11 @@ class LayerRecord:
     ssm: Tensor | None
     xBC: Tensor  # (b, T, conv_dim)
     dt: Tensor  # (b, T, heads), before softplus
+    real: Tensor | None  # (b, T, 1) bool, False at left padding
+
+    def first(self, n: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What the mixer needs to replay the first n tokens: xBC, dt, the states before them, and ``real``."""
+        return self.xBC[:, :n], self.dt[:, :n], self.conv, self.ssm, None if self.real is None else self.real[:, :n]
 
 
 @dataclass

@@ -36,11 +36,14 @@ class State(Protocol):
     def copy(self) -> State:
         """An independent state at the same position; keys and values are shared until one of the two appends."""
 
-    def save(self, path: Path) -> None:
-        """Write a file that ``load`` of the same model reads; written beside and renamed. Raises Zamba2Error."""
+    def save(self, path: Path, *, note: str = "") -> None:
+        """Write a file that ``load`` of the same model reads, with a note of the caller's; written beside and renamed.
 
-    def load(self, path: Path) -> None:
-        """Replace the contents by a saved state. Raises Zamba2Error for a file of another model, version or shape."""
+        Raises Zamba2Error."""
+
+    def load(self, path: Path) -> str:
+        """Replace the contents by a saved state and return its note. Raises Zamba2Error for a file of another model,
+        version or shape, and keeps the contents then."""
 
     def keep(self, n: int) -> None:
         """After a call with ``record=True``: keep only the first n of its tokens, by replaying recorded updates."""

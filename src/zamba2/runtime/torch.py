@@ -63,21 +63,21 @@ class TorchState:
         with torch.inference_mode():
             self.backend.model.keep(self.inner, n)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, note: str = "") -> None:
         tensors: dict[str, Tensor] = {}
         for kind in ("conv", "ssm"):
             tensors |= {f"{kind}.{i}": t for i, t in enumerate(getattr(self.inner, kind)) if t is not None}
         tensors |= {f"kv.{j}": t for j, kv in enumerate(self.inner.kv) if (t := kv.tensor()) is not None}
 
         def produce(tensor: Tensor) -> memoryview:
-            return memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
         entries = [(name, DTYPE_NAMES[t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors.items()]
-        about = {"kind": "state", "version": STATE_VERSION, "position": self.position, "model": self.backend.fingerprint}
+        about = {"kind": "state", "version": STATE_VERSION, "position": self.position, "model": self.backend.fingerprint, "note": note}
         with replacing(path) as temporary:
             write_tensors(temporary, entries, {"zamba2": json.dumps(about)})
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> str:
         if not path.exists():
             raise Zamba2Error(f"{path} does not exist; a saved state is needed.")
         file = TensorFile(path)
@@ -95,6 +95,7 @@ class TorchState:
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise Zamba2Error(f"{path} gives its position as {position!r}; a whole number from 0 is needed.")
         self.inner = self._read(path, file, position)
+        return str(about.get("note", ""))
 
     def _read(self, path: Path, file: TensorFile, position: int) -> ModelState:
         backend, config = self.backend, self.backend.config
@@ -186,7 +187,7 @@ class TorchBackend:
 
     def _read(self, row: Row, state: TorchState) -> tuple[ModelState, TorchLogits]:
         inner = state.inner.copy()
-        tokens = torch.from_numpy(np.ascontiguousarray(row.tokens, dtype=np.int64)).to(self.device)
+        tokens = torch.from_numpy(np.array(row.tokens, dtype=np.int64)).to(self.device)
         length = len(tokens)
         if row.record and length > PREFILL_CHUNK:
             raise ValueError(f"at most {PREFILL_CHUNK} tokens can be recorded")

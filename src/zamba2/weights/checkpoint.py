@@ -284,7 +284,7 @@ def save_checkpoint(
 def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
     def produce(tensor: Tensor) -> memoryview:
         flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().view(-1).view(torch.uint8)
-        return memoryview(flat.numpy())
+        return flat.numpy().data
 
     entries = [(name, DTYPE_NAMES[dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors]
     write_tensors(path, entries, {"format": "pt"})

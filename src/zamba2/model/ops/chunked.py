@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zamba2.model.ops.reference import _wide, concat_rms_norm, geglu, rms_norm
+from zamba2.model.ops.reference import concat_rms_norm, geglu, rms_norm, wide
 
 __all__ = ["causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan"]
 
@@ -24,13 +24,13 @@ def causal_conv(
     inputs = torch.cat([state.to(x.dtype), x], dim=1)  # (b, K-1+T, C)
     if seq_idx is not None:
         seq_idx = torch.cat([seq_idx[:, :1].expand(-1, taps - 1), seq_idx], dim=1)
-    columns = _wide(weight).unbind(-1)
-    total = torch.addcmul(_wide(bias), _wide(x), columns[-1])
+    columns = wide(weight).unbind(-1)
+    total = torch.addcmul(wide(bias), wide(x), columns[-1])
     for k in range(taps - 1):
         earlier = inputs[:, k : k + length]
         if seq_idx is not None:
             earlier = earlier * (seq_idx[:, k : k + length] == seq_idx[:, taps - 1 :])[..., None]
-        total = torch.addcmul(total, _wide(earlier), columns[k])
+        total = torch.addcmul(total, wide(earlier), columns[k])
     final = inputs[:, length:]
     if seq_idx is not None:
         final = final * (seq_idx[:, length:] == seq_idx[:, -1:])[..., None]
@@ -43,20 +43,19 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step for one token, else chunks (Mamba2 paper, section 6); memory O(chunk). See ``reference.ssd_scan``."""
     b, length, heads, channels = x.shape
-    groups, n = B.shape[2:]
-    dt, A, D = _wide(dt), _wide(A), _wide(D)
+    dt, A, D = wide(dt), wide(A), wide(D)
     if state is None:
-        state = dt.new_zeros(b, heads, channels, n)
+        state = dt.new_zeros(b, heads, channels, B.shape[-1])
     if length == 1:
-        y, state = _step(_wide(x[:, 0]), dt[:, 0], A, _wide(B[:, 0]), _wide(C[:, 0]), state)
+        y, state = _step(wide(x[:, 0]), dt[:, 0], A, wide(B[:, 0]), wide(C[:, 0]), state)
         return (y + D[:, None] * x[:, 0]).unsqueeze(1), state
     outputs = []
     previous = None if seq_idx is None else seq_idx[:, 0]  # the document that the carried state belongs to
     for start in range(0, length, chunk_size):
         piece = slice(start, start + chunk_size)
         documents = None if seq_idx is None else seq_idx[:, piece]
-        xc = _wide(x[:, piece])
-        y, state = _chunk(xc, dt[:, piece], A, _wide(B[:, piece]), _wide(C[:, piece]), state, documents, previous)
+        xc = wide(x[:, piece])
+        y, state = _chunk(xc, dt[:, piece], A, wide(B[:, piece]), wide(C[:, piece]), state, documents, previous)
         outputs.append(torch.addcmul(y, D[:, None], xc))
         previous = None if documents is None else documents[:, -1]
     return torch.cat(outputs, dim=1), state

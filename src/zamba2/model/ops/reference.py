@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan"]
+__all__ = ["causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan", "wide"]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype of all arithmetic: fp32, or fp64 if it is that already."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -23,12 +24,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, gate: Tensor | None = Non
     With ``gate``, x is first multiplied by SiLU(gate) and the output has the gate's dtype
     (Mamba2's norm with norm_before_gate=False). x, gate: (..., D); weight: (D,). Returns (..., D).
     """
-    y = _wide(x)
+    y: Tensor = wide(x)
     if gate is not None:
-        y = y * F.silu(_wide(gate))
+        y = y * F.silu(wide(gate))
     parts = y.unflatten(-1, (groups, -1))
     parts = parts * torch.rsqrt(parts.square().mean(-1, keepdim=True) + eps)
-    return (parts.flatten(-2) * _wide(weight)).to(x.dtype if gate is None else gate.dtype)
+    out: Tensor = parts.flatten(-2) * wide(weight)
+    return out.to(x.dtype if gate is None else gate.dtype)
 
 
 def concat_rms_norm(x: Tensor, x0: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -37,9 +39,9 @@ def concat_rms_norm(x: Tensor, x0: Tensor, weight: Tensor, eps: float) -> tuple[
     x, x0: (..., D); weight: (2D,). Returns the left half (..., D) in x's dtype and the scale 1/rms (..., 1) in fp32;
     the right half is scale * weight[D:] * x0, whose matrix products can be taken once per token (DESIGN 4).
     """
-    both = torch.cat([_wide(x), _wide(x0)], dim=-1)
+    both = torch.cat([wide(x), wide(x0)], dim=-1)
     scale = torch.rsqrt(both.square().mean(-1, keepdim=True) + eps)
-    left = both * scale * _wide(weight)
+    left = both * scale * wide(weight)
     return left[..., : x.shape[-1]].to(x.dtype), scale
 
 
@@ -60,10 +62,10 @@ def causal_conv(
         seq_idx = torch.cat([seq_idx[:, :1].expand(-1, taps - 1), seq_idx], dim=1)
     outputs = []
     for t in range(x.shape[1]):
-        window = _wide(inputs[:, t : t + taps])  # (b, K, C)
+        window = wide(inputs[:, t : t + taps])  # (b, K, C)
         if seq_idx is not None:
             window = window * (seq_idx[:, t : t + taps] == seq_idx[:, t + taps - 1, None])[..., None]
-        outputs.append(F.silu((window * _wide(weight).T).sum(1) + _wide(bias)))
+        outputs.append(F.silu((window * wide(weight).T).sum(1) + wide(bias)))
     final = inputs[:, x.shape[1] :]
     if seq_idx is not None:
         final = final * (seq_idx[:, x.shape[1] :] == seq_idx[:, -1:])[..., None]
@@ -84,9 +86,9 @@ def ssd_scan(
     """
     b, length, heads, channels = x.shape
     per_group = heads // B.shape[2]
-    x, dt, A, D = _wide(x), _wide(dt), _wide(A), _wide(D)
-    B, C = (_wide(m).repeat_interleave(per_group, dim=2) for m in (B, C))  # (b, T, H, N)
-    S = x.new_zeros(b, heads, channels, B.shape[-1]) if state is None else _wide(state).to(x.dtype)
+    x, dt, A, D = wide(x), wide(dt), wide(A), wide(D)
+    B, C = (wide(m).repeat_interleave(per_group, dim=2) for m in (B, C))  # (b, T, H, N)
+    S = x.new_zeros(b, heads, channels, B.shape[-1]) if state is None else wide(state).to(x.dtype)
     outputs = []
     for t in range(length):
         if seq_idx is not None and t > 0:
@@ -99,5 +101,5 @@ def ssd_scan(
 
 def geglu(projected: Tensor, adapted: Tensor) -> Tensor:
     """GELU(g) * u with exact erf GELU, where [g | u] = projected + adapted. Both (..., 2I); returns (..., I)."""
-    gate, up = (_wide(projected) + _wide(adapted)).chunk(2, dim=-1)
+    gate, up = (wide(projected) + wide(adapted)).chunk(2, dim=-1)
     return (F.gelu(gate) * up).to(projected.dtype)

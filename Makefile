@@ -1,0 +1,58 @@
+# From a fresh clone: `make run` converses with the model of the model card, `make test` checks everything.
+# Another Python: `make run PYTHON=python3.12`. Another model: `make run MODEL=2.7b-instruct`.
+
+PYTHON ?= python3
+MODEL ?=
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help run test lint clean check-tools
+
+help:  ## Show these lines
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+run: $(VENV)/.installed-run  ## Install what is needed, then answer the model card's conversation
+	$(VENV)/bin/zamba2 generate $(if $(MODEL),--model $(MODEL)) --messages examples/card_conversation.json --max-tokens 150
+
+test: lint  ## Install what is needed, then run linter, type checker and tests
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed-test  ## The linter and the type checker alone
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:  ## Remove the environment, build results and caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+check-tools:  ## Say which Debian package is missing
+	$(call require_tools)
+
+# The stamps: install again only when the requirements changed.
+$(VENV)/.installed-run: pyproject.toml constraints.txt
+	$(call require_tools)
+	$(call install,torch)
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt
+	$(call require_tools)
+	$(call install,test)
+
+define require_tools
+@missing=; \
+if command -v $(PYTHON) >/dev/null 2>&1; then \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+    echo "$$($(PYTHON) --version 2>&1) was found but Python 3.10 or newer is needed: install one and name it, as in make run PYTHON=python3.12." >&2; exit 1; }; \
+  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
+else missing="$$missing $(notdir $(PYTHON)) $(notdir $(PYTHON))-venv"; fi; \
+command -v g++ >/dev/null 2>&1 || missing="$$missing g++"; \
+if [ -n "$$missing" ]; then echo "Missing Debian package:$$missing; install with: apt install$$missing" >&2; exit 1; fi
+endef
+
+# torch first and on its own, so that nothing else pulls in another build of it.
+define install
+@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+$(PIP) install --constraint constraints.txt torch
+$(PIP) install --constraint constraints.txt --editable '.[$(1)]'
+@touch $@
+endef

@@ -1,0 +1,33 @@
+"""Zamba2 language models: load, generate, chat. ``zamba2.load("2.7b-instruct").generate("...")``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+
+if TYPE_CHECKING:
+    from zamba2.language.model import LanguageModel
+    from zamba2.runtime.backend import Backend
+
+__all__ = ["Config", "Zamba2Error", "__version__", "load"]
+__version__ = "0.1.0"
+
+
+def load(
+    path_or_id: str | Path = "default", *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
+    format: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
+) -> LanguageModel:  # fmt: skip
+    """Load a model: a folder, a ``.pt`` file, a Hub id, an alias such as "2.7b-instruct", or "default", the embedded one.
+
+    backend: "torch", a loaded ``Backend``, or None to choose. device: as torch names it. dtype: "float32", "bfloat16",
+    "float16" or None for the checkpoint's own. format, adapter: packed weights and run-time adapters, which no backend
+    of this version has. Raises Zamba2Error.
+    """
+    from zamba2.api import load as load_model
+
+    return load_model(
+        path_or_id, backend=backend, device=device, dtype=dtype, format=format, adapter=adapter, revision=revision, offline=offline
+    )

@@ -1,0 +1,87 @@
+"""From a name to a running model: the one place where a backend is chosen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error, notice
+from zamba2.language.model import LanguageModel
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.runtime.backend import Backend
+from zamba2.weights.files import TensorFile
+from zamba2.weights.hub import resolve
+
+__all__ = ["load", "read_config"]
+
+BACKENDS = ("torch",)
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+def load(
+    source: str | Path, *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
+    format: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
+) -> LanguageModel:  # fmt: skip
+    """See ``zamba2.load``."""
+    if format is not None:
+        raise Zamba2Error(f"format is {format!r}; packed formats need the native engine, which this version does not have: leave it out.")
+    if adapter is not None:
+        raise Zamba2Error(f"adapter is {adapter!r}; no backend of this version has run-time adapters: leave it out.")
+    if isinstance(backend, str) and backend not in BACKENDS:
+        raise Zamba2Error(f"there is no backend {backend!r}; there is {', '.join(map(repr, BACKENDS))}.")
+    path = checkpoint_in(resolve(source, revision=revision, offline=offline))
+    config = read_config(path)
+    tokenizer = tokenizer_of(path, config)
+    if backend is None or isinstance(backend, str):
+        backend = torch_backend()(path, config=config, device=device, dtype=dtype)
+    model = LanguageModel(backend, tokenizer, name=str(source), is_random=is_random(path))
+    if model.is_random:
+        notice("this model has random weights: its words are noise (load a real one with --model, such as 2.7b-instruct).")
+    return model
+
+
+def torch_backend() -> Any:
+    """``TorchBackend.load``. Raises Zamba2Error if PyTorch is missing or too old."""
+    try:
+        import torch
+    except ImportError as error:
+        raise Zamba2Error(f"PyTorch cannot be imported ({error}); install it with: pip install 'zamba2[torch]'") from None
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 8):
+        raise Zamba2Error(f"PyTorch {torch.__version__} is installed; 2.8 or newer is needed: pip install 'zamba2[torch]'")
+    from zamba2.runtime.torch import TorchBackend
+
+    return TorchBackend.load
+
+
+def checkpoint_in(path: Path) -> Path:
+    """The folder itself, or the one standalone file in a folder that has no safetensors."""
+    if path.is_file() or any((path / name).exists() for name in MODEL_FILES):
+        return path
+    standalone = [*path.glob("*.pt"), *path.glob("pytorch_model.bin")]
+    if len(standalone) == 1:
+        return standalone[0]
+    raise Zamba2Error(f"{path} has no model.safetensors, no model.safetensors.index.json and no single .pt file; a checkpoint is needed.")
+
+
+def read_config(path: Path) -> Config:
+    """Config of a checkpoint folder or standalone file. Raises Zamba2Error."""
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    if path.is_dir() or beside.exists():
+        return Config.from_file(beside)
+    torch_backend()
+    from zamba2.weights.checkpoint import read_config as by_shapes
+
+    return by_shapes(path)
+
+
+def tokenizer_of(path: Path, config: Config) -> Tokenizer | None:
+    """The tokenizer of a checkpoint, or None if it has none."""
+    folder = path if path.is_dir() else path.parent
+    return Tokenizer.from_folder(folder, config=config) if (folder / "tokenizer.json").exists() else None
+
+
+def is_random(path: Path) -> bool:
+    """Whether the checkpoint says that its weights are random."""
+    file = path / "model.safetensors"
+    return path.is_dir() and file.exists() and TensorFile(file).metadata.get("zamba2_random") == "true"

@@ -1,0 +1,221 @@
+"""The command line: a table of commands. What they need is imported inside, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from zamba2.errors import Zamba2Error
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="zamba2",
+    help="Run the Zamba2 hybrid language models (Mamba2 with shared attention).",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# Options that several commands share. Typer evaluates these on Python 3.10 too, hence Optional.
+# ruff: noqa: UP045
+Model = Annotated[str, typer.Option("--model", "-m", help="Alias (2.7b-instruct, 1.2b, 7b, ...), Hub id, folder or .pt file.")]
+Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already downloaded.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; chosen by itself if not given.")]
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens that together have this probability.")]
+MinP = Annotated[float, typer.Option(help="Leave out tokens less likely than this share of the likeliest one.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1, makes tokens already seen less likely.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="Taken from a token's score for each time it was generated.")]
+PresencePenalty = Annotated[float, typer.Option(help="Taken from the score of every token already generated.")]
+LogitBias = Annotated[Optional[list[str]], typer.Option(metavar="ID=VALUE", help="Added to a token's score; repeatable.")]
+Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[Optional[list[str]], typer.Option(help="End the text before this; repeatable.")]
+System = Annotated[Optional[str], typer.Option("--system", "-s", help="System message.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[Optional[str], typer.Argument(help="Text to continue; '-' or nothing reads standard input.")] = None,
+    model: Model = "default",
+    file: Annotated[Optional[Path], typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
+    messages: Annotated[Optional[Path], typer.Option(help="Answer a JSON list of {role, content} messages.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Treat the prompt as a user's message: use the chat template.")] = False,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    logprobs: Annotated[Optional[int], typer.Option(help="With --json: log-probabilities and this many alternatives.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Continue a text, or answer a message.
+
+    Examples:
+
+        zamba2 generate "Once upon a time" --max-tokens 50
+
+        zamba2 generate --chat "Name three rivers." --model 2.7b-instruct
+
+        zamba2 generate --file story.txt --temperature 0.8 --seed 7 --json
+
+        echo "Roses are red," | zamba2 generate
+    """
+    from zamba2.commands.generate import main
+
+    options = sampling_options(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
+        max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
+    )  # fmt: skip
+    where = {"device": device, "dtype": dtype, "revision": revision, "offline": offline}
+    main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
+
+
+@app.command()
+def chat(
+    model: Model = "default",
+    system: System = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Talk to a model in the terminal; each turn reads only what is new. `/help` lists the commands inside.
+
+    Examples:
+
+        zamba2 chat --model 2.7b-instruct
+
+        zamba2 chat -m ./my-finetune --system "Answer in one sentence." --temperature 0.7
+    """
+    from zamba2.commands.chat import main
+
+    options = sampling_options(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
+        max_tokens=max_tokens, stop=stop,
+    )  # fmt: skip
+    main(model, {"device": device, "dtype": dtype, "revision": revision, "offline": offline}, system, options)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Shape (1.2b, 2.7b, 7b), alias, Hub id, folder or .pt file.")] = "default",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Show a model's config, sizes, costs and layer plan without loading its weights.
+
+    Examples:
+
+        zamba2 info 2.7b
+
+        zamba2 info Zyphra/Zamba2-1.2B-instruct --json
+    """
+    from zamba2.commands.info import main
+
+    main(model, revision=revision, offline=offline, as_json=as_json)
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(help="Alias (2.7b-instruct, ...) or Hub id.")],
+    revision: Revision = None,
+) -> None:
+    """Download a checkpoint into the Hub cache, resuming where an earlier try stopped, and print its folder.
+
+    Examples:
+
+        zamba2 download 2.7b-instruct
+
+        HF_TOKEN=... zamba2 download me/my-private-zamba2 --revision v2
+    """
+    from zamba2.weights.hub import resolve
+
+    print(resolve(model, revision=revision))
+
+
+def version(wanted: bool) -> None:
+    if wanted:
+        from zamba2 import __version__
+
+        print(f"zamba2 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Run the Zamba2 hybrid language models (Mamba2 with shared attention)."""
+
+
+def sampling_options(*, logit_bias: Sequence[str] | None, stop: Sequence[str] | None, **options: object) -> dict[str, object]:
+    """Generation options by name, with the repeatable ones parsed. Raises Zamba2Error."""
+    bias: dict[int, float] = {}
+    for text in logit_bias or ():
+        token, _, value = text.partition("=")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise Zamba2Error(f"--logit-bias is {text!r}; a token id and a number are needed, as in --logit-bias 42=-1.5") from None
+    return options | {"logit_bias": bias, "stop": tuple(stop or ())}
+
+
+# The base of typer's own errors, from whichever click it is built on.
+ClickException = typer.BadParameter.__mro__[2]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns its exit code. Everything that goes wrong is one line on standard error."""
+    try:
+        code = app(args=list(arguments) or ["--help"], standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except Zamba2Error as error:
+        message = str(error)
+    except (KeyboardInterrupt, typer.Abort, EOFError):
+        message = "interrupted."
+    except BrokenPipeError:
+        return 0
+    except MemoryError:
+        message = "there is not enough memory for this; use a smaller model or a shorter prompt."
+    except OSError as error:
+        message = f"{error.filename or 'the system'} cannot be used ({error.strerror or error})."
+    except ClickException as error:
+        message = f"{error.format_message().rstrip('.')}; see zamba2 --help."  # type: ignore[attr-defined]
+    print(f"zamba2: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,147 @@
+"""``zamba2 chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from zamba2.commands.generate import load_with_status, reading_progress
+from zamba2.errors import Zamba2Error
+from zamba2.language.conversations import Conversation
+from zamba2.language.model import make_request
+
+__all__ = ["main"]
+
+HELP = """\
+/help          these lines
+/reset         begin again (the system message stays)
+/system TEXT   set the system message and begin again; without TEXT, show it
+/save FILE     write the conversation and its state to a file
+/load FILE     go on with a saved conversation
+/history       show what was said
+/exit          leave (as Ctrl-D does)
+Ctrl-C stops a reply. Several lines: end a line with \\, or press Escape then Enter.
+"""
+
+
+def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapping[str, Any]) -> None:
+    """Load a model and talk until the user leaves. Raises Zamba2Error before the first turn only."""
+    make_request([0], options)  # complain about options before the model is loaded
+    loaded = load_with_status(model, where)
+    conversation = loaded.conversation(system)
+    ask = line_reader()
+    if sys.stdin.isatty():
+        print(f"{model}: type a message, or /help.", file=sys.stderr)
+    while True:
+        try:
+            text = ask()
+        except KeyboardInterrupt:
+            print("(Ctrl-D or /exit leaves)", file=sys.stderr)
+            continue
+        except EOFError:
+            return
+        if text.strip() in ("/exit", "/quit"):
+            return
+        try:
+            if text.startswith("/"):
+                command(conversation, text)
+            elif text.strip():
+                reply(conversation, text, options)
+        except Zamba2Error as error:
+            print(f"zamba2: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)", file=sys.stderr)
+
+
+def command(conversation: Conversation, line: str) -> None:
+    """One slash command. Raises Zamba2Error."""
+    name, _, argument = line.strip().partition(" ")
+    argument = argument.strip()
+    if name in ("/save", "/load") and not argument:
+        raise Zamba2Error(f"{name} needs a file name, as in {name} talk.zamba2")
+    if name == "/help":
+        print(HELP, end="", file=sys.stderr)
+    elif name == "/reset":
+        conversation.reset(conversation.system)
+    elif name == "/system" and argument:
+        conversation.reset(argument)
+    elif name == "/system":
+        print(conversation.system or "(no system message)", file=sys.stderr)
+    elif name == "/save":
+        conversation.save(Path(argument).expanduser())
+        print(f"saved to {argument}", file=sys.stderr)
+    elif name == "/load":
+        conversation.load(Path(argument).expanduser())
+        print(f"{len(conversation.messages)} messages loaded", file=sys.stderr)
+    elif name == "/history":
+        for message in conversation.messages:
+            print(f"{message['role']}: {message['content']}", file=sys.stderr)
+    else:
+        raise Zamba2Error(f"there is no command {name}; /help lists them.")
+
+
+def reply(conversation: Conversation, text: str, options: Mapping[str, Any]) -> None:
+    """Stream one reply, then say how fast it was. Ctrl-C passes through after what was said is kept."""
+    start = first = time.perf_counter()
+    count = 0
+    with reading_progress() as progress:
+        pieces = conversation.say(text, progress=progress, **options)
+        try:
+            for piece in pieces:
+                if not count:
+                    first = time.perf_counter()
+                count += 1
+                print(piece.text, end="", flush=True)
+        finally:
+            pieces.close()  # type: ignore[attr-defined]  # a generator: keeps what was said when interrupted
+    seconds = time.perf_counter() - first
+    rate = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else f"{count} token"
+    print(f"\n[{count} tokens, {rate}, first after {first - start:.2f} s, {conversation.cached_tokens} cached]", file=sys.stderr)
+
+
+def line_reader() -> Callable[[], str]:
+    """How the next message is read: with editing and history on a terminal, line by line from a pipe."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return lambda: joined(sys.stdin.readline)
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    history: History
+    try:
+        folder = user_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        history = FileHistory(folder / "chat_history")
+    except OSError:
+        history = InMemoryHistory()
+    session: PromptSession[str] = PromptSession(history=history, key_bindings=keys)
+    lines = iter(lambda: session.prompt("> ") + "\n", None)
+    return lambda: joined(lambda: next(lines))
+
+
+def joined(read: Callable[[], str]) -> str:
+    """One message: lines joined while they end with a backslash. Raises EOFError at the end of the input."""
+    text = read()
+    if not text:
+        raise EOFError
+    while text.endswith("\\\n"):
+        text = text[:-2] + "\n" + read()
+    return text.removesuffix("\n")
+
+
+def user_folder() -> Path:
+    """Where the program keeps the user's own files: $ZAMBA2_HOME, else the system's place for such data."""
+    if home := os.environ.get("ZAMBA2_HOME"):
+        return Path(home)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "zamba2"

@@ -1,0 +1,236 @@
+"""Generation over any backend: one loop that reads prompts, samples tokens and yields text as it becomes certain.
+
+Whole replies are folded streams and a single prompt is a batch of one, so there is one path to test.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from zamba2.errors import Zamba2Error, notice
+from zamba2.language.sampling import Sampler, Sampling, log_softmax, top_logprobs
+from zamba2.language.tokenizer import IncrementalDecoder, Tokenizer
+from zamba2.runtime.backend import Backend, Row, State
+
+__all__ = ["Generation", "Piece", "Request", "TokenLogprob", "collect", "run"]
+
+PREFILL_STEP = 512  # tokens between two progress reports while a prompt is read
+Progress = Callable[[int, int], None]  # tokens read, tokens in all
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural log of the model's own probability of a token, and of the k likeliest, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue and how. tokens: at least one, read after ``state`` (which is left as it is), or from the start."""
+
+    tokens: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    state: State | None = None
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+            raise Zamba2Error(f"max_tokens is {self.max_tokens!r}; a whole number from 1 is needed.")
+        if self.logprobs is not None and (type(self.logprobs) is not int or not 0 <= self.logprobs <= 100):
+            raise Zamba2Error(f"logprobs is {self.logprobs!r}; a number of alternatives from 0 to 100 is needed.")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise Zamba2Error(f"stop is {list(self.stop)!r}; texts that are not empty are needed.")
+        if len(self.tokens) == 0:
+            raise Zamba2Error("the prompt is empty; at least one token is needed.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of one request: the token sampled and the text that became certain, which may be empty.
+
+    The last piece of a request has a finish_reason ("stop": end token or stop text, "length": max_tokens).
+    ``state`` has read everything but ``token``, until the next piece is asked for.
+    """
+
+    index: int
+    text: str
+    token: int
+    state: State
+    logprob: TokenLogprob | None = None
+    finish_reason: str | None = None
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished reply. tokens: everything sampled, an end token included; text: without end token and stop text."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stop: str | None
+    prompt_tokens: int
+    logprobs: list[TokenLogprob] | None
+    prompt_seconds: float
+    decode_seconds: float
+    state: State | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding rate; the first token comes with the prompt and does not count."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+class StopText:
+    """Cuts a stream of text at the first of several stop strings, holding back what may still become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+
+    def push(self, text: str, *, last: bool = False) -> tuple[str, str | None]:
+        """Text that is certain, and the stop string reached, if any. With ``last``, nothing is held back."""
+        self.held += text
+        found = min(((i, s) for s in self.stops if (i := self.held.find(s)) >= 0), default=None)
+        if found is not None:
+            certain, self.held = self.held[: found[0]], ""
+            return certain, found[1]
+        keep = 0 if last else self._open_end()
+        certain, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return certain, None
+
+    def _open_end(self) -> int:
+        """Length of the longest end of the held text that begins a stop string."""
+        longest = min(max(map(len, self.stops), default=1) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if any(s.startswith(self.held[-n:]) for s in self.stops)), 0)
+
+
+class _Sequence:
+    """One request on its way."""
+
+    def __init__(self, index: int, request: Request, state: State, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+        self.index, self.request, self.state = index, request, state
+        self.sampler = Sampler(request.sampling, request.tokens, vocab_size)
+        self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental()
+        self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
+        self.stop_text = StopText(request.stop)
+        self.count = 0
+
+    def step(self, scores: np.ndarray) -> Piece:
+        """Sample from the scores (V,) and say what became certain."""
+        token = self.sampler.sample(scores)
+        self.count += 1
+        logprob = None
+        if self.request.logprobs is not None:
+            own = log_softmax(scores)
+            logprob = TokenLogprob(token, float(own[token]), tuple(top_logprobs(scores, self.request.logprobs)))
+        ended = token in self.ends
+        last = ended or self.count >= self.request.max_tokens
+        text = ""
+        if self.decoder is not None:
+            text = ("" if ended else self.decoder.push(token)) + (self.decoder.flush() if last else "")
+        text, stop = self.stop_text.push(text, last=last)
+        reason = "stop" if ended or stop is not None else "length" if last else None
+        return Piece(self.index, text, token, self.state, logprob, reason, stop)
+
+
+def run(
+    backend: Backend, requests: Sequence[Request], tokenizer: Tokenizer | None = None, *, progress: Progress | None = None
+) -> Iterator[Piece]:
+    """Generate for all requests together; yields pieces as they come, each request's in order.
+
+    Without a tokenizer texts stay empty, no end token is known, and stop strings are refused. Raises Zamba2Error.
+    """
+    if tokenizer is None and any(request.stop for request in requests):
+        raise Zamba2Error("stop texts need a tokenizer, and this checkpoint has none.")
+    sequences = []
+    for index, request in enumerate(requests):
+        state = backend.new_state(adapter=request.adapter) if request.state is None else request.state.copy()
+        sequences.append(_Sequence(index, request, state, backend.config.vocab_size, tokenizer))
+        _say_if_long(backend, state.position + len(request.tokens) + request.max_tokens)
+    rows = _read_prompts(backend, sequences, progress)
+    while sequences:
+        scores = [logits.numpy()[-1] for logits in backend.forward(rows)]
+        going, rows = [], []
+        for sequence, row_scores in zip(sequences, scores, strict=True):
+            piece = sequence.step(row_scores)
+            if piece.finish_reason is None:
+                going.append(sequence)
+                rows.append(Row(np.array([piece.token], dtype=np.int32), sequence.state))
+            yield piece
+        sequences = going
+
+
+def _read_prompts(backend: Backend, sequences: Sequence[_Sequence], progress: Progress | None) -> list[Row]:
+    """Read all prompts but their last stretch; returns the rows of the call that gives the first scores."""
+    total, done, rows = sum(len(s.request.tokens) for s in sequences), 0, []
+    for sequence in sequences:
+        tokens = np.asarray(sequence.request.tokens, dtype=np.int64)
+        if tokens.min() < 0 or tokens.max() >= backend.config.vocab_size:
+            wrong = next(int(t) for t in tokens if not 0 <= t < backend.config.vocab_size)
+            raise Zamba2Error(f"token id {wrong} is out of range; the model knows ids from 0 to {backend.config.vocab_size - 1}.")
+        tokens = tokens.astype(np.int32)
+        while True:
+            step = PREFILL_STEP - sequence.state.position % PREFILL_STEP
+            if len(tokens) <= step:
+                break
+            backend.forward([Row(tokens[:step], sequence.state, logits=0)])
+            tokens, done = tokens[step:], done + step
+            if progress is not None:
+                progress(done, total)
+        rows.append(Row(tokens, sequence.state))
+    return rows
+
+
+def _say_if_long(backend: Backend, length: int) -> None:
+    limit = backend.config.max_position_embeddings
+    if length > limit:
+        notice(f"the context may grow beyond the {limit} tokens the model was trained on; it goes on, but quality is not known there.")
+
+
+def collect(
+    backend: Backend, requests: Sequence[Request], tokenizer: Tokenizer | None = None, *, progress: Progress | None = None,
+    on_piece: Callable[[Piece], None] | None = None,
+) -> list[Generation]:  # fmt: skip
+    """Run all requests to their ends and fold the pieces into one ``Generation`` each, in the requests' order."""
+    pieces: list[list[Piece]] = [[] for _ in requests]
+    start = time.perf_counter()
+    first: list[float] = [start] * len(requests)
+    ends: list[float] = [start] * len(requests)
+    for piece in run(backend, requests, tokenizer, progress=progress):
+        now = time.perf_counter()
+        if not pieces[piece.index]:
+            first[piece.index] = now
+        ends[piece.index] = now
+        pieces[piece.index].append(piece)
+        if on_piece is not None:
+            on_piece(piece)
+    return [
+        Generation(
+            text="".join(piece.text for piece in own),
+            tokens=[piece.token for piece in own],
+            finish_reason=own[-1].finish_reason or "length",
+            stop=own[-1].stop,
+            prompt_tokens=len(request.tokens),
+            logprobs=None if request.logprobs is None else [piece.logprob for piece in own if piece.logprob is not None],
+            prompt_seconds=begin - start,
+            decode_seconds=end - begin,
+            state=own[-1].state,
+        )
+        for request, own, begin, end in zip(requests, pieces, first, ends, strict=True)
+    ]

@@ -1,0 +1,44 @@
+"""For every test: folders of its own for caches and settings, two torch threads, Hypothesis without a clock.
+
+ZAMBA2_TEST_PROFILE=thorough draws ten times as many examples.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+
+# Before any import that reads them: nothing of the user's is read or written, nothing is downloaded.
+HOME = Path(tempfile.mkdtemp(prefix="zamba2-tests-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+for variable, folder in {
+    "HF_HOME": "huggingface",
+    "XDG_CACHE_HOME": "cache",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_DATA_HOME": "data",
+    "XDG_STATE_HOME": "state",
+}.items():
+    (HOME / folder).mkdir()
+    os.environ[variable] = str(HOME / folder)
+for variable in ("HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_CACHE"):
+    os.environ.pop(variable, None)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("default", max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_IS_FINE)
+settings.register_profile("thorough", max_examples=120, deadline=None, print_blob=True, suppress_health_check=SLOW_IS_FINE)
+settings.load_profile(os.environ.get("ZAMBA2_TEST_PROFILE", "default"))
+
+
+def pytest_configure() -> None:
+    try:
+        import torch
+    except ImportError:  # the tests of what needs no torch still run
+        return
+    torch.set_num_threads(2)
