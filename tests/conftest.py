@@ -1,4 +1,4 @@
-"""For every test: folders of its own for caches and settings, two torch threads, Hypothesis without a clock.
+"""For every test: folders of its own for caches and settings, one torch thread, Hypothesis without a clock.
 
 ZAMBA2_TEST_PROFILE=thorough draws ten times as many examples.
 """
@@ -28,7 +28,7 @@ for variable, folder in {
 for variable in ("HF_ENDPOINT", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "TRANSFORMERS_CACHE"):
     os.environ.pop(variable, None)
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_IS_FINE)
@@ -41,4 +41,4 @@ def pytest_configure() -> None:
         import torch
     except ImportError:  # the tests of what needs no torch still run
         return
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)

@@ -28,6 +28,7 @@ __all__ = ["TorchBackend", "TorchLogits", "TorchState"]
 
 PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence, so splitting a prompt changes no arithmetic
 STATE_VERSION = 1
+SPLIT = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # what split_for_inference replaces
 
 
 class TorchLogits:
@@ -148,7 +149,8 @@ class TorchBackend:
         if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
             raise Zamba2Error(f"dtype is {dtype!r}; 'float32', 'bfloat16' or 'float16' is needed.")
         try:
-            return cls(load_model(path, config=config, device=chosen, dtype=None if dtype is None else getattr(torch, dtype)))
+            wanted = None if dtype is None else getattr(torch, dtype)
+            return cls(load_model(path, config=config, device=chosen, dtype=wanted, unmapped=SPLIT))
         except torch.OutOfMemoryError as error:
             raise Zamba2Error(f"the model does not fit into the memory of {chosen} ({str(error).splitlines()[0]}); use a smaller model or device='cpu'.") from None
 

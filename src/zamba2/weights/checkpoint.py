@@ -142,12 +142,14 @@ def _preset_of(source: StandaloneSource) -> Config:
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Config | None = None, ops: str = "torch"
-) -> Zamba2:
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Config | None = None,
+    ops: str = "torch", unmapped: tuple[str, ...] = (),
+) -> Zamba2:  # fmt: skip
     """Load a checkpoint folder in the Hub's layout, or a standalone ``.pt`` file.
 
-    dtype: of the large weights (default: the file's); small ones that need it stay fp32. Raises Zamba2Error naming the
-    tensor for missing, unexpected, misshapen or non-float ones, and for copies of shared weights that differ.
+    dtype: of the large weights (default: the file's); small ones that need it stay fp32. unmapped: ends of names whose
+    weights the caller replaces at once, so that their mapped pages would only take memory. Raises Zamba2Error naming
+    the tensor for missing, unexpected, misshapen or non-float ones, and for copies of shared weights that differ.
     """
     config = config or read_config(path)
     device = torch.device(device)
@@ -160,7 +162,7 @@ def load_model(
         dtype = source.dtypes[plan["embed_tokens.weight"][0]]
     for name, (stored, part) in plan.items():
         wanted = torch.float32 if name.endswith(FP32_PARTS) and dtype.itemsize < 4 else dtype
-        mapped = device.type == "cpu" and source.dtypes[stored] == wanted
+        mapped = device.type == "cpu" and source.dtypes[stored] == wanted and not name.endswith(unmapped)
         tensor = source.tensor(stored, mapped=mapped or part is not None)
         if part is not None:
             tensor = _deinterleave(tensor, config, part)
