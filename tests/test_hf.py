@@ -280,7 +280,7 @@ def test_stopping_and_streaming(tmp_path: Path) -> None:
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             return torch.full((len(input_ids),), input_ids.shape[1] >= 10)
 
-    assert ours.generate(ids, max_new_tokens=8, do_sample=False, stopping_criteria=[AfterTwo()]).shape[1] == 10
+    assert ours.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, stopping_criteria=[AfterTwo()]).shape[1] == 10
 
     class Speller:
         def decode(self, ids: Any, **_: Any) -> str:
@@ -310,7 +310,7 @@ def test_training_step_equals_transformers(folder: Path, theirs: Any, checkpoint
     before = (folder / "model.safetensors").read_bytes()
     if checkpointing:
         ours.activation_checkpointing_enable()
-        assert ours.is_gradient_checkpointing
+        assert ours.is_activation_checkpointing
     batch = padded(40, 25)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, 30:33] = -100
@@ -341,7 +341,7 @@ def test_gradient_checkpointing_can_be_left(folder: Path) -> None:
     assert [("forward" in layer.__dict__) for layer in ours.model.layers] == [True, False, True, False, True, False, True]
     assert ours.train().generate(tokens(1, 5), max_new_tokens=4, do_sample=False).tolist() == expected
     ours.activation_checkpointing_disable()
-    assert not ours.is_gradient_checkpointing and not any("forward" in layer.__dict__ for layer in ours.model.layers)
+    assert not ours.is_activation_checkpointing and not any("forward" in layer.__dict__ for layer in ours.model.layers)
     with pytest.raises(ValueError, match="use_reentrant"):
         ours.activation_checkpointing_enable({"use_reentrant": True})
 
@@ -500,8 +500,8 @@ def test_generate_refuses(ours: Any) -> None:
     """Ways to generate that need another kind of cache fail with a sentence instead of a wrong result."""
     ids = tokens(1, 6)
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"assistant_model": ours}, "stateful"),
-        ({"prompt_lookup_num_tokens": 3}, "stateful"),
+        ({"assistant_model": ours}, "ASSISTED_GENERATION"),
+        ({"prompt_lookup_num_tokens": 3}, "ASSISTED_GENERATION"),
         ({"cache_implementation": "static"}, "cache_implementation"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "trust_remote_code"),
         ({"no_such_option": 3}, "no_such_option"),

@@ -133,6 +133,7 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if config.attention_dropout:
             raise ValueError(f"config.attention_dropout is {config.attention_dropout}; only 0, as in published Zamba2 models, exists here")
         self.model = Zamba2(shape_of(config)) if model is None else model
+        self.model.embed_tokens.padding_idx = config.pad_token_id  # as in transformers: reading padding trains nothing
         self.register_load_state_dict_pre_hook(_accept_hub_names)
         self.post_init()
 

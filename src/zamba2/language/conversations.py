@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,14 @@ class Conversation:
             if pieces:
                 reply = "".join(piece.text for piece in pieces)
                 self.messages = [*messages, {"role": "assistant", "content": reply}]
-                self._settle(text, reply, pieces)
+                self._settle(text, reply, pieces, request.tokens)
 
-    def _settle(self, text: str, reply: str, pieces: list[Piece]) -> None:
+    def _settle(self, text: str, reply: str, pieces: list[Piece], read: Sequence[int]) -> None:
         """Keep the state if what it has read is exactly the text; else the next turn reads the whole conversation again."""
         tokens, last = [piece.token for piece in pieces], pieces[-1]
         end = [tokens.pop()] if last.token in self.tokenizer.eos_token_ids and last.finish_reason == "stop" else []
-        if self.tokenizer.decode(tokens, skip_special_tokens=False) != reply:  # cut at a stop text or inside a character
+        whole = self.tokenizer.incremental(skip_special_tokens=False, after=read)
+        if "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
             self._forget()
             return
         self.state, self.unread = last.state, [last.token]

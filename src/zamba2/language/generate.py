@@ -74,7 +74,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished reply. tokens: everything sampled, an end token included; text: without end token and stop text."""
+    """A finished reply. tokens: everything sampled, an end token included; text: what they add to the prompt's text, without end
+    token and stop text."""
 
     text: str
     tokens: list[int]
@@ -126,7 +127,7 @@ class _Sequence:
     def __init__(self, index: int, request: Request, state: State, vocab_size: int, tokenizer: Tokenizer | None) -> None:
         self.index, self.request, self.state = index, request, state
         self.sampler = Sampler(request.sampling, request.tokens, vocab_size)
-        self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental()
+        self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental(after=request.tokens)
         self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
         self.stop_text = StopText(request.stop)
         self.count = 0

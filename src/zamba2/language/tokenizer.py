@@ -124,9 +124,9 @@ class Tokenizer:
             raise Zamba2Error(f"token id {min(ids) if min(ids) < 0 else max(ids)} cannot be decoded; ids from 0 are needed.") from None
         return text
 
-    def incremental(self, skip_special_tokens: bool = True) -> IncrementalDecoder:
-        """A decoder for one stream of tokens."""
-        return IncrementalDecoder(self, skip_special_tokens)
+    def incremental(self, skip_special_tokens: bool = True, *, after: Sequence[int] = ()) -> IncrementalDecoder:
+        """A decoder for one stream of tokens; behind the tokens ``after``, a first word keeps the space before it."""
+        return IncrementalDecoder(self, skip_special_tokens, after)
 
     def _named(
         self, kind: str, names: Mapping[str, Any], generation: Mapping[str, Any], config: Config | None, folder: Path
@@ -159,13 +159,16 @@ class IncrementalDecoder:
     start, where decoders strip a space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._context: list[int] = []  # the last visible token whose text is out
         self._context_length = 0  # characters it decodes to, alone
         self._tail: list[int] = []  # tokens whose text is held
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        word = next((token for token in reversed(after) if self._is_word(token)), None)
+        if word is not None:
+            self._set_context(word)
 
     def push(self, token: int) -> str:
         """The text that this token completes; often "" inside a character."""
@@ -180,9 +183,20 @@ class IncrementalDecoder:
         if not self._tail:
             return ""
         text = self._tokenizer.decode(self._context + self._tail, skip_special_tokens=self._skip)[self._context_length :]
-        self._context, self._tail = self._tail[-1:], []
-        self._context_length = len(self._tokenizer.decode(self._context, skip_special_tokens=self._skip))
+        self._set_context(self._tail[-1])
+        self._tail = []
         return text
+
+    def _set_context(self, token: int) -> None:
+        self._context = [token]
+        self._context_length = len(self._tokenizer.decode(self._context, skip_special_tokens=self._skip))
+
+    def _is_word(self, token: int) -> bool:
+        """Whether a token's text never depends on its neighbours: no special token, no bytes."""
+        piece = self._tokenizer._backend.id_to_token(token)
+        if piece is None or piece in self._tokenizer._special or BYTE_PIECE.fullmatch(piece):
+            return False
+        return not self._tokenizer._byte_level or "\ufffd" not in self._tokenizer.decode([token])
 
     def _is_open(self, piece: str) -> bool:
         """Whether text of the tail may still change: it ends in a run of byte tokens, or in part of a UTF-8 sequence."""
