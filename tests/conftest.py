@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Before any import that reads them: nothing of the user's is read or written, nothing is downloaded.
 HOME = Path(tempfile.mkdtemp(prefix="zamba2-tests-"))
@@ -31,7 +31,10 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKE
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only wait for each other
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
-settings.register_profile("default", max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW_IS_FINE)
+WITHOUT_SHRINKING = [Phase.explicit, Phase.generate]  # a failure is reported at once; the thorough profile makes it small
+settings.register_profile(
+    "default", max_examples=12, deadline=None, derandomize=True, database=None, phases=WITHOUT_SHRINKING, suppress_health_check=SLOW_IS_FINE
+)
 settings.register_profile("thorough", max_examples=120, deadline=None, print_blob=True, suppress_health_check=SLOW_IS_FINE)
 settings.load_profile(os.environ.get("ZAMBA2_TEST_PROFILE", "default"))
 

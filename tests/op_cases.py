@@ -38,6 +38,7 @@ MODEL = {
     torch.float64: Tolerance(output=1e-10, gradient=1e-8),
     torch.float32: Tolerance(output=2e-4, gradient=1e-3),
 }
+DIFFERENCE_QUOTIENT = 1e-5  # relative error of a central difference with step 1e-6 in fp64
 
 SMALLEST = 1e-30  # what fp32 may flush to zero
 

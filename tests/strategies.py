@@ -119,20 +119,25 @@ def random_tokens(config: Config, seed: int, *shape: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading:
-    """A model, tokens to read, and a place to cut them; places are fractions so that one example fits every length."""
+    """A model, tokens to read, and a place to cut them.
+
+    fp32 on the miniatures, whose sizes are sound, is held to what users get. Models of random sizes, where a norm of three
+    nearly cancelling numbers can magnify any rounding, run in fp64: there a law holds to ten digits or is broken.
+    """
 
     config: Config
     seed: int
     length: int
     cut: float = 0.5
+    dtype: torch.dtype = torch.float32
 
     @property
     def at(self) -> int:
         """Where to cut: 1 to length - 1."""
         return min(self.length - 1, 1 + int(self.cut * (self.length - 1)))
 
-    def model(self, *, dtype: torch.dtype = torch.float32) -> Zamba2:
-        return random_model(self.config, self.seed, dtype=dtype)
+    def model(self, *, ops: str = "torch", dtype: torch.dtype | None = None) -> Zamba2:
+        return random_model(self.config, self.seed, ops=ops, dtype=dtype or self.dtype)
 
     def tokens(self, rows: int = 1, length: int | None = None) -> Tensor:
         return random_tokens(self.config, self.seed, rows, self.length if length is None else length)
@@ -145,4 +150,7 @@ LONG = {name: Reading(config, seed=7, length=300, cut=0.9) for name, config in M
 def readings(*, longest: int = 48) -> st.SearchStrategy[Reading]:
     """Random models with 2 to ``longest`` tokens, now and then 257 or 300."""
     lengths = st.one_of(st.integers(2, longest), st.integers(2, longest), st.sampled_from([257, 300]))
-    return st.builds(Reading, configs(), st.integers(0, 1 << 16), lengths, st.floats(0, 1))
+    rest = (st.integers(0, 1 << 16), lengths, st.floats(0, 1))
+    small = st.builds(Reading, st.sampled_from(list(MINIATURES.values())), *rest)
+    odd = st.builds(Reading, configs(), *rest, st.just(torch.float64))
+    return st.one_of(odd, odd, small)

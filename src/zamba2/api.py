@@ -33,9 +33,10 @@ def load(
     path = checkpoint_in(resolve(source, revision=revision, offline=offline))
     config = read_config(path)
     tokenizer = tokenizer_of(path, config)
-    if backend is None or isinstance(backend, str):
-        backend = torch_backend()(path, config=config, device=device, dtype=dtype)
-    model = LanguageModel(backend, tokenizer, name=str(source), is_random=is_random(path))
+    chosen: Backend = (
+        torch_backend()(path, config=config, device=device, dtype=dtype) if backend is None or isinstance(backend, str) else backend
+    )
+    model = LanguageModel(chosen, tokenizer, name=str(source), is_random=is_random(path))
     if model.is_random:
         notice("this model has random weights: its words are noise (load a real one with --model, such as 2.7b-instruct).")
     return model

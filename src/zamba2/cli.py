@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -196,8 +196,8 @@ def sampling_options(*, logit_bias: Sequence[str] | None, stop: Sequence[str] | 
     return options | {"logit_bias": bias, "stop": tuple(stop or ())}
 
 
-# The base of typer's own errors, from whichever click it is built on.
-ClickException = typer.BadParameter.__mro__[2]
+# The base of typer's own errors, from whichever click it is built on: ClickException.
+UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -215,7 +215,7 @@ def run(arguments: Sequence[str]) -> int:
         message = "there is not enough memory for this; use a smaller model or a shorter prompt."
     except OSError as error:
         message = f"{error.filename or 'the system'} cannot be used ({error.strerror or error})."
-    except ClickException as error:
-        message = f"{error.format_message().rstrip('.')}; see zamba2 --help."  # type: ignore[attr-defined]
+    except UsageProblem as error:
+        message = f"{error.format_message().rstrip('.')}; see zamba2 --help."
     print(f"zamba2: {message}", file=sys.stderr)
     return 2

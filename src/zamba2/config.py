@@ -317,15 +317,24 @@ class Config:
             return tuple(ids or ())
         if not isinstance(types, list) or len(types) != cls._whole(data, "num_hidden_layers"):
             found = f"{len(types)} entries" if isinstance(types, list) else repr(types)
-            raise Zamba2Error(f"config key layers_block_type has {found}; one entry for each of num_hidden_layers = {data['num_hidden_layers']} is needed.")
+            raise Zamba2Error(
+                f"config key layers_block_type has {found}; one for each of num_hidden_layers = {data['num_hidden_layers']} is needed."
+            )
         for kind in types:
             if kind in ("m", "g"):
-                raise Zamba2Error(f"config key layers_block_type has the old mark {kind!r}; 'mamba' and 'hybrid' are needed: take config.json from the current revision on the Hub.")
+                raise Zamba2Error(
+                    f"config key layers_block_type has the old mark {kind!r}; 'mamba' and 'hybrid' are needed: "
+                    f"take config.json from the current revision on the Hub."
+                )
             if not isinstance(kind, str) or kind not in LAYER_TYPES:
-                raise Zamba2Error(f"config key layers_block_type has {kind!r}; 'mamba' (or 'linear_attention') and 'hybrid' are needed.")
+                raise Zamba2Error(
+                    f"config key layers_block_type has {kind!r}; 'mamba' (or 'linear_attention') and 'hybrid' are needed."
+                )
         found_ids = tuple(i for i, kind in enumerate(types) if LAYER_TYPES[kind])
         if ids is not None and tuple(ids) != found_ids:
-            raise Zamba2Error(f"config key hybrid_layer_ids is {ids}, but layers_block_type marks {list(found_ids)} as hybrid; they must agree.")
+            raise Zamba2Error(
+                f"config key hybrid_layer_ids is {ids}, but layers_block_type marks {list(found_ids)} as hybrid; they must agree."
+            )
         return found_ids
 
     def _check_redundant(self, data: Mapping[str, Any]) -> None:
@@ -345,7 +354,9 @@ class Config:
         }
         for key, value in expected.items():
             if data.get(key) is not None and data[key] != value:
-                raise Zamba2Error(f"config key {key} is {data[key]!r}; {value!r} is needed to agree with the other keys and with published Zamba2 models.")
+                raise Zamba2Error(
+                    f"config key {key} is {data[key]!r}; {value!r} is needed to agree with the other keys and with published models."
+                )
 
     @classmethod
     def from_file(cls, path: Path) -> Config:

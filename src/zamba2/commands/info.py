@@ -26,7 +26,8 @@ def main(model: str, *, revision: str | None, offline: bool, as_json: bool) -> N
         config = read_config(path)
     data = describe(config)
     if path is not None:
-        data["checkpoint"] = {"path": str(path), "files": sorted(f.name for f in files_of(path)), "bytes": sum(f.stat().st_size for f in files_of(path))}
+        files = files_of(path)
+        data["checkpoint"] = {"path": str(path), "files": sorted(f.name for f in files), "bytes": sum(f.stat().st_size for f in files)}
     if as_json:
         print(json.dumps(data))
         return
@@ -77,7 +78,7 @@ def print_tables(model: str, config: Config, data: dict[str, Any]) -> None:
         ("trained context", f"{config.max_position_embeddings} tokens"),
         ("", ""),
         ("parameters", f"{config.num_parameters:,}"),
-        ("weights per decoded token", f"{data['weights_per_token_hoisted'] / 1e9:.3f} G ({data['weights_per_token'] / 1e9:.3f} G without hoisting)"),
+        ("weights per decoded token", f"{config.weights_per_token() / 1e9:.3f} G ({data['weights_per_token'] / 1e9:.3f} G unhoisted)"),
         ("weights in bfloat16", f"{2 * config.num_parameters / 1e9:.2f} GB"),
         ("read per token in bfloat16", f"{data['weight_bytes_per_token_bfloat16'] / 1e9:.2f} GB"),
         ("SSM state", f"{config.ssm_state_bytes / MIB:.1f} MiB per sequence"),

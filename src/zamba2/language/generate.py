@@ -181,11 +181,10 @@ def _read_prompts(backend: Backend, sequences: Sequence[_Sequence], progress: Pr
     """Read all prompts but their last stretch; returns the rows of the call that gives the first scores."""
     total, done, rows = sum(len(s.request.tokens) for s in sequences), 0, []
     for sequence in sequences:
-        tokens = np.asarray(sequence.request.tokens, dtype=np.int64)
-        if tokens.min() < 0 or tokens.max() >= backend.config.vocab_size:
-            wrong = next(int(t) for t in tokens if not 0 <= t < backend.config.vocab_size)
+        wrong = next((t for t in sequence.request.tokens if not 0 <= t < backend.config.vocab_size), None)
+        if wrong is not None:
             raise Zamba2Error(f"token id {wrong} is out of range; the model knows ids from 0 to {backend.config.vocab_size - 1}.")
-        tokens = tokens.astype(np.int32)
+        tokens = np.array(sequence.request.tokens, dtype=np.int32)
         while True:
             step = PREFILL_STEP - sequence.state.position % PREFILL_STEP
             if len(tokens) <= step:

@@ -152,7 +152,8 @@ class TorchBackend:
             wanted = None if dtype is None else getattr(torch, dtype)
             return cls(load_model(path, config=config, device=chosen, dtype=wanted, unmapped=SPLIT))
         except torch.OutOfMemoryError as error:
-            raise Zamba2Error(f"the model does not fit into the memory of {chosen} ({str(error).splitlines()[0]}); use a smaller model or device='cpu'.") from None
+            reason = str(error).splitlines()[0]
+            raise Zamba2Error(f"the model does not fit into the memory of {chosen} ({reason}); use a smaller one or device='cpu'.") from None
 
     def new_state(self, *, adapter: str | None = None) -> TorchState:
         if adapter is not None:

@@ -12,7 +12,6 @@ import pickle
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +31,6 @@ FP32_PARTS = ("A_log", "D", "dt_bias", "norm.weight", "layernorm.weight", "conv1
 IGNORED = (".rotary_emb.inv_freq",)  # buffers that some writers store; they follow from the config
 SHARD_BYTES = 5_000_000_000
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
-
-
-class Source(Protocol):
-    """Named tensors of a checkpoint, read on demand."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, torch.dtype]
-
-    def tensor(self, name: str, *, mapped: bool) -> Tensor:
-        """One tensor: backed by the mapped file (never write to it) or a copy of its own."""
 
 
 class SafetensorsSource:
@@ -120,6 +109,10 @@ class StandaloneSource:
         return self.data[name] if mapped else self.data[name].clone()
 
 
+# Named tensors read on demand; ``tensor(name, mapped=True)`` may be backed by the file and must not be written to.
+Source = SafetensorsSource | StandaloneSource
+
+
 def read_config(path: Path) -> Config:
     """The config of a checkpoint folder, or of a ``.pt`` file: config.json beside it, else the preset its shapes fit."""
     if path.is_dir():
@@ -156,7 +149,7 @@ def load_model(
     with torch.device("meta"):
         model = Zamba2(config, ops=ops)
     loader = _standalone_parameters if path.is_file() else _hub_parameters
-    source: Source = StandaloneSource(path) if path.is_file() else SafetensorsSource(path)
+    source = StandaloneSource(path) if path.is_file() else SafetensorsSource(path)
     plan = loader(path, source, config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     if dtype is None:
         dtype = source.dtypes[plan["embed_tokens.weight"][0]]
@@ -180,7 +173,8 @@ def _deinterleave(qkv: Tensor, config: Config, part: int) -> Tensor:
     d, groups = config.attention_head_dim, config.num_key_value_heads
     queries = config.num_attention_heads // groups * d
     rows = qkv.unflatten(0, (groups, queries + 2 * d)).split([queries, d, d], dim=1)
-    return rows[part].flatten(0, 1).contiguous()
+    chosen: Tensor = rows[part].flatten(0, 1).contiguous()
+    return chosen
 
 
 Plan = dict[str, tuple[str, int | None]]  # model parameter -> stored name and part of it
@@ -237,7 +231,9 @@ def _check_shape(path: Path, source: Source, stored: str, shape: tuple[int, ...]
 def _check_copies(path: Path, source: Source, names: list[str]) -> None:
     for other in names[1:]:
         if not torch.equal(source.tensor(names[0], mapped=True), source.tensor(other, mapped=True)):
-            raise Zamba2Error(f"{path}: {names[0]} and {other} differ, but the model shares one weight; a checkpoint with tied weights is needed.")
+            raise Zamba2Error(
+                f"{path}: {names[0]} and {other} differ, but the model shares one weight; a checkpoint with tied weights is needed."
+            )
 
 
 def save_checkpoint(
@@ -268,7 +264,7 @@ def save_checkpoint(
         temporary.mkdir()
         config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {stored: name for stored, _ in shard}

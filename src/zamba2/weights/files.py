@@ -87,9 +87,11 @@ class TensorFile:
         return entries, metadata
 
     def _entry(self, name: str, value: Any, data: int, size: int) -> Entry:
-        dtype, shape, offsets = (value.get(k) if isinstance(value, dict) else None for k in ("dtype", "shape", "data_offsets"))
+        fields: list[Any] = [value.get(k) if isinstance(value, dict) else None for k in ("dtype", "shape", "data_offsets")]
+        dtype, shape, offsets = fields
         whole = [isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) for v in (shape, offsets)]
-        if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list) or not all(whole) or len(offsets) != 2:
+        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        if not isinstance(dtype, str) or not lists or not all(whole):
             raise self._bad(f"the header entry of tensor {name} is malformed")
         if dtype not in DTYPE_BYTES:
             raise Zamba2Error(f"{self.path}: tensor {name} has dtype {dtype}; one of {', '.join(DTYPE_BYTES)} is needed.")

@@ -60,8 +60,8 @@ def standalone_names(config: Config) -> dict[str, tuple[str, int | None]]:
         ours, theirs = f"shared_blocks.{block}", f"decoder.blocks.{block}"
         names[f"{ours}.input_layernorm.weight"] = (f"{theirs}.sa.norm.weight", None)
         names[f"{ours}.pre_ff_layernorm.weight"] = (f"{theirs}.mlp.norm.weight", None)
-        for part, letter in enumerate("qkv"):
-            names[f"{ours}.self_attn.{letter}_proj.weight"] = (f"{theirs}.sa.mixer.linear_qkv.weight", part)
+        for index, letter in enumerate("qkv"):
+            names[f"{ours}.self_attn.{letter}_proj.weight"] = (f"{theirs}.sa.mixer.linear_qkv.weight", index)
         names[f"{ours}.self_attn.o_proj.weight"] = (f"{theirs}.sa.mixer.linear_proj.weight", None)
         names[f"{ours}.feed_forward.gate_up_proj.weight"] = (f"{theirs}.mlp.mixer.linear_fc1.weight", None)
         names[f"{ours}.feed_forward.down_proj.weight"] = (f"{theirs}.mlp.mixer.linear_fc2.weight", None)

@@ -83,7 +83,9 @@ def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, S: Tensor) -> 
 
 def _decay(log2: Tensor) -> Tensor:
     """2 ** log2, with decays below 1e-30 as zero: they vanish in any fp32 sum, and denormals slow a CPU down tenfold."""
-    return F.hardshrink(torch.exp2(log2), 1e-30)  # exp2, for exp on CPUs is slow where it underflows
+    # exp2, for exp on CPUs is slow where it underflows
+    decay: Tensor = F.hardshrink(torch.exp2(log2), 1e-30)
+    return decay
 
 
 def _chunk(
@@ -119,4 +121,4 @@ def geglu(projected: Tensor, adapted: Tensor) -> Tensor:
     if torch.is_grad_enabled() or projected.device.type != "cpu" or projected.dtype.itemsize > 2:
         return reference.geglu(projected, adapted)
     rows = zip(projected.flatten(0, -2).split(CPU_ROWS), adapted.flatten(0, -2).split(CPU_ROWS), strict=True)
-    return torch.cat([reference.geglu(p, a) for p, a in rows]).unflatten(0, projected.shape[:-1])
+    return torch.cat([reference.geglu(p, a) for p, a in rows]).reshape(*projected.shape[:-1], -1)
