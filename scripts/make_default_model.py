@@ -21,6 +21,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zamba2.config import Config
+from zamba2.weights.files import write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "src" / "zamba2" / "default"
@@ -120,20 +121,10 @@ def bfloat16(values: Array) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
 
-def safetensors(tensors: dict[str, Array]) -> bytes:
-    """A safetensors file in bf16. Written by hand because the library orders its metadata by a random hash.
-
-    Format: header length as u64, JSON header padded with blanks to 8 bytes, data in header order.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "zamba2_random": "true"}}
-    data = b""
-    for name in sorted(tensors):
-        raw = bfloat16(tensors[name])
-        header[name] = {"dtype": "BF16", "shape": list(tensors[name].shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data
+def write_weights(path: Path, tensors: dict[str, Array]) -> None:
+    """A safetensors file in bf16 that says its weights are random."""
+    entries = [(name, "BF16", values.shape, lambda values=values: memoryview(bfloat16(values))) for name, values in sorted(tensors.items())]
+    write_tensors(path, entries, {"format": "pt", "zamba2_random": "true"})
 
 
 def novels(folder: Path) -> Iterator[str]:
@@ -208,7 +199,7 @@ def write_model(out: Path, config: Config = CONFIG) -> None:
     write_json(out / "config.json", config.to_dict())
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
     write_json(out / "generation_config.json", ids)
-    (out / "model.safetensors").write_bytes(safetensors(weights(config)))
+    write_weights(out / "model.safetensors", weights(config))
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

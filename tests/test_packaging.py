@@ -85,7 +85,7 @@ def test_import_is_light() -> None:
 
 def test_console_script_and_embedded_model_are_packaged() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'zamba2 = "zamba2.cli:main"' in text
+    assert 'zamba2 = "zamba2.__main__:main"' in text
     assert {path.name for path in (SOURCE / "default").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert (SOURCE / "py.typed").exists()
 

@@ -160,7 +160,7 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("use_safetensors is False; only safetensors checkpoints are read")
         adapter = (options.pop("adapter_kwargs", None) or {}).get("_adapter_model_path")
         if adapter is not None:
-            raise ValueError(f"{adapter} is a peft adapter; load its base model {source}, then peft.PeftModel.from_pretrained(model, adapter)")
+            raise ValueError(f"{adapter} is a peft adapter; load {source}, then peft.PeftModel.from_pretrained(model, adapter)")
         path = _locate(source, revision, token, cache_dir, local_files_only, force_download)
         shape = read_config(path)  # also names what is wrong with an old or damaged config.json
         if isinstance(config, Zamba2Config):
