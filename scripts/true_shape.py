@@ -3,6 +3,7 @@
 
     python scripts/true_shape.py parity    # errors against transformers in fp32 on a 600-token text, peak memory of each
     python scripts/true_shape.py speed     # prefill of 512 tokens, decode, peak memory, in bf16
+    python scripts/true_shape.py all --rounds 3 --out docs/measurements/true_shape.json
 
 The checkpoint is written once by transformers' own save_pretrained (through the rival's script, --rival). Needs the
 [hf] extra, 5.3 GB of disk and 16 GB of memory. The last line of standard output is one JSON document.
@@ -12,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +116,14 @@ def run(*command: str | Path) -> dict[str, Any]:
     return result
 
 
+def machine() -> str:
+    """What it was measured on, in a few words."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}, torch {version('torch')}, transformers {version('transformers')}"
+
+
 def write_checkpoint(rival: Path) -> None:
     if not (CHECKPOINT / "config.json").exists():
         subprocess.run([sys.executable, rival, "--shape", "2.7b", "--write-only", "--folder", CHECKPOINT.parent], check=True)
@@ -160,10 +172,11 @@ def speed(rival: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["parity", "speed", "logits", "speed-worker"])
+    parser.add_argument("command", choices=["parity", "speed", "all", "logits", "speed-worker"])
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--rival", type=Path, default=SHARED / "baselines" / "transformers_zamba2.py")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="interleaved repeats of the speed measurement")
+    parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     arguments = parser.parse_args()
     if arguments.command == "logits":
         logits_worker(arguments.rest[0], arguments.rest[1], Path(arguments.rest[2]))
@@ -172,7 +185,14 @@ def main() -> None:
         speed_worker(*map(int, arguments.rest))
         return
     write_checkpoint(arguments.rival)
-    print(json.dumps(parity() if arguments.command == "parity" else speed(arguments.rival, arguments.rounds)))
+    measured: dict[str, Any] = {"machine": machine()}
+    if arguments.command in ("parity", "all"):
+        measured["parity"] = parity()
+    if arguments.command in ("speed", "all"):
+        measured["speed"] = speed(arguments.rival, arguments.rounds)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ time is read and converted, so the peak is the model plus one tensor.
 from __future__ import annotations
 
 import json
-import math
-import pickle
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,7 +92,7 @@ class StandaloneSource:
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except FileNotFoundError:
             raise Zamba2Error(f"{path} does not exist; a standalone Zamba2 checkpoint is needed.") from None
-        except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # a damaged pickle raises anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise Zamba2Error(f"{path} is not a safe PyTorch file of plain tensors ({reason[:200]}); download it again.") from None
         if isinstance(data, dict) and isinstance(data.get("model"), dict):
@@ -146,10 +145,12 @@ def load_model(
     """
     config = config or read_config(path)
     device = torch.device(device)
+    source = StandaloneSource(path) if path.is_file() else SafetensorsSource(path)
+    if len(source.shapes) < config.num_hidden_layers:  # before a hostile config has millions of layers built
+        raise Zamba2Error(f"{path} has {len(source.shapes)} tensors, too few for the {config.num_hidden_layers} layers of its config.")
     with torch.device("meta"):
         model = Zamba2(config, ops=ops)
     loader = _standalone_parameters if path.is_file() else _hub_parameters
-    source = StandaloneSource(path) if path.is_file() else SafetensorsSource(path)
     plan = loader(path, source, config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     if dtype is None:
         dtype = source.dtypes[plan["embed_tokens.weight"][0]]
@@ -213,6 +214,8 @@ def _hub_parameters(path: Path, source: Source, config: Config, shapes: Mapping[
 def _standalone_parameters(path: Path, source: Source, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
     plan: Plan = dict(standalone_names(config))
     rows = config.attention_hidden_size + 2 * config.kv_dim
+    if not config.tie_word_embeddings:
+        raise Zamba2Error(f"{path} has no lm_head.weight: standalone checkpoints tie it; a config with tie_word_embeddings is needed.")
     for name, (stored, part) in plan.items():
         if stored not in source.shapes:
             raise Zamba2Error(f"{path} has no tensor {stored}; a complete standalone Zamba2 checkpoint is needed.")
@@ -242,19 +245,20 @@ def save_checkpoint(
 ) -> None:  # fmt: skip
     """Write the Hub's layout, which transformers reads too: each weight once, tied head left out, in shards.
 
-    dtype: of every tensor (default: that of the embeddings). small_files_from: a folder whose tokenizer, template and
+    dtype: of every tensor (default: each its own, so that small ones kept in fp32 lose nothing). small_files_from: a folder whose tokenizer, template and
     generation files are copied. state_dict: tensors to write in place of the model's own (training). The folder must
     not exist or be empty; it appears complete or not at all. Raises Zamba2Error.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or any(os.scandir(folder))):
         raise Zamba2Error(f"{folder} exists and is not an empty folder; choose another place to save to.")
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
-    dtype = dtype or tensors["embed_tokens.weight"].dtype
-    parts = [(stored[0], tensors[name]) for name, stored in hub_names(model.config).items()]
+    # transformers unties the shared blocks together with the head: then every position needs its copy
+    copies = 1 if model.config.tie_word_embeddings else len(model.config.layers)
+    parts = [(stored, tensors[name]) for name, names in hub_names(model.config).items() for stored in names[:copies]]
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for part in parts:
-        nbytes = part[1].numel() * dtype.itemsize
+        nbytes = part[1].numel() * (dtype or part[1].dtype).itemsize
         if shards[-1] and size + nbytes > max_shard_bytes:
             shards.append([])
             size = 0
@@ -262,7 +266,8 @@ def save_checkpoint(
         size += nbytes
     with replacing(folder) as temporary:
         temporary.mkdir()
-        config = model.config.to_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        named = str(dtype or tensors["embed_tokens.weight"].dtype).removeprefix("torch.")
+        config = model.config.to_dict() | {"torch_dtype": named}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
@@ -270,7 +275,7 @@ def save_checkpoint(
             weight_map |= {stored: name for stored, _ in shard}
             _write_shard(temporary / name, shard, dtype)
         if len(shards) > 1:
-            total = sum(math.prod(t.shape) * dtype.itemsize for _, t in parts)
+            total = sum(t.numel() * (dtype or t.dtype).itemsize for _, t in parts)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for pattern in SMALL_FILES if small_files_from is not None else ():
@@ -279,10 +284,10 @@ def save_checkpoint(
                 shutil.copyfile(file, temporary / file.name)
 
 
-def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> None:
     def produce(tensor: Tensor) -> memoryview:
-        flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().view(-1).view(torch.uint8)
+        flat = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous().view(-1).view(torch.uint8)
         return flat.numpy().data
 
-    entries = [(name, DTYPE_NAMES[dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors]
+    entries = [(name, DTYPE_NAMES[dtype or t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors]
     write_tensors(path, entries, {"format": "pt"})
