@@ -120,7 +120,8 @@ def machine() -> str:
     """What it was measured on, in a few words."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores, {platform.system()}, torch {version('torch')}, transformers {version('transformers')}"
 
 

@@ -223,7 +223,8 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def truth(case: Case) -> dict[str, Tensor]:
     """What the definition gives in fp64 for the case's rounded inputs."""
-    return dict(results(reference, case, widened(inputs(case))))
+    with torch.inference_mode(False), torch.enable_grad():
+        return dict(results(reference, case, widened(inputs(case))))
 
 
 def select(name: str) -> _ops.Ops:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import CASES, OPS, Case, call, implementations, inputs, relative_error, results, select, truth
+from op_cases import CASES, OPS, OUTPUTS, Case, call, implementations, inputs, relative_error, results, select, truth
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +33,16 @@ def test_agrees_with_the_definition(case: Case, name: str) -> None:
         bound = tolerance.gradient if what.startswith("gradient") else tolerance.output
         error = relative_error(found, expected[what])
         assert error <= bound, f"{what}: relative error {error:.2e}, at most {bound:.0e} is allowed"
+
+
+@every_implementation
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.inference_mode()
+def test_agrees_without_gradients(case: Case, name: str) -> None:
+    """The same where no gradients are recorded: implementations may take another way then."""
+    expected = truth(case)
+    for what, found in zip(OUTPUTS[case.op], call(select(name), case.op, inputs(case)), strict=True):
+        close(found, expected[what], case.dtype, what)
 
 
 @every_implementation

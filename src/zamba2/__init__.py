@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from zamba2.config import Config
-from zamba2.errors import Zamba2Error
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from zamba2.config import Config
+    from zamba2.errors import Zamba2Error
     from zamba2.language.model import LanguageModel
     from zamba2.runtime.backend import Backend
 
@@ -31,3 +31,16 @@ def load(
     return load_model(
         path_or_id, backend=backend, device=device, dtype=dtype, format=format, adapter=adapter, revision=revision, offline=offline
     )
+
+
+def __getattr__(name: str) -> Any:
+    """Config and Zamba2Error on first use: importing the package must cost nothing."""
+    if name == "Config":
+        from zamba2.config import Config
+
+        return Config
+    if name == "Zamba2Error":
+        from zamba2.errors import Zamba2Error
+
+        return Zamba2Error
+    raise AttributeError(f"module 'zamba2' has no attribute {name!r}")

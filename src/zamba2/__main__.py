@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sys
 
 __all__ = ["main"]
@@ -9,22 +12,41 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line. Exit codes: 0 success, 2 anything the user can mend (bad input, interrupt, full disk)."""
-    try:
-        from zamba2.cli import run
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+        signal.signal(signal.SIGINT, leave)
+    open_streams()
+    from zamba2.cli import run
 
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("zamba2: interrupted.", file=sys.stderr)
-        code = 2
-    import os
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while the interpreter closes would print a traceback
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C while the interpreter closes would print a traceback
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(code)
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            print(f"zamba2: standard output cannot be used ({error.strerror}).", file=sys.stderr)
+            code = 2
+    if code:
+        os._exit(code)  # at once: a download's threads may wait for a silent server
+
+
+def leave(*_: object) -> None:
+    """What Ctrl-C does, until a command has something to tidy up and takes KeyboardInterrupt back.
+
+    Raised inside the imports of PyTorch, KeyboardInterrupt now and then aborts the program or is lost.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, b"\x1b[?25hzamba2: interrupted.\n" if os.isatty(2) else b"zamba2: interrupted.\n")  # and show the cursor
+    os._exit(2)
+
+
+def open_streams() -> None:
+    """Give closed streams (``zamba2 ... <&-``) something to read and write; print "?" for what the terminal cannot show."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - lives as long as the process
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

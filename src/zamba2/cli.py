@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from zamba2.commands import complain
 from zamba2.errors import Zamba2Error
 
 __all__ = ["app", "run"]
@@ -198,24 +198,27 @@ def sampling_options(*, logit_bias: Sequence[str] | None, stop: Sequence[str] | 
 
 # The base of typer's own errors, from whichever click it is built on: ClickException.
 UsageProblem: Any = typer.BadParameter.__mro__[2]
+INTERRUPTED = 130  # what newer versions of typer return instead of raising KeyboardInterrupt
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Everything that goes wrong is one line on standard error."""
     try:
         code = app(args=list(arguments) or ["--help"], standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        if code != INTERRUPTED:
+            return code if isinstance(code, int) else 0
+        message = "interrupted."
     except Zamba2Error as error:
         message = str(error)
     except (KeyboardInterrupt, typer.Abort, EOFError):
         message = "interrupted."
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the reader has gone; typer turns the first into the second
         return 0
     except MemoryError:
         message = "there is not enough memory for this; use a smaller model or a shorter prompt."
     except OSError as error:
-        message = f"{error.filename or 'the system'} cannot be used ({error.strerror or error})."
+        message = f"{error.filename or 'standard output'} cannot be used ({error.strerror or error})."
     except UsageProblem as error:
         message = f"{error.format_message().rstrip('.')}; see zamba2 --help."
-    print(f"zamba2: {message}", file=sys.stderr)
+    complain(message)
     return 2

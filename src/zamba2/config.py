@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ OLD_KEYS = {
 }
 LAYER_TYPES = {"mamba": False, "linear_attention": False, "hybrid": True}
 LARGEST = 1 << 24  # no dimension of a real model comes near; keeps hostile configs from asking for petabytes
+LARGEST_FLOAT = 1e30
+MOST_LAYERS = 4096
 LONG_CONTEXT_FACTOR = 8  # NTK-aware RoPE scaling of the 7B long-context model (original fork, use_long_context)
 
 
@@ -84,8 +85,10 @@ class Config:
                 raise Zamba2Error(f"config key {field.name} is {value!r}; a whole number from 1 to {LARGEST} is needed.")
             if field.type == "bool" and not isinstance(value, bool):
                 raise Zamba2Error(f"config key {field.name} is {value!r}; true or false is needed.")
-            if field.type == "float" and not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_FLOAT):
                 raise Zamba2Error(f"config key {field.name} is {value!r}; a positive number is needed.")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise Zamba2Error(f"config key num_hidden_layers is {self.num_hidden_layers}; at most {MOST_LAYERS} are possible.")
         tokens = {"bos_token_id": (self.bos_token_id,), "pad_token_id": (self.pad_token_id,), "eos_token_id": self.eos_token_ids}
         for key, values in tokens.items():
             for value in values:
@@ -109,6 +112,8 @@ class Config:
         self._divides("num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads)
         if self.use_mem_rope and self.attention_head_dim % 2:
             raise Zamba2Error(f"attention_head_dim is {self.attention_head_dim}; rotary embeddings (use_mem_rope) need an even number.")
+        if self.use_long_context and self.attention_head_dim < 4:
+            raise Zamba2Error(f"attention_head_dim is {self.attention_head_dim}; use_long_context needs at least 4.")
         if self.mamba_d_conv < 2:
             raise Zamba2Error(f"config key mamba_d_conv is {self.mamba_d_conv}; at least 2 is needed.")
         if self.use_shared_attention_adapter and self.num_key_value_heads != self.num_attention_heads:
@@ -292,7 +297,7 @@ class Config:
         values.setdefault("intermediate_size", 4 * hidden_size)
         rope = data.get("rope_parameters") or data.get("rope_scaling")
         if rope is not None:
-            if not isinstance(rope, Mapping) or rope.get("rope_type", "default") != "default":
+            if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
                 raise Zamba2Error(f"config key rope_parameters is {rope!r}; only rope_type 'default' exists for Zamba2.")
             values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
         config = cls(**values)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from zamba2.commands import complain
 from zamba2.commands.generate import load_with_status, reading_progress
 from zamba2.errors import Zamba2Error
 from zamba2.language.conversations import Conversation
@@ -33,13 +35,20 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
     make_request([0], options)  # complain about options before the model is loaded
     loaded = load_with_status(model, where)
     conversation = loaded.conversation(system)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C stops a reply, and /save tidies up
     ask = line_reader()
-    if sys.stdin.isatty():
+    interactive = sys.stdin.isatty()
+    if interactive:
         print(f"{model}: type a message, or /help.", file=sys.stderr)
     while True:
         try:
             text = ask()
+        except Zamba2Error as error:
+            complain(error)
+            continue
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             print("(Ctrl-D or /exit leaves)", file=sys.stderr)
             continue
         except EOFError:
@@ -52,8 +61,10 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
             elif text.strip():
                 reply(conversation, text, options)
         except Zamba2Error as error:
-            print(f"zamba2: {error}", file=sys.stderr)
+            complain(error)
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             print("\n(stopped)", file=sys.stderr)
 
 
@@ -72,10 +83,10 @@ def command(conversation: Conversation, line: str) -> None:
     elif name == "/system":
         print(conversation.system or "(no system message)", file=sys.stderr)
     elif name == "/save":
-        conversation.save(Path(argument).expanduser())
+        conversation.save(Path(os.path.expanduser(argument)))
         print(f"saved to {argument}", file=sys.stderr)
     elif name == "/load":
-        conversation.load(Path(argument).expanduser())
+        conversation.load(Path(os.path.expanduser(argument)))
         print(f"{len(conversation.messages)} messages loaded", file=sys.stderr)
     elif name == "/history":
         for message in conversation.messages:
@@ -99,14 +110,16 @@ def reply(conversation: Conversation, text: str, options: Mapping[str, Any]) -> 
         finally:
             pieces.close()  # type: ignore[attr-defined]  # a generator: keeps what was said when interrupted
     seconds = time.perf_counter() - first
-    rate = f"{(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else f"{count} token"
-    print(f"\n[{count} tokens, {rate}, first after {first - start:.2f} s, {conversation.cached_tokens} cached]", file=sys.stderr)
+    rate = f"{(count - 1) / seconds:.1f} tokens/s, " if count > 1 and seconds > 0 else ""
+    tokens = f"{count} token{'s' * (count > 1)}"
+    print(flush=True)
+    print(f"[{tokens}, {rate}first after {first - start:.2f} s, {conversation.cached_tokens} cached]", file=sys.stderr)
 
 
 def line_reader() -> Callable[[], str]:
     """How the next message is read: with editing and history on a terminal, line by line from a pipe."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return lambda: joined(sys.stdin.readline)
+        return lambda: joined(read_line)
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
@@ -121,12 +134,20 @@ def line_reader() -> Callable[[], str]:
     try:
         folder = user_folder()
         folder.mkdir(parents=True, exist_ok=True)
+        open(folder / "chat_history", "a+b").close()
         history = FileHistory(folder / "chat_history")
-    except OSError:
+    except (OSError, RuntimeError):  # no place to write, or no home folder
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(history=history, key_bindings=keys)
     lines = iter(lambda: session.prompt("> ") + "\n", None)
     return lambda: joined(lambda: next(lines))
+
+
+def read_line() -> str:
+    try:
+        return sys.stdin.buffer.readline().decode("utf-8")
+    except UnicodeDecodeError:
+        raise Zamba2Error("a line was left out: it is not UTF-8 text.") from None
 
 
 def joined(read: Callable[[], str]) -> str:

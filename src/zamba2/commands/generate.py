@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import zamba2
-from zamba2.config import read_json
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece, Progress, Request, collect
 from zamba2.language.model import LanguageModel, make_request
@@ -25,6 +24,8 @@ def main(
 ) -> None:  # fmt: skip
     """Read the prompt, load the model, generate. Raises Zamba2Error."""
     make_request([0], options)  # complain about options before the model is loaded
+    if options.get("logprobs") is not None and not as_json:
+        raise Zamba2Error("--logprobs needs --json, which has a place for them.")
     conversation = read_messages(messages, prompt, file)
     if conversation is None:
         text = read_prompt(prompt, file)
@@ -52,31 +53,36 @@ def read_messages(messages: Path | None, prompt: str | None, file: Path | None) 
         return None
     if prompt is not None or file is not None:
         raise Zamba2Error("--messages was given beside a prompt; give one of them.")
-    data = read_json(messages)
     try:
+        data = json.loads(read_text(messages))
         check_messages(data)
+    except (ValueError, RecursionError) as error:
+        raise Zamba2Error(f"{messages} is not valid JSON ({error}); a list of {{role, content}} objects is needed.") from None
     except Zamba2Error as error:
         raise Zamba2Error(f"{messages}: {error}") from None
     return list(data)
+
+
+def read_text(file: Path | None) -> str:
+    """A UTF-8 text from a file or, without one, from standard input. Raises Zamba2Error."""
+    try:
+        return (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode("utf-8")
+    except OSError as error:
+        raise Zamba2Error(f"{file or 'standard input'} cannot be read ({error.strerror}); a text file is needed.") from None
+    except UnicodeDecodeError as error:
+        raise Zamba2Error(f"{file or 'standard input'} is not UTF-8 text (byte {error.start}); convert it first.") from None
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the argument, a file or standard input. Raises Zamba2Error if it is empty or unreadable."""
     if prompt is not None and prompt != "-" and file is not None:
         raise Zamba2Error("--file was given beside a prompt; give one of them.")
-    try:
-        if file is not None:
-            text = file.read_text(encoding="utf-8")
-        elif prompt is None or prompt == "-":
-            if prompt is None and sys.stdin.isatty():
-                raise Zamba2Error("there is no prompt; give a text, --file FILE, or pipe one in.")
-            text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
-        else:
-            text = prompt
-    except OSError as error:
-        raise Zamba2Error(f"{error.filename} cannot be read ({error.strerror}); a text file is needed.") from None
-    except UnicodeDecodeError as error:
-        raise Zamba2Error(f"{file or 'standard input'} is not UTF-8 text (byte {error.start}); convert it first.") from None
+    if file is not None:
+        text = read_text(file)
+    elif prompt is None and sys.stdin.isatty():
+        raise Zamba2Error("there is no prompt; give a text, --file FILE, or pipe one in.")
+    else:
+        text = read_text(None).removesuffix("\n") if prompt in (None, "-") else str(prompt)
     if not text:
         raise Zamba2Error("the prompt is empty; some text is needed.")
     return text

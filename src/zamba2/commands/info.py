@@ -101,5 +101,5 @@ def draw(config: Config) -> str:
     for start in range(0, len(marks), LINE):
         lines.append(f"  {start:4d}  " + " ".join(marks[start : start + LINE]))
     blocks = ", ".join(chr(ord("A") + b % 26) for b in range(config.num_shared_blocks))
-    lines.append(f"        · Mamba2 layer   {blocks}: shared transformer block {'before' if blocks else ''} a Mamba2 layer's input")
+    lines.append("        · Mamba2 layer" + (f"   {blocks} one with that shared transformer block before it" if blocks else ""))
     return "\n".join(lines)

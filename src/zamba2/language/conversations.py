@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ __all__ = ["Conversation"]
 class Conversation:
     """Messages, and the state after reading them.
 
-    ``state`` has read ``text`` except for the tokens ``unread`` at its end (the last sampled one). A reply keeps the
+    ``state`` has read ``text`` except for the tokens ``unread`` at its end (mostly the last sampled one). A reply keeps the
     tokens that were sampled, although tokenizing its text might give others.
     """
 
@@ -69,18 +69,20 @@ class Conversation:
             if pieces:
                 reply = "".join(piece.text for piece in pieces)
                 self.messages = [*messages, {"role": "assistant", "content": reply}]
-                self._settle(text, reply, pieces, request.tokens)
+                self._settle(text, reply, pieces, request)
 
-    def _settle(self, text: str, reply: str, pieces: list[Piece], read: Sequence[int]) -> None:
+    def _settle(self, text: str, reply: str, pieces: list[Piece], request: Request) -> None:
         """Keep the state if what it has read is exactly the text; else the next turn reads the whole conversation again."""
         tokens, last = [piece.token for piece in pieces], pieces[-1]
+        start = 0 if request.state is None else request.state.position
+        unread = [*request.tokens, *tokens][last.state.position - start :]  # none if the next step was interrupted half-way
         end = [tokens.pop()] if last.token in self.tokenizer.eos_token_ids and last.finish_reason == "stop" else []
-        whole = self.tokenizer.incremental(skip_special_tokens=False, after=read)
+        whole = self.tokenizer.incremental(skip_special_tokens=False, after=request.tokens)
         if "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
             self._forget()
             return
-        self.state, self.unread = last.state, [last.token]
-        self.text = text + reply + self.tokenizer.decode(end, skip_special_tokens=False)
+        said = text + reply + self.tokenizer.decode(end, skip_special_tokens=False)
+        self.state, self.unread, self.text = last.state, unread, said
 
     def _continuation(self, text: str) -> list[int]:
         """The tokens to read for ``text``, after the state if that has read its beginning, else from the start."""
@@ -101,14 +103,17 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with a saved conversation of the same model. Raises Zamba2Error; the present one is kept then."""
         state = self.backend.new_state()
-        messages, text, unread = _read_note(path, state.load(path))
+        try:
+            messages, text, unread = _read_note(path, state.load(path), self.backend.config.vocab_size)
+        except OSError as error:
+            raise Zamba2Error(f"{path} cannot be read ({error.strerror or error}); a saved conversation is needed.") from None
         self._forget()
         self.messages = messages
         if state.position:
             self.state, self.text, self.unread = state, text, unread
 
 
-def _read_note(path: Path, note: str) -> tuple[list[dict[str, Any]], str, list[int]]:
+def _read_note(path: Path, note: str, vocab_size: int) -> tuple[list[dict[str, Any]], str, list[int]]:
     try:
         about = json.loads(note)
     except (ValueError, RecursionError):
@@ -118,7 +123,7 @@ def _read_note(path: Path, note: str) -> tuple[list[dict[str, Any]], str, list[i
     messages, text, unread = about.get("messages"), about.get("text"), about.get("unread")
     if not isinstance(messages, list) or not isinstance(text, str) or not isinstance(unread, list):
         raise Zamba2Error(f"{path} is not a complete saved conversation.")
-    if not all(type(token) is int for token in unread):
+    if not all(type(token) is int and 0 <= token < vocab_size for token in unread):
         raise Zamba2Error(f"{path} is not a complete saved conversation.")
     if messages:
         check_messages(messages)

@@ -53,6 +53,9 @@ class Request:
             raise Zamba2Error(f"stop is {list(self.stop)!r}; texts that are not empty are needed.")
         if len(self.tokens) == 0:
             raise Zamba2Error("the prompt is empty; at least one token is needed.")
+        tokens = np.asarray(self.tokens)
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+            raise Zamba2Error("the prompt is neither a text nor a list of token ids; whole numbers from 0 are needed.")
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Generation:
     decode_seconds: float
     state: State | None = field(default=None, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return self.text
+
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens)
@@ -98,7 +104,10 @@ class Generation:
 
 
 class StopText:
-    """Cuts a stream of text at the first of several stop strings, holding back what may still become one."""
+    """Cuts a stream of text before the stop string that is complete first, the longest of those that end together.
+
+    Holds back what may still become one, so that the text does not depend on how it was split.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
@@ -107,10 +116,11 @@ class StopText:
     def push(self, text: str, *, last: bool = False) -> tuple[str, str | None]:
         """Text that is certain, and the stop string reached, if any. With ``last``, nothing is held back."""
         self.held += text
-        found = min(((i, s) for s in self.stops if (i := self.held.find(s)) >= 0), default=None)
+        found = min(((i + len(s), i, s) for s in self.stops if (i := self.held.find(s)) >= 0), default=None)
         if found is not None:
-            certain, self.held = self.held[: found[0]], ""
-            return certain, found[1]
+            _, start, stop = found
+            certain, self.held = self.held[:start], ""
+            return certain, stop
         keep = 0 if last else self._open_end()
         certain, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return certain, None

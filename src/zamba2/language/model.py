@@ -77,6 +77,6 @@ def make_request(tokens: Sequence[int], options: Mapping[str, Any]) -> Request:
     if unknown:
         raise Zamba2Error(f"there is no option {unknown[0]!r}; there are {', '.join(sorted(own | set(Sampling.__dataclass_fields__)))}.")
     chosen = {name: value for name, value in options.items() if name in own}
-    stop = chosen.get("stop") or ()
-    chosen["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    stop = chosen.get("stop")
+    chosen["stop"] = tuple(stop) if isinstance(stop, (list, tuple)) else () if stop is None else (stop,)
     return Request(tokens, Sampling(**sampling), **chosen)

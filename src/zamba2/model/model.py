@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     def split_for_inference(self) -> None:
         """Keep q, k and v as two contiguous halves, which stream faster, and drop the modules (no training afterwards)."""
-        if self.split is None and not self.adapters:
+        if self.split is None:
             left, right = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).detach().chunk(2, dim=1)
             self.split = (left.contiguous(), right.contiguous())
             del self.q_proj, self.k_proj, self.v_proj
@@ -109,9 +109,8 @@ class Attention(nn.Module):
         if self.split is not None:
             return [self.split]
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if self.adapters or any(type(p) is not Linear for p in projections):  # adapters see all of u; so does peft's LoRA
-            return []
-        return [(left, right) for left, right in (p.weight.chunk(2, dim=1) for p in projections)]
+        plain = all(type(p) is Linear for p in projections)  # unlike peft's LoRA, which sees all of u
+        return [(left, right) for left, right in (p.weight.chunk(2, dim=1) for p in projections)] if plain else []
 
     def qkv(self, left: Tensor, scale: Tensor, right: Tensor, layer: Layer, context: Context) -> Sequence[Tensor]:
         """Queries, keys and values, (b, T, rows) each, from the norm's left half, its scale and w2 * x0."""
@@ -120,10 +119,12 @@ class Attention(nn.Module):
             if layer.block not in context.hoisted:
                 context.hoisted[layer.block] = [matmul(right, w) for _, w in halves]
             hoisted = ((wide(h) * scale).to(left.dtype) for h in context.hoisted[layer.block])
-            projected = [matmul(left, w) + h for (w, _), h in zip(halves, hoisted, strict=True)]
-            return projected if len(projected) == 3 else projected[0].split(self.sizes, dim=-1)
-        u = torch.cat([left, (wide(right) * scale).to(left.dtype)], dim=-1)
-        projected = [self.q_proj(u), self.k_proj(u), self.v_proj(u)]
+            terms = [matmul(left, w) + h for (w, _), h in zip(halves, hoisted, strict=True)]
+            projected: Sequence[Tensor] = terms if len(terms) == 3 else terms[0].split(self.sizes, dim=-1)
+        if self.adapters or not halves:
+            u = torch.cat([left, (wide(right) * scale).to(left.dtype)], dim=-1)
+        if not halves:
+            projected = [self.q_proj(u), self.k_proj(u), self.v_proj(u)]
         if self.adapters:
             lists = (self.linear_q_adapter_list, self.linear_k_adapter_list, self.linear_v_adapter_list)
             projected = [p + own[str(layer.position)](u) for p, own in zip(projected, lists, strict=True)]
@@ -372,9 +373,7 @@ class Zamba2(nn.Module):
             raise ValueError(f"cannot keep {n} tokens: {'nothing was recorded' if records is None else 'more than were recorded'}")
         for layer, record in zip(self.layers, records, strict=True):
             assert isinstance(layer, DecoderLayer)
-            conv, S = record.conv, record.ssm
-            if n:
-                _, conv, S = layer.mamba.recur(*record.first(n), self.ops)
+            _, conv, S = layer.mamba.recur(*record.first(n), self.ops) if n else (None, record.conv, record.ssm)
             state.conv[layer.layer.index], state.ssm[layer.layer.index] = conv, S
         state.position -= records[0].xBC.shape[1] - n
         for kv in state.kv:

@@ -84,7 +84,7 @@ class TorchState:
         file = TensorFile(path)
         try:
             about = json.loads(file.metadata.get("zamba2", "null"))
-        except ValueError:
+        except (ValueError, RecursionError):
             about = None
         if not isinstance(about, dict) or about.get("kind") != "state":
             raise Zamba2Error(f"{path} is not a saved Zamba2 state.")
@@ -153,7 +153,7 @@ class TorchBackend:
             return cls(load_model(path, config=config, device=chosen, dtype=wanted, unmapped=SPLIT))
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
-            raise Zamba2Error(f"the model does not fit into the memory of {chosen} ({reason}); use a smaller one or device='cpu'.") from None
+            raise Zamba2Error(f"the model does not fit into the memory of {chosen} ({reason}); use device='cpu'.") from None
 
     def new_state(self, *, adapter: str | None = None) -> TorchState:
         if adapter is not None:
@@ -221,7 +221,7 @@ def device_of(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise Zamba2Error(f"device {name!r} cannot be used ({reason}); 'cpu' always can.") from None

@@ -245,11 +245,11 @@ def save_checkpoint(
 ) -> None:  # fmt: skip
     """Write the Hub's layout, which transformers reads too: each weight once, tied head left out, in shards.
 
-    dtype: of every tensor (default: each its own, so that small ones kept in fp32 lose nothing). small_files_from: a folder whose tokenizer, template and
-    generation files are copied. state_dict: tensors to write in place of the model's own (training). The folder must
-    not exist or be empty; it appears complete or not at all. Raises Zamba2Error.
+    dtype: of every tensor (default: each its own, so that small ones kept in fp32 lose nothing). small_files_from: a
+    folder whose tokenizer, template and generation files are copied. state_dict: tensors to write in place of the model's own (training).
+    The folder must not exist or be empty; it appears complete or not at all. Raises Zamba2Error.
     """
-    if os.path.lexists(folder) and (not os.path.isdir(folder) or any(os.scandir(folder))):
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise Zamba2Error(f"{folder} exists and is not an empty folder; choose another place to save to.")
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
     # transformers unties the shared blocks together with the head: then every position needs its copy

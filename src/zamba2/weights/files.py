@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ __all__ = ["DTYPE_BYTES", "Entry", "TensorFile", "replacing", "write_tensors"]
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
+MOST_SIDES = 8  # of a shape; with the next, keeps hostile headers from asking for endless products
+LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class TensorFile:
     def _entry(self, name: str, value: Any, data: int, size: int) -> Entry:
         fields: list[Any] = [value.get(k) if isinstance(value, dict) else None for k in ("dtype", "shape", "data_offsets")]
         dtype, shape, offsets = fields
-        whole = [isinstance(v, list) and all(type(i) is int and i >= 0 for i in v) for v in (shape, offsets)]
-        lists = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+        whole = [isinstance(v, list) and all(type(i) is int and 0 <= i < LARGEST for i in v) for v in (shape, offsets)]
+        lists = isinstance(shape, list) and len(shape) <= MOST_SIDES and isinstance(offsets, list) and len(offsets) == 2
         if not isinstance(dtype, str) or not lists or not all(whole):
             raise self._bad(f"the header entry of tensor {name} is malformed")
         if dtype not in DTYPE_BYTES:
@@ -137,6 +139,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     import shutil
 
+    if not path.name or "\0" in path.name:
+        raise Zamba2Error(f"{path} is not a name to write to; choose another place.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,10 +149,11 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise Zamba2Error(f"{path} cannot be written ({error.strerror or error}); free some space or choose another place.") from None
     finally:
-        if temporary.is_dir():
+        if os.path.isdir(temporary):
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def write_tensors(

@@ -1,0 +1,528 @@
+"""The commands as people use them: help, generate, chat through pipes and a real terminal, download, the README's own lines."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_hub import FakeHub
+
+import zamba2
+from zamba2.cli import app, run
+from zamba2.language.model import LanguageModel
+from zamba2.weights.hub import DEFAULT
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = ROOT / "examples" / "card_conversation.json"
+NOTICE = "zamba2: this model has random weights"
+COMMANDS = [str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback]
+GREEDY_HI = ["generate", "hi", "-n", "6"]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return zamba2.load("default")
+
+
+def program(*arguments: str, stdin: str | bytes = b"", **environment: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of ``python -m zamba2``."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    command = [sys.executable, "-m", "zamba2", *arguments]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120, env=os.environ | environment)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def without_notice(standard_error: str) -> list[str]:
+    return [line for line in standard_error.splitlines() if not line.startswith(NOTICE)]
+
+
+@pytest.fixture
+def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command line in this process; gives exit code, standard output and lines of standard error."""
+
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = run(arguments)
+        out, err = capsys.readouterr()
+        return code, out, without_notice(err)
+
+    return call
+
+
+# ---- help and start-up -----------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_these() -> None:
+    """What the tests below go through is every command there is."""
+    assert COMMANDS == ["generate", "chat", "info", "download"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(command: str, zamba: Any) -> None:
+    """Each command's help has a sentence, the options and examples that begin with its own name."""
+    code, out, err = zamba(command, "--help")
+    assert code == 0 and err == []
+    assert "Usage:" in out and "Examples" in out and "--help" in out
+    assert out.count(f"zamba2 {command}") >= 2
+    assert zamba(command, "-h") == (code, out, err)
+
+
+def test_bare_command_is_help(zamba: Any) -> None:
+    """Without arguments the program lists its commands."""
+    code, out, _ = zamba()
+    assert code == 0 and out == zamba("--help")[1]
+    assert all(re.search(rf"\b{command}\b", out) for command in COMMANDS)
+
+
+def test_version(zamba: Any) -> None:
+    """--version prints the package's version alone."""
+    assert zamba("--version") == (0, f"zamba2 {zamba2.__version__}\n", [])
+
+
+@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.2), *[([command, "--help"], 1.0) for command in COMMANDS]])
+def test_help_is_instant(arguments: list[str], seconds: float) -> None:
+    """Help is there at once. The best of several runs counts: other programs may take the processor meanwhile."""
+    best = float("inf")
+    for _ in range(12):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "zamba2", *arguments], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - started)
+        if best < seconds:
+            return
+    pytest.fail(f"{arguments} takes {best:.2f} s")
+
+
+ALWAYS_HEAVY = {"torch", "transformers", "huggingface_hub", "prompt_toolkit"}
+
+
+@pytest.mark.parametrize(
+    ("what", "heavy"),
+    [
+        ("import zamba2", ALWAYS_HEAVY | {"numpy", "tokenizers", "jinja2", "typer", "rich"}),
+        ("import zamba2.cli", ALWAYS_HEAVY | {"numpy", "tokenizers", "jinja2"}),
+        ("from zamba2.cli import run; run(['info', '2.7b', '--json'])", ALWAYS_HEAVY),
+    ],
+)
+def test_imports_are_lazy(what: str, heavy: set[str]) -> None:
+    """Importing the package, its command line, and describing a shape load nothing that these do not need."""
+    code = f"import sys; {what}; print(sorted({heavy!r} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "[]"
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_from_argument_file_and_input(zamba: Any, model: LanguageModel, tmp_path: Path) -> None:
+    """The same prompt gives the same text wherever it comes from: only the last line end of standard input is left out."""
+    text = "Once upon a time, there was\n\ta café"
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    expected = model.generate(text, max_tokens=6).text + "\n"
+    assert zamba("generate", text, "-n", "6")[1] == expected
+    assert zamba("generate", "--file", str(tmp_path / "prompt.txt"), "-n", "6")[1] == expected
+    for stdin in (text, text + "\n"):
+        assert zamba("generate", "-n", "6", stdin=stdin.encode())[1] == expected
+        assert zamba("generate", "-", "-n", "6", stdin=stdin.encode())[1] == expected
+    code, out, err = program("generate", "-n", "6", stdin=text)
+    assert (code, out) == (0, expected) and len(without_notice(err)) == 1
+
+
+def test_summary_line(zamba: Any, model: LanguageModel) -> None:
+    """After the text one line on standard error tells tokens, times and why it ended."""
+    code, _, err = zamba(*GREEDY_HI)
+    count = len(model.tokenizer.encode("hi"))
+    assert code == 0 and len(err) == 1
+    assert re.fullmatch(rf"\[{count} prompt tokens in [\d.]+ s \([\d.]+/s\), 6 new at [\d.]+/s, length\]", err[0])
+
+
+def test_json_is_one_document(zamba: Any, model: LanguageModel) -> None:
+    """--json prints exactly one line, the document, with what ``generate`` from Python gives."""
+    code, out, err = zamba(*GREEDY_HI, "--json", "--logprobs", "2")
+    assert code == 0 and err == [] and out.count("\n") == 1
+    data = json.loads(out.splitlines()[-1])
+    expected = model.generate("hi", max_tokens=6, logprobs=2)
+    assert expected.logprobs is not None
+    assert (data["text"], data["tokens"], data["finish_reason"], data["stop"]) == (expected.text, expected.tokens, "length", None)
+    assert data["model"] == "default"
+    assert data["usage"] == {
+        "prompt_tokens": expected.prompt_tokens,
+        "completion_tokens": 6,
+        "total_tokens": expected.prompt_tokens + 6,
+    }
+    assert [(item["token"], item["logprob"]) for item in data["logprobs"]] == [(i.token, i.logprob) for i in expected.logprobs]
+    assert [[tuple(t.values()) for t in item["top"]] for item in data["logprobs"]] == [list(i.top) for i in expected.logprobs]
+    assert data["time_to_first_token_seconds"] > 0 and data["decode_tokens_per_second"] > 0
+
+
+def test_every_option_reaches_the_sampler(zamba: Any, model: LanguageModel) -> None:
+    """The command line's options give what the same options give from Python."""
+    options: dict[str, Any] = {
+        "temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2, "frequency_penalty": 0.3,
+        "presence_penalty": 0.2, "seed": 5, "max_tokens": 20,
+    }  # fmt: skip
+    line = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    expected = model.generate("hi", logit_bias={300: 2.0, 7: -1.5}, stop=("zz", "e"), ignore_eos=True, **options)
+    data = json.loads(
+        zamba(
+            "generate",
+            "hi",
+            *line,
+            "--logit-bias",
+            "300=2",
+            "--logit-bias",
+            "7=-1.5",
+            "--stop",
+            "zz",
+            "--stop",
+            "e",
+            "--ignore-eos",
+            "--json",
+        )[1]
+    )
+    assert (data["tokens"], data["text"], data["stop"]) == (expected.tokens, expected.text, expected.stop)
+    seen = {name: model.generate("hi", **{k: v for k, v in options.items() if k != name}).tokens for name in options}
+    assert any(tokens != seen["seed"] for tokens in seen.values())
+
+
+def test_chat_option_and_system(zamba: Any, model: LanguageModel) -> None:
+    """--chat answers the prompt as a message, --system goes before it."""
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be brief."}
+    assert zamba(*GREEDY_HI, "--chat")[1] == model.chat([user], max_tokens=6).text + "\n"
+    assert zamba(*GREEDY_HI, "--chat", "--system", "Be brief.")[1] == model.chat([system, user], max_tokens=6).text + "\n"
+
+
+def test_card_conversation_streams(model: LanguageModel) -> None:
+    """The model card's conversation is answered, and the text comes while it is made, not at the end."""
+    command = [sys.executable, "-m", "zamba2", "generate", "--messages", str(CARD), "--max-tokens", "150", "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        arrivals, pieces = [], []
+        while piece := os.read(process.stdout.fileno(), 65536):
+            arrivals.append(time.monotonic())
+            pieces.append(piece)
+        assert process.wait(60) == 0
+        error = process.stderr.read().decode()
+    expected = model.chat(json.loads(CARD.read_text(encoding="utf-8")), max_tokens=150, ignore_eos=True)
+    assert b"".join(pieces).decode() == expected.text + "\n"
+    assert len(pieces) > 10 and arrivals[-1] - arrivals[0] > 0.05
+    assert error.splitlines()[0].startswith(NOTICE) and "150 new" in error
+
+
+def test_dtype_and_name(zamba: Any) -> None:
+    """--dtype chooses the numbers' format; the model may be named, in any case, or be a folder."""
+    default = json.loads(zamba(*GREEDY_HI, "--json", "--logprobs", "0")[1])
+    wide = json.loads(zamba(*GREEDY_HI, "--json", "--logprobs", "0", "--dtype", "float32", "--device", "cpu")[1])
+    assert [i["logprob"] for i in default["logprobs"]] != [i["logprob"] for i in wide["logprobs"]]
+    assert default["logprobs"][0]["logprob"] == pytest.approx(wide["logprobs"][0]["logprob"], abs=0.1)
+    for name in ("DEFAULT", str(DEFAULT)):
+        assert json.loads(zamba(*GREEDY_HI, "--json", "--model", name)[1])["text"] == default["text"]
+
+
+# ---- chat through a pipe ---------------------------------------------------------------------------------------------
+
+
+def test_chat_through_a_pipe(zamba: Any, model: LanguageModel) -> None:
+    """Each line is a message; the replies go to standard output, everything else to standard error."""
+    conversation = model.conversation()
+    replies = ["".join(piece.text for piece in conversation.say(text, max_tokens=6)) for text in ("hello", "and\nthen")]
+    code, out, err = zamba("chat", "-n", "6", stdin=b"hello\n\n   \nand\\\nthen\n")
+    assert code == 0 and out == "".join(reply + "\n" for reply in replies)
+    assert len(err) == 2
+    first, second = (re.fullmatch(r"\[6 tokens, [\d.]+ tokens/s, first after [\d.]+ s, (\d+) cached\]", line) for line in err)
+    assert first is not None and second is not None, err
+    assert first[1] == "0" and int(second[1]) > 6
+
+
+def chat(zamba: Any, *lines: str, options: tuple[str, ...] = ("-n", "4")) -> tuple[str, list[str]]:
+    """Standard output, and standard error without the line after each reply."""
+    code, out, err = zamba("chat", *options, stdin="\n".join(lines).encode())
+    assert code == 0
+    return out, [line for line in err if "first after" not in line]
+
+
+def test_commands_inside(zamba: Any, tmp_path: Path) -> None:
+    """/help, /history, /reset, /system, /save, /load and /exit do what the help says; unknown ones are named."""
+    alone, _ = chat(zamba, "hello")
+    out, err = chat(zamba, "hello", "/reset", "hello", "/exit", "never read")
+    assert (out, err) == (alone * 2, [])
+    _, err = chat(zamba, "/help")
+    assert all(any(line.startswith(name) for line in err) for name in ("/help", "/reset", "/system", "/save", "/load", "/history", "/exit"))
+    out, err = chat(zamba, "hello", "/history")
+    assert err == ["user: hello", f"assistant: {out.rstrip(chr(10))}"]
+    out, err = chat(zamba, "/system", "/system Be brief.", "/system", "hello", "/reset", "/system", "/history")
+    assert err == ["(no system message)", "Be brief.", "Be brief.", "system: Be brief."]
+    assert out == chat(zamba, "hello", options=("-n", "4", "--system", "Be brief."))[0] != alone
+    _, err = chat(zamba, "/nonsense", "/save", "/load", "/load nowhere", "/save /", "/save ~nobody-here/\0")
+    assert [line.partition(";")[0] for line in err[:3]] == [
+        "zamba2: there is no command /nonsense",
+        "zamba2: /save needs a file name, as in /save talk.zamba2",
+        "zamba2: /load needs a file name, as in /load talk.zamba2",
+    ]
+    assert len(err) == 6 and all(line.startswith("zamba2: ") for line in err)
+    assert chat(zamba, "/quit", "hello") == ("", [])
+
+
+def test_save_and_load_inside(zamba: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat saved in one program goes on in another as if it had not been left; ~ is the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    whole, _ = chat(zamba, "hello", "go on")
+    first, err = chat(zamba, "hello", "/save ~/talk 1.zamba2")
+    assert err == ["saved to ~/talk 1.zamba2"] and (tmp_path / "talk 1.zamba2").exists()
+    second, err = chat(zamba, "something else", "/load ~/talk 1.zamba2", "go on")
+    assert err == ["2 messages loaded"] and first + second.partition("\n")[2] == whole
+
+
+def test_lines_that_are_no_text(zamba: Any) -> None:
+    """A line that is not UTF-8 is left out with one line; the chat goes on."""
+    code, out, err = zamba("chat", "-n", "4", stdin=b"\xff\xfe\nhello\n")
+    assert code == 0 and out == chat(zamba, "hello")[0]
+    assert err[0] == "zamba2: a line was left out: it is not UTF-8 text." and len(err) == 2
+
+
+def test_a_refused_turn_does_not_end_the_chat(zamba: Any, model: LanguageModel) -> None:
+    """An error in a turn is one line, and the next turn is answered."""
+    out, err = chat(zamba, "hello", "hello", options=("-n", "4", "--logit-bias", "9999=1"))
+    assert out == "" and len(err) == 2 and all("logit_bias names token 9999" in line for line in err)
+
+
+# ---- chat in a terminal ----------------------------------------------------------------------------------------------
+
+
+# The child makes the terminal its own: forking a process that has threads is frowned upon by newer Pythons.
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "zamba2", *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """``python -m zamba2`` in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, home: Path) -> None:
+        self.seen, self.mark = "", 0
+        self.fd, theirs = pty.openpty()
+        environment = os.environ | {"TERM": "xterm", "ZAMBA2_HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "100"}
+        command = [sys.executable, "-c", IN_TERMINAL, *arguments]
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
+        os.close(theirs)
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self.fd], [], [], seconds)[0]:
+            return True
+        try:
+            data = os.read(self.fd, 65536)
+        except OSError as error:  # Linux's way to say that the program has closed the terminal
+            assert error.errno == errno.EIO
+            return False
+        self.seen += data.decode(errors="replace")
+        return bool(data)
+
+    def expect(self, pattern: str, seconds: float = 40) -> re.Match[str]:
+        """Wait until this appears behind what was expected before."""
+        until = time.monotonic() + seconds
+        while (found := re.compile(pattern).search(self.plain, self.mark)) is None:
+            assert time.monotonic() < until and self._read(0.2), f"no {pattern!r} in {self.plain[self.mark :]!r}"
+        self.mark = found.end()
+        return found
+
+    @property
+    def plain(self) -> str:
+        """Everything shown, without colours and movements."""
+        return re.sub(r"\x1b(\[[0-?]*[ -/]*[@-~]|[=>]|\][^\x07]*\x07)", "", self.seen)
+
+    def wait(self, seconds: float = 30) -> int:
+        """The exit code."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._read(0.05)
+            if (code := self.process.poll()) is not None:
+                return code
+        raise AssertionError(f"still running: {self.plain[-500:]!r}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Any]:
+    opened: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        opened.append(Terminal(*arguments, home=tmp_path / "home"))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+CTRL_C, CTRL_D, UP, ESCAPE = "\x03", "\x04", "\x1b[A", "\x1b"
+RATE = r"\[\d+ tokens, [\d.]+ tokens/s, first after [\d.]+ s, (\d+) cached\]"
+
+
+def test_chat_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
+    """Messages, speed, commands, several lines, history across programs and Ctrl-D, with a real terminal's keys."""
+    window = terminal("chat", "-n", "5")
+    window.expect("random weights")
+    window.expect(r"type a message, or /help\.\s*>")
+    window.type("hello there\r")
+    assert window.expect(RATE)[1] == "0"
+    window.expect(">")
+    window.type("one\x1b\rtwo\r")
+    assert int(window.expect(RATE)[1]) > 5
+    window.expect(">")
+    window.type("/history\r")
+    window.expect(r"user: hello there\s+assistant: [^\n]*\s+user: one\s+two\s+assistant: ")
+    window.type("/nonsense\r")
+    window.expect(r"there is no command /nonsense; /help lists them\.")
+    window.type(f"/save {tmp_path / 'talk'}\r")
+    window.expect("saved to ")
+    window.type("/reset\r")
+    window.type(f"/load {tmp_path / 'talk'}\r")
+    window.expect(r"4 messages loaded\s*>")
+    window.type(CTRL_C)
+    window.expect(r"Ctrl-D or /exit leaves\)\s*>")
+    window.type(CTRL_D)
+    assert window.wait() == 0 and "Traceback" not in window.plain
+    again = terminal("chat", "-n", "5")
+    again.expect(r"/help\.\s*>")
+    again.type(UP)
+    again.expect(r"/load ")
+    again.type(CTRL_C)
+    again.expect(r"leaves\)\s*>")
+    again.type("/exit\r")
+    assert again.wait() == 0
+
+
+def test_ctrl_c_stops_the_reply_alone(terminal: Any) -> None:
+    """Ctrl-C in a long reply stops it; the chat remembers what was said and goes on without reading it again."""
+    window = terminal("chat", "-n", "100000")
+    window.expect(r"/help\.\s*>")
+    window.type("Tell me everything.\r")
+    window.expect(r"everything\.[\s\S]*\w{20}|(\w+ ){8}")
+    time.sleep(0.3)
+    window.type(CTRL_C)
+    window.expect(r"\(stopped\)\s*>", 10)
+    window.type("/history\r")
+    said = window.expect(r"assistant: ([^\r\n]+)")[1]
+    assert len(said) > 10
+    window.type("Go on.\r")
+    time.sleep(1.0)
+    window.type(CTRL_C)
+    window.expect(r"\(stopped\)\s*>", 10)
+    window.type(CTRL_D)
+    assert window.wait() == 0 and "Traceback" not in window.plain
+
+
+def test_ctrl_c_while_loading_leaves(terminal: Any) -> None:
+    """Before the first prompt Ctrl-C ends the program, with one line and exit code 2."""
+    window = terminal("chat")
+    time.sleep(0.6)
+    window.type(CTRL_C)
+    assert window.wait() == 2
+    assert window.plain.count("interrupted.") == 1 and "Traceback" not in window.plain
+
+
+def test_history_that_cannot_be_kept(terminal: Any, tmp_path: Path) -> None:
+    """Where the history file cannot be opened the chat works without it."""
+    (tmp_path / "home" / "chat_history").mkdir(parents=True)
+    window = terminal("chat", "-n", "3")
+    window.expect(r"/help\.\s*>")
+    window.type("hello\r")
+    window.expect(RATE + r"\s*>")
+    window.type(CTRL_D)
+    assert window.wait() == 0 and "Traceback" not in window.plain
+
+
+def test_generate_in_a_terminal(terminal: Any) -> None:
+    """In a terminal a missing prompt is refused at once, and a long prompt shows how far its reading is."""
+    window = terminal("generate")
+    window.expect("there is no prompt; give a text, --file FILE, or pipe one in")
+    assert window.wait() == 2
+    window = terminal("generate", "word " * 1500, "-n", "2")
+    window.expect(r"reading[^\n]*/\d{4}")
+    window.expect(r"2 new at")
+    assert window.wait() == 0
+
+
+# ---- download --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[FakeHub, dict[str, str]]]:
+    with FakeHub({"Zyphra/Zamba2-2.7B-instruct": {"main": DEFAULT}, "me/mine": {"main": DEFAULT, "v2": DEFAULT}}) as server:
+        yield server, {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+
+def test_download_then_use(hub: tuple[FakeHub, dict[str, str]]) -> None:
+    """download prints the folder alone; the model then works offline under its short name."""
+    server, environment = hub
+    code, out, err = program("download", "2.7b-instruct", **environment)
+    assert code == 0, err
+    folder = Path(out.removesuffix("\n"))
+    assert (folder / "model.safetensors").read_bytes() == (DEFAULT / "model.safetensors").read_bytes()
+    server.requests.clear()
+    code, out, err = program(*GREEDY_HI, "--model", "2.7b-instruct", "--offline", "--json", **environment)
+    assert code == 0 and json.loads(out)["model"] == "2.7b-instruct" and server.requests == []
+    assert json.loads(out)["text"] == zamba2.load("default").generate("hi", max_tokens=6).text
+
+
+def test_download_errors_are_one_line(hub: tuple[FakeHub, dict[str, str]]) -> None:
+    """What a Hub has not is one line and exit code 2, also for info, which asks for the config alone."""
+    server, environment = hub
+    code, out, err = program("download", "no/model", **environment)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "no repository no/model" in err
+    code, _, err = program("download", "me/mine", "--revision", "v9", **environment)
+    assert code == 2 and err.count("\n") == 1 and "v9" in err
+    code, out, err = program("info", "me/mine", "--revision", "v2", "--json", **environment)
+    assert code == 0 and json.loads(out)["config"]["hidden_size"] == 64
+    assert not [request for request in server.requests if "safetensors" in request and "/resolve/" in request]
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+
+def readme_commands() -> list[str]:
+    return [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("    zamba2 ")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command of the README runs as printed, with the tiny model in the place of one that must be downloaded."""
+    from zamba2.weights import hub as names
+
+    for name in list(names.ALIASES):
+        monkeypatch.setitem(names.ALIASES, name, DEFAULT)
+    code, out, err = zamba(*shlex.split(line)[1:], stdin=b"/help\n")
+    assert code == 0 and (out or err) and not any(text.startswith("zamba2:") for text in err)
+
+
+def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The README shows every command, and its Python lines run as printed."""
+    from zamba2.weights import hub as names
+
+    assert {line.split()[1] for line in readme_commands()} == set(COMMANDS)
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setitem(names.ALIASES, "2.7b-instruct", DEFAULT)
+    exec(compile(source, "README.md", "exec"), {})
+    answer = zamba2.load("2.7b-instruct").generate("Why is the sky blue?", max_tokens=150).text
+    assert answer and capsys.readouterr().out == answer + "\n"

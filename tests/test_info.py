@@ -1,0 +1,126 @@
+"""``zamba2 info``: its numbers are the config's, its drawing is the layer plan, and it never needs the weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zamba2.cli import run
+from zamba2.commands.info import draw
+from zamba2.config import PRESETS, Config
+from zamba2.weights.hub import DEFAULT
+
+PARAMETERS = {"1.2b": 1_215_064_704, "2.7b": 2_662_214_560, "7b": 7_356_749_648}  # of the published checkpoints (FACTS 2)
+
+
+def info(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run(["info", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    out = info(capsys, *arguments, "--json")
+    assert out.count("\n") == 1 and out.endswith("\n")
+    data: dict[str, Any] = json.loads(out)
+    return data
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_json_numbers_are_the_configs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number of the document is computed by Config, and the document's config is that Config."""
+    data, config = document(capsys, name), PRESETS[name]
+    assert Config.from_dict(data.pop("config")) == config
+    layers = data.pop("layers")
+    assert [(layer["index"], layer["position"], layer["block"]) for layer in layers] == [
+        (layer.index, layer.position, layer.block) for layer in config.layers
+    ]
+    assert data == {
+        "parameters": config.num_parameters,
+        "weights_per_token": config.weights_per_token(hoisted=False),
+        "weights_per_token_hoisted": config.weights_per_token(),
+        "weight_bytes_per_token_bfloat16": 2 * config.weights_per_token(),
+        "kv_bytes_per_token_bfloat16": config.kv_bytes_per_token(),
+        "ssm_state_bytes": config.ssm_state_bytes,
+        "conv_state_bytes_float32": config.conv_state_bytes(),
+    }
+
+
+def test_known_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """The shapes have the published checkpoints' parameters, and 2.7B the figures that DESIGN 4 gives."""
+    assert {name: document(capsys, name)["parameters"] for name in PRESETS} == PARAMETERS
+    data = document(capsys, "2.7b")
+    assert round(data["weights_per_token"] / 1e9, 3) == 3.855 and round(data["weights_per_token_hoisted"] / 1e9, 2) == 3.58
+    assert data["kv_bytes_per_token_bfloat16"] == 180 * 1024
+    assert round((data["ssm_state_bytes"] + data["conv_state_bytes_float32"]) / 2**20, 1) == 70.7
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "default"])
+def test_drawing_is_the_layer_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One mark per layer in order, a letter exactly at the hybrid layers, lines numbered by their first layer."""
+    config = PRESETS.get(name) or Config.from_file(DEFAULT / "config.json")
+    lines = [line for line in info(capsys, name).splitlines() if re.fullmatch(r" +\d+(  [·A-Z]|( [·A-Z]))+", line)]
+    marks: list[str] = []
+    for line in lines:
+        number, *rest = line.split()
+        assert int(number) == len(marks)
+        marks += rest
+    expected = ["·"] * config.num_hidden_layers
+    for position, layer in enumerate(config.hybrid_layer_ids):
+        expected[layer] = "ABCD"[position % config.num_mem_blocks]
+    assert marks == expected
+
+
+def test_drawing_fits_a_terminal() -> None:
+    """No line is wider than 80 characters, and a model without shared blocks is drawn without letters."""
+    for config in PRESETS.values():
+        assert max(map(len, draw(config).splitlines())) <= 80
+        assert draw(config).splitlines()[-1].strip().startswith("· Mamba2 layer   A")
+    alone = Config.from_dict(PRESETS["2.7b"].to_dict() | {"hybrid_layer_ids": [], "layers_block_type": ["mamba"] * 54})
+    assert draw(alone).splitlines()[-1].strip() == "· Mamba2 layer"
+    assert set("".join(draw(alone).splitlines()[:-1])) <= set(" ·0123456789")
+
+
+def test_tables_say_what_the_document_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table rounds the document's numbers and repeats none wrongly."""
+    text, config = info(capsys, "7b"), PRESETS["7b"]
+    assert f"{config.num_parameters:,}" in text
+    assert f"{config.weights_per_token() / 1e9:.3f} G ({config.weights_per_token(hoisted=False) / 1e9:.3f} G" in text
+    assert f"{2 * config.num_parameters / 1e9:.2f} GB" in text
+    for words in ("81, 13 of them hybrid", "112 heads x 64, state 64, 2 group(s)", "32 heads x 224", "4096 tokens", "base 10000"):
+        assert words in text
+
+
+@pytest.mark.parametrize("name", ["default", str(DEFAULT)])
+def test_a_checkpoint_is_described_with_its_files(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder's files and bytes are told; the default model is found by name."""
+    data = document(capsys, name)
+    size = (DEFAULT / "model.safetensors").stat().st_size
+    assert data["checkpoint"] == {"path": str(DEFAULT), "files": ["model.safetensors"], "bytes": size}
+    assert str(DEFAULT) in "".join(info(capsys, name).split())
+
+
+@pytest.mark.parametrize("left", [1000, 0])
+def test_weights_are_not_read(left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint whose weights are cut off or empty is described like a whole one."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEFAULT, folder)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(left)
+    data, whole = document(capsys, str(folder)), document(capsys, "default")
+    assert data.pop("checkpoint")["bytes"] == left and whole.pop("checkpoint")["bytes"] > left
+    assert data == whole
+
+
+def test_a_folder_wins_over_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder called 2.7b here is described itself; elsewhere the name, in either case, is the published shape."""
+    assert document(capsys, "2.7B") == document(capsys, "2.7b")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DEFAULT, tmp_path / "2.7b")
+    assert document(capsys, "2.7b")["config"]["hidden_size"] == 64
