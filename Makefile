@@ -30,11 +30,12 @@ check-tools:  ## Say which Debian package is missing
 	$(call require_tools)
 
 # The stamps: install again only when the requirements changed.
-$(VENV)/.installed-run: pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE)
 	$(call require_tools)
 	$(call install,torch)
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt
+$(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE)
 	$(call require_tools)
 	$(call install,test)
 

@@ -123,7 +123,7 @@ def bfloat16(values: Array) -> bytes:
 
 def write_weights(path: Path, tensors: dict[str, Array]) -> None:
     """A safetensors file in bf16 that says its weights are random."""
-    entries = [(name, "BF16", values.shape, lambda values=values: memoryview(bfloat16(values))) for name, values in sorted(tensors.items())]
+    entries = [(name, "BF16", t.shape, lambda t=t: [memoryview(bfloat16(t))]) for name, t in sorted(tensors.items())]
     write_tensors(path, entries, {"format": "pt", "zamba2_random": "true"})
 
 

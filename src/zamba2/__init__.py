@@ -22,9 +22,10 @@ def load(
 ) -> LanguageModel:  # fmt: skip
     """Load a model: a folder, a ``.pt`` file, a Hub id, an alias such as "2.7b-instruct", or "default", the embedded one.
 
-    backend: "torch", a loaded ``Backend``, or None to choose. device: as torch names it. dtype: "float32", "bfloat16",
-    "float16" or None for the checkpoint's own. format, adapter: packed weights and run-time adapters, which no backend
-    of this version has. Raises Zamba2Error.
+    backend: "native" (packed weights on the CPU), "torch", a loaded ``Backend``, or None: native for packed checkpoints
+    and where a format is given, else torch. format: "q4", "q8" or "bf16" packs the checkpoint into the user's cache on
+    first use. device, dtype ("float32", "bfloat16", "float16"): for torch. adapter: no backend of this version has
+    run-time adapters. Raises Zamba2Error.
     """
     from zamba2.api import load as load_model
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error, notice
@@ -11,11 +14,16 @@ from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend
 from zamba2.weights.files import TensorFile
+from zamba2.weights.formats import Format, format_named
 from zamba2.weights.hub import resolve
+from zamba2.weights.packed import is_packed, quantize
+
+if TYPE_CHECKING:
+    from zamba2.runtime.native import NativeBackend
 
 __all__ = ["load", "read_config"]
 
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "native")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -24,8 +32,6 @@ def load(
     format: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """See ``zamba2.load``."""
-    if format is not None:
-        raise Zamba2Error(f"format is {format!r}; packed formats need the native engine, which this version does not have: leave it out.")
     if adapter is not None:
         raise Zamba2Error(f"adapter is {adapter!r}; no backend of this version has run-time adapters: leave it out.")
     if isinstance(backend, str) and backend not in BACKENDS:
@@ -33,13 +39,55 @@ def load(
     path = checkpoint_in(resolve(source, revision=revision, offline=offline))
     config = read_config(path)
     tokenizer = tokenizer_of(path, config)
-    chosen: Backend = (
-        torch_backend()(path, config=config, device=device, dtype=dtype) if backend is None or isinstance(backend, str) else backend
-    )
-    model = LanguageModel(chosen, tokenizer, name=str(source), is_random=is_random(path))
+    random = is_random(path)
+    if not is_packed(path) and (format is not None or backend == "native"):
+        path = packed_copy(path, format_named(format or "q8"))
+    chosen: Backend
+    if backend is not None and not isinstance(backend, str):
+        chosen = backend
+    elif is_packed(path):
+        chosen = native_backend(path, config, format, backend, device, dtype)
+    else:
+        chosen = torch_backend()(path, config=config, device=device, dtype=dtype)
+    model = LanguageModel(chosen, tokenizer, name=str(source), is_random=random)
     if model.is_random:
         notice("this model has random weights: its words are noise (load a real one with --model, such as 2.7b-instruct).")
     return model
+
+
+def native_backend(
+    path: Path, config: Config, format: str | None, backend: str | None, device: str | None, dtype: str | None
+) -> NativeBackend:
+    """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
+    if backend == "torch":
+        raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
+    if device not in (None, "cpu"):
+        raise Zamba2Error(f"device is {device!r}; packed checkpoints run on the CPU: leave it out.")
+    if dtype is not None:
+        raise Zamba2Error(f"dtype is {dtype!r}; a packed checkpoint has its format: leave it out.")
+    try:
+        from zamba2.runtime.native import NativeBackend
+    except ImportError as error:
+        raise Zamba2Error(f"the native engine is not installed ({error}); install the package with a C++ compiler present.") from None
+    native = NativeBackend(path, config)
+    if format is not None and native.format.name != format:
+        raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
+    return native
+
+
+def packed_copy(path: Path, format: Format) -> Path:
+    """A packed copy of a checkpoint folder in the user's cache, made on first use. Raises Zamba2Error."""
+    if path.is_file():
+        raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it for the native engine.")
+    files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    name = hashlib.sha256(json.dumps([format.name, marks]).encode()).hexdigest()[:20]
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    target = Path(base) / "zamba2" / "packed" / f"{format.name}-{name}"
+    if not is_packed(target):
+        notice(f"packing {path} as {format.name} into {target}, once.")
+        quantize(path, target, format)
+    return target
 
 
 def torch_backend() -> Any:

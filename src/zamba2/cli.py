@@ -29,6 +29,7 @@ Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit on 
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already downloaded.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; chosen by itself if not given.")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
+FormatName = Annotated[Optional[str], typer.Option("--format", help="q4, q8 or bf16: run packed on the CPU, packing on first use.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")]
@@ -67,6 +68,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of the text.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    format: FormatName = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -89,7 +91,7 @@ def generate(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
     )  # fmt: skip
-    where = {"device": device, "dtype": dtype, "revision": revision, "offline": offline}
+    where = {"device": device, "dtype": dtype, "format": format, "revision": revision, "offline": offline}
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
 
@@ -110,6 +112,7 @@ def chat(
     stop: Stop = None,
     device: Device = None,
     dtype: Dtype = None,
+    format: FormatName = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -128,7 +131,7 @@ def chat(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop,
     )  # fmt: skip
-    main(model, {"device": device, "dtype": dtype, "revision": revision, "offline": offline}, system, options)
+    main(model, {"device": device, "dtype": dtype, "format": format, "revision": revision, "offline": offline}, system, options)
 
 
 @app.command()
@@ -167,6 +170,27 @@ def download(
     from zamba2.weights.hub import resolve
 
     print(resolve(model, revision=revision))
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Alias, Hub id or folder of the checkpoint to pack.")],
+    target: Annotated[Path, typer.Argument(help="New folder for the packed checkpoint.")],
+    format: Annotated[str, typer.Option("--format", help="q4 (4.5 bits a weight), q8 (8.5) or bf16 (16).")] = "q4",
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Pack a checkpoint for the native CPU engine.
+
+    Examples:
+
+        zamba2 quantize 2.7b-instruct ./zamba2-q4
+
+        zamba2 quantize ./my-finetune ./my-finetune-q8 --format q8
+    """
+    from zamba2.commands.quantize import main
+
+    main(source, target, format, revision=revision, offline=offline)
 
 
 def version(wanted: bool) -> None:

@@ -70,8 +70,8 @@ class TorchState:
             tensors |= {f"{kind}.{i}": t for i, t in enumerate(getattr(self.inner, kind)) if t is not None}
         tensors |= {f"kv.{j}": t for j, kv in enumerate(self.inner.kv) if (t := kv.tensor()) is not None}
 
-        def produce(tensor: Tensor) -> memoryview:
-            return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        def produce(tensor: Tensor) -> list[memoryview]:
+            return [tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data]
 
         entries = [(name, DTYPE_NAMES[t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors.items()]
         about = {"kind": "state", "version": STATE_VERSION, "position": self.position, "model": self.backend.fingerprint, "note": note}

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zamba2.config import PRESETS, Config, read_json
+from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Zamba2
-from zamba2.weights.files import TensorFile, replacing, write_tensors
-from zamba2.weights.names import hub_names, standalone_names
+from zamba2.weights.files import replacing, write_tensors
+from zamba2.weights.hub_files import HubFiles
+from zamba2.weights.names import hub_names, parameter_shapes, standalone_names
 
 __all__ = ["load_model", "read_config", "save_checkpoint"]
 
@@ -27,60 +28,27 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # fp32 whatever the model's dtype: small, and what exponents, recurrences and norms depend on (FACTS 2)
 FP32_PARTS = ("A_log", "D", "dt_bias", "norm.weight", "layernorm.weight", "conv1d.weight", "conv1d.bias")
-IGNORED = (".rotary_emb.inv_freq",)  # buffers that some writers store; they follow from the config
 SHARD_BYTES = 5_000_000_000
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
-class SafetensorsSource:
-    """A folder's model.safetensors, or the shards that model.safetensors.index.json names."""
+Plan = dict[str, tuple[str, int | None]]  # model parameter -> stored name and part of it
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
-        self.files: dict[str, TensorFile] = {}
-        if single.exists() or not index.exists():
-            file = TensorFile(single)
-            self.files = dict.fromkeys(file.entries, file)
-            shards = [file]
-        else:
-            opened = self._open_shards(folder, index)
-            shards = list({id(file): file for file in opened.values()}.values())
-            self.files = opened
-        entries = {name: file.entries[name] for name, file in self.files.items()}
-        for name, entry in entries.items():
-            if entry.dtype not in DTYPES and not name.endswith(IGNORED):
-                raise Zamba2Error(f"{self.files[name].path}: tensor {name} has dtype {entry.dtype}; one of {', '.join(DTYPES)} is needed.")
-        self.shapes = {name: entry.shape for name, entry in entries.items()}
-        self.dtypes = {name: DTYPES[entry.dtype] for name, entry in entries.items() if entry.dtype in DTYPES}
-        self.metadata = {key: value for file in shards for key, value in file.metadata.items()}
 
-    @staticmethod
-    def _open_shards(folder: Path, index: Path) -> dict[str, TensorFile]:
-        data = read_json(index)
-        weight_map = data.get("weight_map") if isinstance(data, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise Zamba2Error(f"{index} has no weight_map; the index of a sharded checkpoint maps tensor names to file names.")
-        shards: dict[str, TensorFile] = {}
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
-                raise Zamba2Error(f"{index} puts tensor {tensor} into {name!r}; a plain file name in the same folder is needed.")
-            if name not in shards:
-                if not (folder / name).exists():
-                    raise Zamba2Error(f"{folder / name} does not exist, but {index.name} names it; download the checkpoint again.")
-                shards[name] = TensorFile(folder / name)
-            if tensor not in shards[name].entries:
-                raise Zamba2Error(f"{folder / name} has no tensor {tensor}, but {index.name} says so; download the checkpoint again.")
-        return {tensor: shards[name] for tensor, name in weight_map.items()}
+class HubSource:
+    """A folder in the Hub's layout."""
 
-    def tensor(self, name: str, *, mapped: bool) -> Tensor:
-        file = self.files[name]
-        entry = file.entries[name]
-        dtype = DTYPES[entry.dtype]
-        if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=dtype)
+    def __init__(self, files: HubFiles) -> None:
+        self.files = files
+        self.plan: Plan = {parameter: (stored, None) for parameter, stored in files.stored.items()}
+
+    def dtype(self, stored: str) -> torch.dtype:
+        return DTYPES[self.files.entry(stored).dtype]
+
+    def tensor(self, stored: str, *, mapped: bool) -> Tensor:
+        entry, dtype = self.files.entry(stored), self.dtype(stored)
         mapped = mapped and entry.start % dtype.itemsize == 0
-        data = file.map(name) if mapped else file.read(name)
+        data = self.files.map(stored) if mapped else self.files.read(stored)
         return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
 
@@ -101,15 +69,37 @@ class StandaloneSource:
             raise Zamba2Error(f"{path} does not hold named tensors; a standalone Zamba2 state dict is needed.")
         self.path = path
         self.data: dict[str, Tensor] = data
-        self.shapes = {name: tuple(t.shape) for name, t in data.items()}
-        self.dtypes = {name: t.dtype for name, t in data.items()}
+        self.plan: Plan = {}
 
-    def tensor(self, name: str, *, mapped: bool) -> Tensor:
-        return self.data[name] if mapped else self.data[name].clone()
+    def fits(self, config: Config) -> bool:
+        """Whether the tensors' shapes are those of a config."""
+        names, shapes = standalone_names(config), parameter_shapes(config)
+        stored = {name: self.data.get(stored) for name, (stored, part) in names.items() if part is None}
+        return all(tensor is not None and tuple(tensor.shape) == shapes[name] for name, tensor in stored.items())
 
+    def match(self, config: Config) -> None:
+        """Fill ``plan``. Raises Zamba2Error naming the tensor that is missing, misshapen or no float."""
+        if not config.tie_word_embeddings:
+            raise Zamba2Error(f"{self.path} has no lm_head.weight: standalone checkpoints tie it, and the config must say so.")
+        if len(self.data) < config.num_hidden_layers:  # before a hostile config has thousands of layers built
+            raise Zamba2Error(f"{self.path} has {len(self.data)} tensors, too few for {config.num_hidden_layers} layers.")
+        shapes, rows = parameter_shapes(config), config.attention_hidden_size + 2 * config.kv_dim
+        for name, (stored, part) in standalone_names(config).items():
+            if stored not in self.data:
+                raise Zamba2Error(f"{self.path} has no tensor {stored}; a complete standalone Zamba2 checkpoint is needed.")
+            shape = shapes[name] if part is None else (rows, config.attention_hidden_size)
+            tensor = self.data[stored]
+            if tuple(tensor.shape) != shape:
+                raise Zamba2Error(f"{self.path}: tensor {stored} has shape {list(tensor.shape)}; the config needs {list(shape)}.")
+            if tensor.dtype not in DTYPE_NAMES:
+                raise Zamba2Error(f"{self.path}: tensor {stored} has dtype {tensor.dtype}; a floating-point one is needed.")
+            self.plan[name] = (stored, part)
 
-# Named tensors read on demand; ``tensor(name, mapped=True)`` may be backed by the file and must not be written to.
-Source = SafetensorsSource | StandaloneSource
+    def dtype(self, stored: str) -> torch.dtype:
+        return self.data[stored].dtype
+
+    def tensor(self, stored: str, *, mapped: bool) -> Tensor:
+        return self.data[stored] if mapped else self.data[stored].clone()
 
 
 def read_config(path: Path) -> Config:
@@ -119,18 +109,11 @@ def read_config(path: Path) -> Config:
     beside = path.parent / "config.json"
     if beside.exists():
         return Config.from_file(beside)
-    return _preset_of(StandaloneSource(path))
-
-
-def _preset_of(source: StandaloneSource) -> Config:
+    source = StandaloneSource(path)
     for config in PRESETS.values():
-        names = standalone_names(config)
-        with torch.device("meta"):
-            shapes = {name: tuple(p.shape) for name, p in Zamba2(config).named_parameters()}
-        fits = (source.shapes.get(names[name][0]) == shape for name, shape in shapes.items() if names[name][1] is None)
-        if all(fits):
+        if source.fits(config):
             return config
-    raise Zamba2Error(f"{source.path} fits none of the published shapes ({', '.join(PRESETS)}); put the model's config.json beside it.")
+    raise Zamba2Error(f"{path} fits none of the published shapes ({', '.join(PRESETS)}); put the model's config.json beside it.")
 
 
 def load_model(
@@ -145,18 +128,19 @@ def load_model(
     """
     config = config or read_config(path)
     device = torch.device(device)
-    source = StandaloneSource(path) if path.is_file() else SafetensorsSource(path)
-    if len(source.shapes) < config.num_hidden_layers:  # before a hostile config has millions of layers built
-        raise Zamba2Error(f"{path} has {len(source.shapes)} tensors, too few for the {config.num_hidden_layers} layers of its config.")
+    source: HubSource | StandaloneSource
+    if path.is_file():
+        source = StandaloneSource(path)
+        source.match(config)
+    else:
+        source = HubSource(HubFiles(path, config))
     with torch.device("meta"):
         model = Zamba2(config, ops=ops)
-    loader = _standalone_parameters if path.is_file() else _hub_parameters
-    plan = loader(path, source, config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     if dtype is None:
-        dtype = source.dtypes[plan["embed_tokens.weight"][0]]
-    for name, (stored, part) in plan.items():
+        dtype = source.dtype(source.plan["embed_tokens.weight"][0])
+    for name, (stored, part) in source.plan.items():
         wanted = torch.float32 if name.endswith(FP32_PARTS) and dtype.itemsize < 4 else dtype
-        mapped = device.type == "cpu" and source.dtypes[stored] == wanted and not name.endswith(unmapped)
+        mapped = device.type == "cpu" and source.dtype(stored) == wanted and not name.endswith(unmapped)
         tensor = source.tensor(stored, mapped=mapped or part is not None)
         if part is not None:
             tensor = _deinterleave(tensor, config, part)
@@ -178,65 +162,6 @@ def _deinterleave(qkv: Tensor, config: Config, part: int) -> Tensor:
     return chosen
 
 
-Plan = dict[str, tuple[str, int | None]]  # model parameter -> stored name and part of it
-
-
-def _hub_parameters(path: Path, source: Source, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    stored_names = set(source.shapes)
-    if any(name.startswith(("model.blocks.", "model.linear_layers.", "model.mamba_layers.")) for name in stored_names):
-        raise Zamba2Error(f"{path} holds tensors of an old Zamba2 layout; take the current revision of the checkpoint from the Hub.")
-    if "decoder.final_layernorm.weight" in stored_names:
-        raise Zamba2Error(f"{path} holds the standalone layout in safetensors; the Hub's layout or the .pt file itself is needed.")
-    plan: Plan = {}
-    known: set[str] = {"lm_head.weight"}
-    for name, candidates in hub_names(config).items():
-        present = [c for c in candidates if c in stored_names]
-        known.update(candidates)
-        if not present:
-            where = f" (or under another layer of the same shared block, {len(candidates)} in all)" if len(candidates) > 1 else ""
-            raise Zamba2Error(f"{path} has no tensor {candidates[0]}{where}; a complete checkpoint is needed.")
-        for stored in present:
-            _check_shape(path, source, stored, shapes[name])
-        _check_copies(path, source, present)
-        plan[name] = (present[0], None)
-    if config.tie_word_embeddings and "lm_head.weight" in stored_names:
-        _check_shape(path, source, "lm_head.weight", shapes["embed_tokens.weight"])
-        _check_copies(path, source, ["model.embed_tokens.weight", "lm_head.weight"])
-    unexpected = sorted(n for n in stored_names - known if not n.endswith(IGNORED))
-    if unexpected:
-        raise Zamba2Error(
-            f"{path} has {len(unexpected)} tensors that this config does not use, such as {unexpected[0]}; "
-            f"config.json and the weights must belong together."
-        )
-    return plan
-
-
-def _standalone_parameters(path: Path, source: Source, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> Plan:
-    plan: Plan = dict(standalone_names(config))
-    rows = config.attention_hidden_size + 2 * config.kv_dim
-    if not config.tie_word_embeddings:
-        raise Zamba2Error(f"{path} has no lm_head.weight: standalone checkpoints tie it; a config with tie_word_embeddings is needed.")
-    for name, (stored, part) in plan.items():
-        if stored not in source.shapes:
-            raise Zamba2Error(f"{path} has no tensor {stored}; a complete standalone Zamba2 checkpoint is needed.")
-        shape = shapes[name] if part is None else (rows, config.attention_hidden_size)
-        _check_shape(path, source, stored, shape)
-    return plan
-
-
-def _check_shape(path: Path, source: Source, stored: str, shape: tuple[int, ...]) -> None:
-    if source.shapes[stored] != shape:
-        raise Zamba2Error(f"{path}: tensor {stored} has shape {list(source.shapes[stored])}; the config needs {list(shape)}.")
-    if source.dtypes.get(stored) not in DTYPE_NAMES:
-        raise Zamba2Error(f"{path}: tensor {stored} has dtype {source.dtypes.get(stored)}; a floating-point one is needed.")
-
-
-def _check_copies(path: Path, source: Source, names: list[str]) -> None:
-    for other in names[1:]:
-        if not torch.equal(source.tensor(names[0], mapped=True), source.tensor(other, mapped=True)):
-            raise Zamba2Error(
-                f"{path}: {names[0]} and {other} differ, but the model shares one weight; a checkpoint with tied weights is needed."
-            )
 
 
 def save_checkpoint(
@@ -285,9 +210,9 @@ def save_checkpoint(
 
 
 def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> None:
-    def produce(tensor: Tensor) -> memoryview:
+    def produce(tensor: Tensor) -> list[memoryview]:
         flat = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous().view(-1).view(torch.uint8)
-        return flat.numpy().data
+        return [flat.numpy().data]
 
     entries = [(name, DTYPE_NAMES[dtype or t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors]
     write_tensors(path, entries, {"format": "pt"})

@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,9 +157,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_tensors(
-    path: Path, tensors: Sequence[tuple[str, str, Sequence[int], Callable[[], memoryview]]], metadata: Mapping[str, str]
+    path: Path, tensors: Sequence[tuple[str, str, Sequence[int], Callable[[], Iterable[memoryview]]]], metadata: Mapping[str, str]
 ) -> None:
-    """Write a safetensors file, one tensor in memory at a time. tensors: (name, dtype, shape, function giving the bytes)."""
+    """Write a safetensors file, one piece in memory at a time. tensors: (name, dtype, shape, function giving the bytes in pieces)."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape, _ in tensors:
@@ -174,10 +174,12 @@ def write_tensors(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for name, _, _, produce in tensors:
-            data = produce()
             begin, end = header[name]["data_offsets"]
-            if data.nbytes != end - begin:
-                raise ValueError(f"tensor {name} has {data.nbytes} bytes, its shape and dtype need {end - begin}")
-            file.write(data)
+            written = 0
+            for piece in produce():
+                file.write(piece)
+                written += piece.nbytes
+            if written != end - begin:
+                raise ValueError(f"tensor {name} has {written} bytes, its shape and dtype need {end - begin}")
         file.flush()
         os.fsync(file.fileno())

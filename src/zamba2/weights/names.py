@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from zamba2.config import Config
 
-__all__ = ["hub_names", "standalone_names"]
+__all__ = ["hub_names", "parameter_shapes", "standalone_names"]
 
 MIXER = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight", "out_proj.weight")
 
@@ -38,6 +38,33 @@ def _block_parameters(config: Config, positions: list[int]) -> list[str]:
     if config.use_shared_attention_adapter:
         lists += [f"self_attn.linear_{p}_adapter_list" for p in "qkv"]
     return names + [f"{own}.{j}.{half}.weight" for own in lists for j in positions for half in (0, 1)]
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Model parameter -> its shape, as the model declares them."""
+    hidden, wide, inner, rank = config.hidden_size, config.attention_hidden_size, config.intermediate_size, config.adapter_rank
+    conv = config.conv_dim
+    ends: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config.vocab_size, hidden), "lm_head.weight": (config.vocab_size, hidden),
+        "final_layernorm.weight": (hidden,), "linear.weight": (hidden, hidden), "pre_ff_layernorm.weight": (hidden,),
+        "mamba.in_proj.weight": (config.in_proj_dim, hidden), "mamba.out_proj.weight": (hidden, config.d_inner),
+        "mamba.conv1d.weight": (conv, 1, config.mamba_d_conv), "mamba.conv1d.bias": (conv,), "mamba.norm.weight": (config.d_inner,),
+        "mamba.dt_bias": (config.n_mamba_heads,), "mamba.A_log": (config.n_mamba_heads,), "mamba.D": (config.n_mamba_heads,),
+        "self_attn.q_proj.weight": (wide, wide), "self_attn.k_proj.weight": (config.kv_dim, wide),
+        "self_attn.v_proj.weight": (config.kv_dim, wide), "self_attn.o_proj.weight": (hidden, wide),
+        "feed_forward.gate_up_proj.weight": (2 * inner, hidden), "feed_forward.down_proj.weight": (hidden, inner),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in hub_names(config):
+        parts = name.split(".")
+        if name.endswith("input_layernorm.weight"):
+            shapes[name] = (hidden,) if parts[0] == "layers" else (wide,)
+        elif "_adapter_list" in name:
+            inputs, outputs = (hidden, 2 * inner) if "gate_up" in name else (wide, wide)
+            shapes[name] = (rank, inputs) if parts[-2] == "0" else (outputs, rank)
+        else:
+            shapes[name] = next(shape for end, shape in ends.items() if name.endswith(end))
+    return shapes
 
 
 def standalone_names(config: Config) -> dict[str, tuple[str, int | None]]:

@@ -1,0 +1,167 @@
+// The engine as the Python module zamba2._engine.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "engine.h"
+
+namespace nb = nanobind;
+using namespace zamba2;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix2 = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Matrix2 owned(std::unique_ptr<float[]> data, size_t rows, size_t cols) {
+  float* raw = data.release();
+  nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return Matrix2(raw, {rows, cols}, owner);
+}
+
+Config config_of(const nb::dict& d) {
+  auto whole = [&](const char* key) { return nb::cast<int>(d[key]); };
+  Config c;
+  c.hidden_size = whole("hidden_size");
+  c.num_hidden_layers = whole("num_hidden_layers");
+  c.vocab_size = whole("vocab_size");
+  c.num_mem_blocks = whole("num_mem_blocks");
+  c.mamba_d_state = whole("mamba_d_state");
+  c.n_mamba_heads = whole("n_mamba_heads");
+  c.mamba_headdim = whole("mamba_headdim");
+  c.mamba_ngroups = whole("mamba_ngroups");
+  c.mamba_d_conv = whole("mamba_d_conv");
+  c.d_inner = whole("d_inner");
+  c.conv_dim = whole("conv_dim");
+  c.in_proj_dim = whole("in_proj_dim");
+  c.num_attention_heads = whole("num_attention_heads");
+  c.num_key_value_heads = whole("num_key_value_heads");
+  c.attention_head_dim = whole("attention_head_dim");
+  c.intermediate_size = whole("intermediate_size");
+  c.adapter_rank = whole("adapter_rank");
+  c.rms_norm_eps = nb::cast<float>(d["rms_norm_eps"]);
+  c.attention_scale = nb::cast<float>(d["attention_scale"]);
+  c.rope_base = nb::cast<double>(d["rope_base"]);
+  c.use_mem_rope = nb::cast<bool>(d["use_mem_rope"]);
+  c.use_shared_attention_adapter = nb::cast<bool>(d["use_shared_attention_adapter"]);
+  c.tie_word_embeddings = nb::cast<bool>(d["tie_word_embeddings"]);
+  c.hybrid_layer_ids = nb::cast<std::vector<int>>(d["hybrid_layer_ids"]);
+  return c;
+}
+
+// Tensors of a state by name: conv (layers, taps - 1, conv_dim), ssm (layers, heads * P, N) and, per position, k and v (heads * length, d) bf16 bits.
+nb::dict export_state(const State& state, const Engine& engine) {
+  const Config& c = engine.config;
+  nb::dict d;
+  auto floats = [](const std::vector<float>& v) {
+    auto data = std::make_unique<float[]>(v.size());
+    std::copy(v.begin(), v.end(), data.get());
+    return owned(std::move(data), 1, v.size());
+  };
+  if (state.conv) d["conv"] = floats(*state.conv);
+  if (state.ssm) d["ssm"] = floats(*state.ssm);
+  for (size_t j = 0; j < state.caches.size(); ++j) {
+    const Cache& cache = state.caches[j];
+    if (!cache.buffer) continue;
+    const size_t dim = static_cast<size_t>(c.attention_head_dim), heads = static_cast<size_t>(c.num_key_value_heads), length = static_cast<size_t>(cache.length);
+    for (int part = 0; part < 2; ++part) {
+      const std::vector<uint16_t>& from = part ? cache.buffer->values : cache.buffer->keys;
+      uint16_t* data = new uint16_t[heads * length * dim];
+      for (size_t h = 0; h < heads; ++h) std::copy_n(from.begin() + static_cast<ptrdiff_t>(h * static_cast<size_t>(cache.buffer->capacity) * dim), length * dim, data + h * length * dim);
+      nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); });
+      d[((part ? "values." : "keys.") + std::to_string(j)).c_str()] = nb::ndarray<nb::numpy, uint16_t, nb::ndim<1>>(data, {heads * length * dim}, owner);
+    }
+  }
+  return d;
+}
+
+State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const std::vector<nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>& kv) {
+  const Config& c = engine.config;
+  State state = engine.new_state();
+  const size_t layers = static_cast<size_t>(c.num_hidden_layers), dim = static_cast<size_t>(c.attention_head_dim), heads = static_cast<size_t>(c.num_key_value_heads);
+  const size_t length = static_cast<size_t>(position);
+  if (position < 1 || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state ||
+      kv.size() != 2 * state.caches.size())
+    throw std::invalid_argument("the saved state does not fit the model");
+  state.position = position;
+  state.conv = std::make_shared<std::vector<float>>(conv.data(), conv.data() + conv.size());
+  state.ssm = std::make_shared<std::vector<float>>(ssm.data(), ssm.data() + ssm.size());
+  for (size_t j = 0; j < state.caches.size(); ++j) {
+    if (kv[2 * j].size() != heads * length * dim || kv[2 * j + 1].size() != heads * length * dim) throw std::invalid_argument("the saved state does not fit the model");
+    auto buffer = std::make_shared<Buffer>();
+    buffer->capacity = buffer->used = position;
+    buffer->keys.assign(kv[2 * j].data(), kv[2 * j].data() + kv[2 * j].size());
+    buffer->values.assign(kv[2 * j + 1].data(), kv[2 * j + 1].data() + kv[2 * j + 1].size());
+    state.caches[j] = {buffer, position};
+  }
+  return state;
+}
+
+}  // namespace
+
+NB_MODULE(_engine, m) {
+  m.doc() = "Zamba2 on a CPU: packed weights, one state per sequence.";
+  m.def("available", [] {
+    nb::list names;
+    for (const char* name : available_kernels()) names.append(name);
+    return names;
+  }, "Instruction sets that this machine and build have, the best last.");
+  m.def("chosen", [] { return std::string(kernels().name); }, "The instruction set in use: the best, or what ZAMBA2_ISA names.");
+
+  nb::class_<State>(m, "State")
+      .def_ro("position", &State::position)
+      .def_prop_ro("nbytes", &State::bytes)
+      .def("copy", [](const State& s) { return State(s); });
+
+  nb::class_<Engine>(m, "Engine")
+      .def("__init__", [](Engine* self, const nb::dict& config, int threads, const std::string& isa) {
+        const Kernels* k = isa.empty() ? &kernels() : find_kernels(isa.c_str());
+        if (!k) throw std::invalid_argument("this machine has no instruction set " + isa);
+        if (threads < 1 || threads > 1024) throw std::invalid_argument("the number of threads must lie between 1 and 1024");
+        new (self) Engine(config_of(config), threads, *k);
+      }, nb::arg("config"), nb::arg("threads"), nb::arg("isa") = "")
+      .def("set_matrix", [](Engine& e, const std::string& name, int format, Bytes data) {
+        if (format < 0 || format > 2) throw std::invalid_argument("there is no such format");
+        e.set_matrix(name, static_cast<Format>(format), data.data(), data.size());
+      }, nb::keep_alive<1, 4>())
+      .def("set_vector", [](Engine& e, const std::string& name, Floats data) { e.set_vector(name, data.data(), data.size()); })
+      .def("check_complete", &Engine::check_complete)
+      .def_prop_ro("threads", &Engine::threads)
+      .def_prop_ro("isa", [](const Engine& e) { return std::string(e.kernels.name); })
+      .def("new_state", &Engine::new_state)
+      .def("observe", [](Engine& e, nb::object f) {
+        if (f.is_none()) e.observer = nullptr;
+        else e.observer = [f](const std::string& name, const float* data, int rows, int cols) {
+          nb::gil_scoped_acquire hold;
+          auto copy = std::make_unique<float[]>(static_cast<size_t>(rows) * cols);
+          std::copy_n(data, static_cast<size_t>(rows) * cols, copy.get());
+          f(name, owned(std::move(copy), static_cast<size_t>(rows), static_cast<size_t>(cols)));
+        };
+      }, nb::arg("function").none())
+      .def("forward", [](Engine& e, const std::vector<State*>& states, const std::vector<Tokens>& tokens, const std::vector<int>& wanted) {
+        if (states.size() != tokens.size() || states.size() != wanted.size()) throw std::invalid_argument("states, tokens and wanted must be as many");
+        std::vector<Call> calls;
+        size_t rows = 0;
+        for (size_t i = 0; i < states.size(); ++i) {
+          const int length = static_cast<int>(tokens[i].size());
+          if (!states[i] || length < 1 || wanted[i] < 0 || wanted[i] > length) throw std::invalid_argument("a call needs a state, tokens and 0 to all of their logits");
+          if (states[i]->caches.size() != e.config.hybrid_layer_ids.size()) throw std::invalid_argument("the state belongs to another model");
+          for (int t = 0; t < length; ++t)
+            if (tokens[i].data()[t] < 0 || tokens[i].data()[t] >= e.config.vocab_size) throw std::invalid_argument("a token id is out of range");
+          calls.push_back({states[i], tokens[i].data(), length, wanted[i]});
+          rows += static_cast<size_t>(wanted[i]);
+        }
+        auto logits = std::make_unique<float[]>(rows * static_cast<size_t>(e.config.vocab_size));
+        {
+          nb::gil_scoped_release release;
+          e.forward(calls, logits.get());
+        }
+        return owned(std::move(logits), rows, static_cast<size_t>(e.config.vocab_size));
+      })
+      .def("export_state", [](const Engine& e, const State& s) { return export_state(s, e); })
+      .def("import_state", &import_state);
+}

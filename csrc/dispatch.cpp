@@ -1,0 +1,72 @@
+// The one place where an instruction set is chosen.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace zamba2 {
+namespace {
+
+#if defined(__x86_64__)
+bool amx_allowed() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool allowed = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  unsigned a = 7, b, c = 0, d;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+}
+#endif
+
+}  // namespace
+
+std::vector<const char*> available_kernels() {
+  std::vector<const char*> names{"scalar"};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  if (avx512) names.push_back("avx512");
+  if (avx512 && has_amx() && amx_allowed()) names.push_back("amx");
+#endif
+  return names;
+}
+
+const Kernels* find_kernels(const char* name) {
+  for (const char* available : available_kernels())
+    if (std::string(available) == name) {
+      const Kernels* all[] = {
+          kScalar,
+#if defined(__x86_64__)
+          kAvx2, kAvx512, kAmx,
+#endif
+      };
+      for (const Kernels* k : all)
+        if (std::string(k->name) == name) return k;
+    }
+  return nullptr;
+}
+
+const Kernels& kernels() {
+  const char* wanted = std::getenv("ZAMBA2_ISA");
+  const std::string name = wanted && *wanted ? wanted : available_kernels().back();
+  if (const Kernels* found = find_kernels(name.c_str())) return *found;
+  std::string names;
+  for (const char* available : available_kernels()) names += std::string(names.empty() ? "" : ", ") + available;
+  throw std::runtime_error("ZAMBA2_ISA is '" + name + "'; this machine and build have " + names);
+}
+
+}  // namespace zamba2

@@ -1,0 +1,557 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace zamba2 {
+
+namespace {
+
+constexpr float kMixerEps = 1e-5f;    // fixed, whatever the config's own epsilon is
+constexpr size_t kPanelBytes = 1 << 20;  // of dequantized weights, so that they stay in a second-level cache
+
+float half_to_float(uint16_t h) {
+  const float sign = h & 0x8000 ? -1.0f : 1.0f;
+  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24));
+}
+
+// One row of a packed matrix as floats.
+void read_row(const Matrix& w, int row, float* out) {
+  const uint8_t* block = w.data + w.block_bytes() * static_cast<size_t>(row / 16);
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + w.code_bytes());
+  const int lane = row % 16;
+  for (int c = 0; c < w.cols; ++c) {
+    const int g = c / 32, k = c % 32;
+    if (w.format == Format::bf16) {
+      uint16_t value;
+      std::memcpy(&value, block + static_cast<size_t>(g) * 1024 + (k / 2) * 64 + lane * 4 + (k % 2) * 2, 2);
+      const uint32_t bits = static_cast<uint32_t>(value) << 16;
+      std::memcpy(&out[c], &bits, 4);
+      continue;
+    }
+    int code;
+    if (w.format == Format::q8) {
+      code = block[static_cast<size_t>(g) * 512 + (k / 4) * 64 + lane * 4 + k % 4] - 128;
+    } else {
+      const int kk = k % 16;
+      const uint8_t byte = block[static_cast<size_t>(g) * 256 + (kk / 4) * 64 + lane * 4 + kk % 4];
+      code = (k < 16 ? byte & 15 : byte >> 4) - 8;
+    }
+    uint16_t scale;
+    std::memcpy(&scale, scales + g * 16 + lane, 2);
+    out[c] = static_cast<float>(code) * half_to_float(scale);
+  }
+}
+
+}  // namespace
+
+struct Engine::Buffers {
+  std::vector<float> x, x0, square0, u, left, right, hoisted[2], qkv, attended, o, m, projected, adapted, low, f, t, proj, xbc, dt, y, gated, scores, final, scale;
+  std::vector<bool> ready;
+  std::vector<float> cosines, sines;
+};
+
+Engine::~Engine() = default;
+
+size_t State::bytes() const {
+  size_t total = (conv ? conv->size() : 0) * 4 + (ssm ? ssm->size() : 0) * 4;
+  for (const Cache& cache : caches)
+    if (cache.buffer) total += (cache.buffer->keys.size() + cache.buffer->values.size()) * 2;
+  return total;
+}
+
+Engine::Engine(const Config& c, int threads, const Kernels& k) : config(c), kernels(k), pool_(threads), b_(std::make_unique<Buffers>()) {
+  panels_.resize(static_cast<size_t>(pool_.size()));
+  scratch_.assign(static_cast<size_t>(pool_.size()), std::vector<float>(chunk_scratch(c.mamba_headdim, c.mamba_d_state)));
+  const int hidden = c.hidden_size, wide = 2 * hidden, positions = static_cast<int>(c.hybrid_layer_ids.size());
+  auto matrix = [&](const std::string& name, Matrix& m, int rows, int cols) {
+    m.rows = rows;
+    m.cols = cols;
+    matrices_[name] = &m;
+  };
+  auto vector = [&](const std::string& name, std::vector<float>& v, int count) { vectors_[name] = {&v, static_cast<size_t>(count)}; };
+  matrix("embed_tokens.weight", embeddings_, c.vocab_size, hidden);
+  if (!c.tie_word_embeddings) matrix("lm_head.weight", head_, c.vocab_size, hidden);
+  vector("final_layernorm.weight", final_norm_, hidden);
+  layers_.resize(static_cast<size_t>(c.num_hidden_layers));
+  blocks_.resize(static_cast<size_t>(std::min(c.num_mem_blocks, positions)));
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    Layer& layer = layers_[static_cast<size_t>(i)];
+    layer.index = i;
+    const auto found = std::find(c.hybrid_layer_ids.begin(), c.hybrid_layer_ids.end(), i);
+    const std::string name = "layers." + std::to_string(i);
+    if (found != c.hybrid_layer_ids.end()) {
+      layer.position = static_cast<int>(found - c.hybrid_layer_ids.begin());
+      layer.block = layer.position % c.num_mem_blocks;
+      matrix(name + ".linear.weight", layer.linear, hidden, hidden);
+    }
+    Mixer& m = layer.mamba;
+    vector(name + ".input_layernorm.weight", layer.norm, hidden);
+    matrix(name + ".mamba.in_proj.weight", m.in_proj, c.in_proj_dim, hidden);
+    matrix(name + ".mamba.out_proj.weight", m.out_proj, hidden, c.d_inner);
+    vector(name + ".mamba.conv1d.weight", m.conv_weight, c.conv_dim * c.mamba_d_conv);
+    vector(name + ".mamba.conv1d.bias", m.conv_bias, c.conv_dim);
+    vector(name + ".mamba.dt_bias", m.dt_bias, c.n_mamba_heads);
+    vector(name + ".mamba.A_log", m.A, c.n_mamba_heads);
+    vector(name + ".mamba.D", m.D, c.n_mamba_heads);
+    vector(name + ".mamba.norm.weight", m.norm, c.d_inner);
+  }
+  const int rows = c.q_rows() + 2 * c.kv_rows();
+  for (int b = 0; b < static_cast<int>(blocks_.size()); ++b) {
+    Block& block = blocks_[static_cast<size_t>(b)];
+    const std::string name = "shared_blocks." + std::to_string(b);
+    vector(name + ".input_layernorm.weight", block.norm, wide);
+    vector(name + ".pre_ff_layernorm.weight", block.pre_ff_norm, hidden);
+    matrix(name + ".self_attn.qkv_proj.left.weight", block.left, rows, hidden);
+    matrix(name + ".self_attn.qkv_proj.right.weight", block.right, rows, hidden);
+    matrix(name + ".self_attn.o_proj.weight", block.o_proj, hidden, c.q_rows());
+    matrix(name + ".feed_forward.gate_up_proj.weight", block.gate_up, 2 * c.intermediate_size, hidden);
+    matrix(name + ".feed_forward.down_proj.weight", block.down, hidden, c.intermediate_size);
+    for (int j = b; j < positions; j += c.num_mem_blocks) {
+      const std::string own = ".feed_forward.gate_up_proj_adapter_list." + std::to_string(j);
+      matrix(name + own + ".0.weight", block.adapters[j].down, c.adapter_rank, hidden);
+      matrix(name + own + ".1.weight", block.adapters[j].up, 2 * c.intermediate_size, c.adapter_rank);
+      for (int part = 0; c.use_shared_attention_adapter && part < 3; ++part) {
+        const std::string list = std::string(".self_attn.linear_") + "qkv"[part] + "_adapter_list." + std::to_string(j);
+        matrix(name + list + ".0.weight", block.qkv[part][j].down, c.adapter_rank, wide);
+        matrix(name + list + ".1.weight", block.qkv[part][j].up, part ? c.kv_rows() : c.q_rows(), c.adapter_rank);
+      }
+    }
+  }
+}
+
+void Engine::set_matrix(const std::string& name, Format format, const uint8_t* data, size_t bytes) {
+  const auto found = matrices_.find(name);
+  if (found == matrices_.end()) throw std::invalid_argument("the model has no matrix " + name);
+  Matrix m = *found->second;
+  m.format = format;
+  if (bytes != m.bytes())
+    throw std::invalid_argument("matrix " + name + " has " + std::to_string(bytes) + " bytes; its shape and format need " + std::to_string(m.bytes()));
+  m.data = data;
+  *found->second = m;
+  if (name == "embed_tokens.weight" && config.tie_word_embeddings) head_ = m;
+  seen_[name] = true;
+}
+
+void Engine::set_vector(const std::string& name, const float* data, size_t count) {
+  const auto found = vectors_.find(name);
+  if (found == vectors_.end()) throw std::invalid_argument("the model has no vector " + name);
+  if (count != found->second.second)
+    throw std::invalid_argument("vector " + name + " has " + std::to_string(count) + " values; " + std::to_string(found->second.second) + " are needed");
+  std::vector<float>& v = *found->second.first;
+  v.assign(data, data + count);
+  if (name.ends_with(".A_log"))
+    for (float& a : v) a = -std::exp(a);
+  if (name.ends_with("conv1d.weight")) {  // (C, taps) -> (taps, C), so that a tap's weights lie side by side
+    const size_t taps = static_cast<size_t>(config.mamba_d_conv), n = count / taps;
+    for (size_t i = 0; i < n; ++i)
+      for (size_t tap = 0; tap < taps; ++tap) v[tap * n + i] = data[i * taps + tap];
+  }
+  seen_[name] = true;
+}
+
+void Engine::check_complete() const {
+  for (const auto& [name, unused] : matrices_)
+    if (!seen_.contains(name)) throw std::invalid_argument("matrix " + name + " is missing");
+  for (const auto& [name, unused] : vectors_)
+    if (!seen_.contains(name)) throw std::invalid_argument("vector " + name + " is missing");
+}
+
+State Engine::new_state() const {
+  State state;
+  state.caches.resize(config.hybrid_layer_ids.size());
+  return state;
+}
+
+void Engine::own(State& state) {
+  const size_t layers = static_cast<size_t>(config.num_hidden_layers);
+  auto make = [&](std::shared_ptr<std::vector<float>>& p, size_t count) {
+    if (!p) p = std::make_shared<std::vector<float>>(count, 0.0f);
+    else if (p.use_count() > 1) p = std::make_shared<std::vector<float>>(*p);
+  };
+  make(state.conv, layers * static_cast<size_t>(config.mamba_d_conv - 1) * config.conv_dim);
+  make(state.ssm, layers * static_cast<size_t>(config.d_inner) * config.mamba_d_state);
+}
+
+void Engine::observe(const std::string& name, const float* data, int rows, int cols) {
+  if (observer) observer(name, data, rows, cols);
+}
+
+void Engine::forward(const std::vector<Call>& calls, float* logits) {
+  // Short calls together, in groups that one pass over the weights serves; long ones each by itself. What a token's
+  // arithmetic is depends on its own call's length alone, never on its company.
+  std::vector<float*> outputs;
+  for (const Call& call : calls) {
+    outputs.push_back(logits);
+    logits += static_cast<size_t>(call.logits) * config.vocab_size;
+    own(*call.state);
+  }
+  std::vector<Segment> segments;
+  std::vector<int32_t> tokens;
+  std::vector<int> wanted;
+  std::vector<float*> places;
+  std::vector<float> gathered;
+  auto flush = [&] {
+    if (tokens.empty()) return;
+    gathered.resize(wanted.size() * static_cast<size_t>(config.vocab_size));
+    run(segments, tokens.data(), static_cast<int>(tokens.size()), false, wanted, gathered.data());
+    for (size_t i = 0; i < wanted.size(); ++i)
+      std::memcpy(places[i], gathered.data() + i * config.vocab_size, sizeof(float) * static_cast<size_t>(config.vocab_size));
+    segments.clear();
+    tokens.clear();
+    wanted.clear();
+    places.clear();
+  };
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Call& call = calls[i];
+    if (call.length > kMostRows) {
+      std::vector<int> rows;
+      for (int r = call.length - call.logits; r < call.length; ++r) rows.push_back(r);
+      run({{call.state, 0, call.length}}, call.tokens, call.length, true, rows, outputs[i]);
+      continue;
+    }
+    if (static_cast<int>(tokens.size()) + call.length > 64) flush();
+    const int start = static_cast<int>(tokens.size());
+    segments.push_back({call.state, start, call.length});
+    tokens.insert(tokens.end(), call.tokens, call.tokens + call.length);
+    for (int r = 0; r < call.logits; ++r) {
+      wanted.push_back(start + call.length - call.logits + r);
+      places.push_back(outputs[i] + static_cast<size_t>(r) * config.vocab_size);
+    }
+  }
+  flush();
+}
+
+uint16_t* Engine::panel(int thread, size_t values) {
+  std::vector<uint16_t>& room = panels_[static_cast<size_t>(thread)];
+  if (room.size() < values + 32) room.resize(values + 32);
+  return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+}
+
+void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y) {
+  Activations& a = activations_;
+  a.rows = rows;
+  a.cols = w.cols;
+  const size_t line = static_cast<size_t>(a.stride());
+  if (many && kernels.matrix_units) {
+    a.halves.resize(static_cast<size_t>(rows + 31) / 32 * 32 * line);
+    pool_.share(static_cast<int>((static_cast<size_t>(rows) + 31) / 32 * 32), [&](int first, int last, int) {
+      for (int r = first; r < last; ++r) {
+        uint16_t* to = a.halves.data() + static_cast<size_t>(r) * line;
+        std::fill(to, to + line, uint16_t{0});
+        if (r < rows) kernels.to_bf16(x + static_cast<size_t>(r) * stride, w.cols, to);
+      }
+    });
+    const size_t block_bytes = static_cast<size_t>(w.groups()) * 1024;
+    const int per_panel = std::max(2, static_cast<int>(kPanelBytes / block_bytes) / 2 * 2);
+    const int fair = (w.blocks() + 4 * pool_.size() - 1) / (4 * pool_.size());
+    const int step = std::max(2, std::min(per_panel, (fair + 1) / 2 * 2));
+    pool_.take((w.blocks() + step - 1) / step, [&](int item, int thread) {
+      uint16_t* room = panel(thread, static_cast<size_t>(step) * static_cast<size_t>(w.groups()) * 512);
+      kernels.multiply_many(w, item * step, std::min(w.blocks(), (item + 1) * step), a, y, static_cast<size_t>(w.rows), room);
+    });
+    return;
+  }
+  if (w.format == Format::bf16) {
+    a.values.resize(static_cast<size_t>(rows) * line);
+    for (int r = 0; r < rows; ++r) {
+      float* to = a.values.data() + static_cast<size_t>(r) * line;
+      std::memcpy(to, x + static_cast<size_t>(r) * stride, sizeof(float) * static_cast<size_t>(w.cols));
+      std::fill(to + w.cols, to + line, 0.0f);
+    }
+  } else {
+    const size_t groups = static_cast<size_t>(a.groups());
+    a.codes.resize(static_cast<size_t>(rows) * line);
+    a.scales.resize(static_cast<size_t>(rows) * groups);
+    a.sums.resize(static_cast<size_t>(rows) * groups);
+    auto quantize = [&](int first, int last, int) {
+      for (int r = first; r < last; ++r) {
+        const size_t at = static_cast<size_t>(r);
+        kernels.quantize(x + at * stride, w.cols, a.codes.data() + at * line, a.scales.data() + at * groups, a.sums.data() + at * groups);
+      }
+    };
+    if (rows > 4) pool_.share(rows, quantize);
+    else quantize(0, rows, 0);
+  }
+  if (many) {
+    pool_.take((w.blocks() + 3) / 4, [&](int item, int) {
+      kernels.multiply_many(w, item * 4, std::min(w.blocks(), item * 4 + 4), a, y, static_cast<size_t>(w.rows), nullptr);
+    });
+    return;
+  }
+  pool_.share(w.blocks(), [&](int first, int last, int) {
+    for (int row = 0; row < rows; row += kMostRows)
+      kernels.multiply(w, first, last, a, row, std::min(kMostRows, rows - row), y + static_cast<size_t>(row) * w.rows, static_cast<size_t>(w.rows));
+  });
+}
+
+void Engine::norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y) {
+  auto part = [&](int first, int last, int) {
+    for (int r = first; r < last; ++r) {
+      const float* from = x + static_cast<size_t>(r) * n;
+      const float scale = 1.0f / std::sqrt(kernels.sum_of_squares(from, n) / static_cast<float>(n) + config.rms_norm_eps);
+      kernels.scale_by(from, weight.data(), scale, n, y + static_cast<size_t>(r) * n);
+    }
+  };
+  if (rows > 4) pool_.share(rows, part);
+  else part(0, rows, 0);
+}
+
+void Engine::run(const std::vector<Segment>& segments, const int32_t* tokens, int rows, bool many, const std::vector<int>& wanted, float* logits) {
+  const Config& c = config;
+  Buffers& b = *b_;
+  const size_t n = static_cast<size_t>(rows), hidden = static_cast<size_t>(c.hidden_size);
+  b.x.resize(n * hidden);
+  b.square0.resize(n);
+  b.scale.resize(n);
+  for (int r = 0; r < rows; ++r) read_row(embeddings_, tokens[r], b.x.data() + static_cast<size_t>(r) * hidden);
+  b.x0 = b.x;
+  for (int r = 0; r < rows; ++r) b.square0[static_cast<size_t>(r)] = kernels.sum_of_squares(b.x0.data() + static_cast<size_t>(r) * hidden, c.hidden_size);
+  b.ready.assign(blocks_.size(), false);
+  if (c.use_mem_rope) {
+    const size_t half = static_cast<size_t>(c.attention_head_dim) / 2;
+    b.cosines.resize(n * half);
+    b.sines.resize(n * half);
+    for (const Segment& s : segments)
+      for (int t = 0; t < s.length; ++t)
+        for (size_t i = 0; i < half; ++i) {
+          const float frequency = static_cast<float>(std::pow(c.rope_base, -2.0 * static_cast<double>(i) / c.attention_head_dim));
+          const float angle = static_cast<float>(s.state->position + t) * frequency;
+          const size_t at = static_cast<size_t>(s.start + t) * half + i;
+          b.cosines[at] = std::cos(angle);
+          b.sines[at] = std::sin(angle);
+        }
+  }
+  for (const Layer& layer : layers_) {
+    b.u.resize(n * hidden);
+    const std::string name = observer ? "layers." + std::to_string(layer.index) : std::string();
+    if (layer.position >= 0) {
+      shared_block(layer, segments, many);
+      multiply(layer.linear, b.t.data(), hidden, rows, many, b.u.data());
+      observe(name + ".linear", b.u.data(), rows, c.hidden_size);
+      kernels.add_scaled(b.x.data(), 1.0f, static_cast<int>(n * hidden), b.u.data());
+    } else {
+      std::copy(b.x.begin(), b.x.end(), b.u.begin());
+    }
+    norm_rows(b.u.data(), layer.norm, rows, c.hidden_size, b.u.data());
+    mixer(layer, segments, many);
+    observe(name + ".mamba", b.o.data(), rows, c.hidden_size);
+    kernels.add_scaled(b.o.data(), 1.0f, static_cast<int>(n * hidden), b.x.data());
+    observe(name, b.x.data(), rows, c.hidden_size);
+  }
+  for (const Segment& s : segments) s.state->position += s.length;
+  if (wanted.empty()) return;
+  b.final.resize(wanted.size() * hidden);
+  for (size_t i = 0; i < wanted.size(); ++i)
+    std::memcpy(b.final.data() + i * hidden, b.x.data() + static_cast<size_t>(wanted[i]) * hidden, sizeof(float) * hidden);
+  norm_rows(b.final.data(), final_norm_, static_cast<int>(wanted.size()), c.hidden_size, b.final.data());
+  observe("final_layernorm", b.final.data(), static_cast<int>(wanted.size()), c.hidden_size);
+  multiply(head_, b.final.data(), hidden, static_cast<int>(wanted.size()), many && wanted.size() > kMostRows, logits);
+}
+
+void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segments, bool many) {
+  const Config& c = config;
+  Buffers& b = *b_;
+  const Block& block = blocks_[static_cast<size_t>(layer.block)];
+  const int rows = static_cast<int>(b.square0.size()), hidden = c.hidden_size;
+  const size_t n = static_cast<size_t>(rows), h = static_cast<size_t>(hidden), width = static_cast<size_t>(c.q_rows() + 2 * c.kv_rows());
+  b.left.resize(n * h);
+  b.qkv.resize(n * width);
+  for (int r = 0; r < rows; ++r) {
+    const float* x = b.x.data() + static_cast<size_t>(r) * h;
+    const float square = kernels.sum_of_squares(x, hidden) + b.square0[static_cast<size_t>(r)];
+    b.scale[static_cast<size_t>(r)] = 1.0f / std::sqrt(square / static_cast<float>(2 * hidden) + c.rms_norm_eps);
+    kernels.scale_by(x, block.norm.data(), b.scale[static_cast<size_t>(r)], hidden, b.left.data() + static_cast<size_t>(r) * h);
+  }
+  std::vector<float>& hoisted = b.hoisted[layer.block % 2];
+  const size_t which = static_cast<size_t>(layer.block);
+  if (!b.ready[which]) {
+    if (blocks_.size() > 2) std::fill(b.ready.begin(), b.ready.end(), false);  // two are kept
+    b.right.resize(n * h);
+    hoisted.resize(n * width);
+    for (int r = 0; r < rows; ++r)
+      kernels.scale_by(b.x0.data() + static_cast<size_t>(r) * h, block.norm.data() + hidden, 1.0f, hidden, b.right.data() + static_cast<size_t>(r) * h);
+    multiply(block.right, b.right.data(), h, rows, many, hoisted.data());
+    b.ready[which] = true;
+  }
+  multiply(block.left, b.left.data(), h, rows, many, b.qkv.data());
+  for (int r = 0; r < rows; ++r)
+    kernels.add_scaled(hoisted.data() + static_cast<size_t>(r) * width, b.scale[static_cast<size_t>(r)], static_cast<int>(width), b.qkv.data() + static_cast<size_t>(r) * width);
+  if (c.use_shared_attention_adapter) {
+    b.f.resize(n * 2 * h);
+    for (int r = 0; r < rows; ++r) {
+      float* u = b.f.data() + static_cast<size_t>(r) * 2 * h;
+      std::memcpy(u, b.left.data() + static_cast<size_t>(r) * h, sizeof(float) * h);
+      kernels.scale_by(b.x0.data() + static_cast<size_t>(r) * h, block.norm.data() + hidden, b.scale[static_cast<size_t>(r)], hidden, u + h);
+    }
+    size_t offset = 0;
+    for (int part = 0; part < 3; ++part) {
+      const Adapter& adapter = block.qkv[part].at(layer.position);
+      b.low.resize(n * static_cast<size_t>(c.adapter_rank));
+      b.adapted.resize(n * static_cast<size_t>(adapter.up.rows));
+      multiply(adapter.down, b.f.data(), 2 * h, rows, many, b.low.data());
+      multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), rows, many, b.adapted.data());
+      for (int r = 0; r < rows; ++r)
+        kernels.add_scaled(b.adapted.data() + static_cast<size_t>(r) * adapter.up.rows, 1.0f, adapter.up.rows, b.qkv.data() + static_cast<size_t>(r) * width + offset);
+      offset += static_cast<size_t>(adapter.up.rows);
+    }
+  }
+  attention(layer, segments, many);
+  b.o.resize(n * h);
+  multiply(block.o_proj, b.attended.data(), static_cast<size_t>(c.q_rows()), rows, many, b.o.data());
+  const std::string name = observer ? "layers." + std::to_string(layer.index) + ".shared_block" : std::string();
+  observe(name + ".self_attn", b.o.data(), rows, hidden);
+  b.m.resize(n * h);
+  norm_rows(b.o.data(), block.pre_ff_norm, rows, hidden, b.m.data());
+  const size_t inner = static_cast<size_t>(c.intermediate_size);
+  const Adapter& adapter = block.adapters.at(layer.position);
+  b.projected.resize(n * 2 * inner);
+  b.adapted.resize(n * 2 * inner);
+  b.low.resize(n * static_cast<size_t>(c.adapter_rank));
+  b.f.resize(n * inner);
+  b.t.resize(n * h);
+  multiply(block.gate_up, b.m.data(), h, rows, many, b.projected.data());
+  multiply(adapter.down, b.m.data(), h, rows, many, b.low.data());
+  multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), rows, many, b.adapted.data());
+  pool_.share(rows, [&](int first, int last, int) {
+    for (int r = first; r < last; ++r)
+      kernels.geglu(b.projected.data() + static_cast<size_t>(r) * 2 * inner, b.adapted.data() + static_cast<size_t>(r) * 2 * inner, c.intermediate_size, b.f.data() + static_cast<size_t>(r) * inner);
+  });
+  multiply(block.down, b.f.data(), inner, rows, many, b.t.data());
+  observe(name, b.t.data(), rows, hidden);
+}
+
+void Engine::append(Cache& cache, int length, const float* k, const float* v, size_t stride) {
+  const size_t d = static_cast<size_t>(config.attention_head_dim), heads = static_cast<size_t>(config.num_key_value_heads);
+  const int end = cache.length + length;
+  if (!cache.buffer || cache.buffer->used != cache.length || cache.buffer->capacity < end) {
+    auto grown = std::make_shared<Buffer>();
+    grown->capacity = std::max(256, end + end / 4);
+    grown->keys.resize(heads * static_cast<size_t>(grown->capacity) * d);
+    grown->values.resize(grown->keys.size());
+    if (cache.buffer)
+      for (size_t h = 0; h < heads; ++h) {
+        const size_t from = h * static_cast<size_t>(cache.buffer->capacity) * d, to = h * static_cast<size_t>(grown->capacity) * d;
+        std::copy_n(cache.buffer->keys.begin() + static_cast<ptrdiff_t>(from), static_cast<size_t>(cache.length) * d, grown->keys.begin() + static_cast<ptrdiff_t>(to));
+        std::copy_n(cache.buffer->values.begin() + static_cast<ptrdiff_t>(from), static_cast<size_t>(cache.length) * d, grown->values.begin() + static_cast<ptrdiff_t>(to));
+      }
+    cache.buffer = std::move(grown);
+  }
+  Buffer& buffer = *cache.buffer;
+  for (int t = 0; t < length; ++t)
+    for (size_t h = 0; h < heads; ++h) {
+      const size_t at = (h * static_cast<size_t>(buffer.capacity) + static_cast<size_t>(cache.length + t)) * d;
+      kernels.to_bf16(k + static_cast<size_t>(t) * stride + h * d, static_cast<int>(d), buffer.keys.data() + at);
+      kernels.to_bf16(v + static_cast<size_t>(t) * stride + h * d, static_cast<int>(d), buffer.values.data() + at);
+    }
+  buffer.used = cache.length = end;
+}
+
+void Engine::attention(const Layer& layer, const std::vector<Segment>& segments, bool) {
+  const Config& c = config;
+  Buffers& b = *b_;
+  const size_t d = static_cast<size_t>(c.attention_head_dim), half = d / 2, width = static_cast<size_t>(c.q_rows() + 2 * c.kv_rows());
+  const int heads = c.num_attention_heads, per_kv = heads / c.num_key_value_heads;
+  b.attended.resize(b.square0.size() * static_cast<size_t>(c.q_rows()));
+  if (c.use_mem_rope) {
+    const int rotated = heads + c.num_key_value_heads;  // q and k lie side by side
+    for (size_t r = 0; r < b.square0.size(); ++r)
+      for (int head = 0; head < rotated; ++head) {
+        float* x = b.qkv.data() + r * width + static_cast<size_t>(head) * d;
+        for (size_t i = 0; i < half; ++i) {
+          const float first = x[i], second = x[i + half], cosine = b.cosines[r * half + i], sine = b.sines[r * half + i];
+          x[i] = first * cosine - second * sine;
+          x[i + half] = second * cosine + first * sine;
+        }
+      }
+  }
+  for (const Segment& s : segments) {
+    Cache& cache = s.state->caches[static_cast<size_t>(layer.position)];
+    const int before = cache.length;
+    const float* rows = b.qkv.data() + static_cast<size_t>(s.start) * width;
+    append(cache, s.length, rows + c.q_rows(), rows + c.q_rows() + c.kv_rows(), width);
+    const Buffer& buffer = *cache.buffer;
+    pool_.take(heads * ((s.length + 15) / 16), [&](int item, int) {
+      const int head = item % heads, from = item / heads * 16;
+      const size_t at = static_cast<size_t>(head / per_kv) * static_cast<size_t>(buffer.capacity) * d;
+      for (int t = from; t < std::min(s.length, from + 16); ++t)
+        kernels.attend(rows + static_cast<size_t>(t) * width + static_cast<size_t>(head) * d, buffer.keys.data() + at, buffer.values.data() + at, before + t + 1,
+                       c.attention_head_dim, c.attention_scale, b.attended.data() + static_cast<size_t>(s.start + t) * static_cast<size_t>(c.q_rows()) + static_cast<size_t>(head) * d);
+    });
+  }
+}
+
+void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, bool many) {
+  const Config& c = config;
+  const Mixer& m = layer.mamba;
+  Buffers& b = *b_;
+  const int rows = static_cast<int>(b.square0.size()), heads = c.n_mamba_heads, P = c.mamba_headdim, N = c.mamba_d_state, taps = c.mamba_d_conv;
+  const size_t n = static_cast<size_t>(rows), in = static_cast<size_t>(c.in_proj_dim), inner = static_cast<size_t>(c.d_inner), conv_dim = static_cast<size_t>(c.conv_dim);
+  b.proj.resize(n * in);
+  b.xbc.resize(n * conv_dim);
+  b.dt.resize(n * static_cast<size_t>(heads));
+  b.y.resize(n * inner);
+  b.gated.resize(n * inner);
+  multiply(m.in_proj, b.u.data(), static_cast<size_t>(c.hidden_size), rows, many, b.proj.data());
+  for (size_t r = 0; r < n; ++r)
+    for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
+      const float x = b.proj[r * in + inner + conv_dim + h] + m.dt_bias[h];
+      b.dt[r * static_cast<size_t>(heads) + h] = x > 20.0f ? x : std::log1p(std::exp(x));  // softplus, no clamp
+    }
+  const int slices = (c.conv_dim + 15) / 16, per_group = heads / c.mamba_ngroups;
+  for (const Segment& s : segments) {
+    float* conv = s.state->conv->data() + static_cast<size_t>(layer.index) * static_cast<size_t>(taps - 1) * conv_dim;
+    float* ssm = s.state->ssm->data() + static_cast<size_t>(layer.index) * inner * static_cast<size_t>(N);
+    const size_t start = static_cast<size_t>(s.start);
+    pool_.share(slices, [&](int first, int last, int) {
+      kernels.convolve(b.proj.data() + start * in + inner, in, s.length, m.conv_weight.data(), m.conv_bias.data(), taps, c.conv_dim, first * 16, std::min(c.conv_dim, last * 16),
+                       conv, b.xbc.data() + start * conv_dim);
+    });
+    if (!many) {
+      pool_.share(heads, [&](int first, int last, int) {
+        for (int t = 0; t < s.length; ++t) {
+          const size_t r = start + static_cast<size_t>(t);
+          for (int h = first; h < last; ++h) {
+            const float* xbc = b.xbc.data() + r * conv_dim;
+            const float* B = xbc + inner + static_cast<size_t>(h / per_group) * N;
+            const float dt = b.dt[r * static_cast<size_t>(heads) + static_cast<size_t>(h)];
+            kernels.step(xbc + static_cast<size_t>(h) * P, dt, std::exp(dt * m.A[static_cast<size_t>(h)]), B, B + static_cast<size_t>(c.mamba_ngroups) * N, m.D[static_cast<size_t>(h)], P, N,
+                         ssm + static_cast<size_t>(h) * P * N, b.y.data() + r * inner + static_cast<size_t>(h) * P);
+          }
+        }
+      });
+      continue;
+    }
+    const int chunks = (s.length + kChunk - 1) / kChunk;
+    b.scores.resize(static_cast<size_t>(chunks) * c.mamba_ngroups * kChunk * kChunk);
+    pool_.take(chunks * c.mamba_ngroups, [&](int item, int) {
+      const int group = item % c.mamba_ngroups, from = item / c.mamba_ngroups * kChunk;
+      const float* B = b.xbc.data() + (start + static_cast<size_t>(from)) * conv_dim + inner + static_cast<size_t>(group) * N;
+      kernels.chunk_scores(std::min(kChunk, s.length - from), B, B + static_cast<size_t>(c.mamba_ngroups) * N, conv_dim, N, b.scores.data() + static_cast<size_t>(item) * kChunk * kChunk);
+    });
+    pool_.take(heads, [&](int h, int thread) {
+      for (int from = 0; from < s.length; from += kChunk) {
+        const size_t r = start + static_cast<size_t>(from);
+        const float* xbc = b.xbc.data() + r * conv_dim;
+        const float* B = xbc + inner + static_cast<size_t>(h / per_group) * N;
+        const size_t item = static_cast<size_t>(from / kChunk * c.mamba_ngroups + h / per_group);
+        kernels.chunk(std::min(kChunk, s.length - from), xbc + static_cast<size_t>(h) * P, conv_dim, b.dt.data() + r * static_cast<size_t>(heads) + h, static_cast<size_t>(heads),
+                      m.A[static_cast<size_t>(h)], m.D[static_cast<size_t>(h)], b.scores.data() + item * kChunk * kChunk, B, B + static_cast<size_t>(c.mamba_ngroups) * N, conv_dim, P, N,
+                      ssm + static_cast<size_t>(h) * P * N, b.y.data() + r * inner + static_cast<size_t>(h) * P, inner, scratch_[static_cast<size_t>(thread)].data());
+      }
+    });
+  }
+  auto gate = [&](int first, int last, int) {
+    for (int r = first; r < last; ++r)
+      kernels.gated_norm(b.y.data() + static_cast<size_t>(r) * inner, b.proj.data() + static_cast<size_t>(r) * in, m.norm.data(), c.d_inner, c.mamba_ngroups, kMixerEps, b.gated.data() + static_cast<size_t>(r) * inner);
+  };
+  if (rows > 1) pool_.share(rows, gate);
+  else gate(0, rows, 0);
+  b.o.resize(n * static_cast<size_t>(c.hidden_size));
+  multiply(m.out_proj, b.gated.data(), inner, rows, many, b.o.data());
+}
+
+}  // namespace zamba2

@@ -1,0 +1,126 @@
+// The model on a CPU: mirrors model/model.py block by block. Weights are packed matrices in memory that the caller owns.
+#pragma once
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace zamba2 {
+
+struct Config {  // names and meanings of config.py
+  int hidden_size, num_hidden_layers, vocab_size, num_mem_blocks, mamba_d_state, n_mamba_heads, mamba_headdim, mamba_ngroups, mamba_d_conv;
+  int d_inner, conv_dim, in_proj_dim, num_attention_heads, num_key_value_heads, attention_head_dim, intermediate_size, adapter_rank;
+  float rms_norm_eps, attention_scale;
+  double rope_base;
+  bool use_mem_rope, use_shared_attention_adapter, tie_word_embeddings;
+  std::vector<int> hybrid_layer_ids;
+  int q_rows() const { return num_attention_heads * attention_head_dim; }
+  int kv_rows() const { return num_key_value_heads * attention_head_dim; }
+};
+
+// Keys and values of one hybrid position: per head (capacity, head_dim) bf16. Append-only; several states may share one,
+// and the first `used` tokens of it never change. See model/state.py.
+struct Buffer {
+  std::vector<uint16_t> keys, values;
+  int capacity = 0, used = 0;
+};
+
+struct Cache {
+  std::shared_ptr<Buffer> buffer;
+  int length = 0;
+};
+
+struct State {
+  int position = 0;
+  std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
+  std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
+  std::vector<Cache> caches;
+  size_t bytes() const;
+};
+
+struct Call {
+  State* state;
+  const int32_t* tokens;
+  int length;
+  int logits;  // trailing positions wanted
+};
+
+using Observer = std::function<void(const std::string&, const float*, int, int)>;  // name, data (rows, cols)
+
+class Engine {
+ public:
+  Engine(const Config& config, int threads, const Kernels& kernels);
+
+  // Bytes must stay valid; a size that does not fit the config is refused. format is used for matrices only.
+  void set_matrix(const std::string& name, Format format, const uint8_t* data, size_t bytes);
+  void set_vector(const std::string& name, const float* data, size_t count);
+  void check_complete() const;
+
+  State new_state() const;
+  // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other.
+  void forward(const std::vector<Call>& calls, float* logits);
+
+  const Config config;
+  Observer observer;
+  const Kernels& kernels;
+  int threads() const { return pool_.size(); }
+
+ private:
+  struct Mixer {
+    Matrix in_proj, out_proj;
+    std::vector<float> conv_weight, conv_bias, dt_bias, A, D, norm;
+  };
+  struct Layer {
+    int index, position = -1, block = -1;
+    Matrix linear;
+    std::vector<float> norm;
+    Mixer mamba;
+  };
+  struct Adapter {
+    Matrix down, up;
+  };
+  struct Block {
+    std::vector<float> norm, pre_ff_norm;
+    Matrix left, right, o_proj, gate_up, down;
+    std::unordered_map<int, Adapter> adapters, qkv[3];
+  };
+  struct Segment {  // one sequence's tokens among the rows of a call
+    State* state;
+    int start, length;
+  };
+  struct Buffers;
+
+  void run(const std::vector<Segment>& segments, const int32_t* tokens, int rows, bool many, const std::vector<int>& wanted, float* logits);
+  void shared_block(const Layer& layer, const std::vector<Segment>& segments, bool many);
+  void attention(const Layer& layer, const std::vector<Segment>& segments, bool many);
+  void mixer(const Layer& layer, const std::vector<Segment>& segments, bool many);
+  void multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y);
+  void norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y);
+  void append(Cache& cache, int length, const float* k, const float* v, size_t stride);
+  void observe(const std::string& name, const float* data, int rows, int cols);
+  void own(State& state);
+  uint16_t* panel(int thread, size_t values);
+
+  Matrix embeddings_, head_;
+  std::vector<float> final_norm_;
+  std::vector<Layer> layers_;
+  std::vector<Block> blocks_;
+  std::unordered_map<std::string, Matrix*> matrices_;
+  std::unordered_map<std::string, std::pair<std::vector<float>*, size_t>> vectors_;
+  std::unordered_map<std::string, bool> seen_;
+  Pool pool_;
+  std::unique_ptr<Buffers> b_;
+  Activations activations_;
+  std::vector<std::vector<uint16_t>> panels_;  // one of each for every thread
+  std::vector<std::vector<float>> scratch_;
+
+ public:
+  ~Engine();
+};
+
+}  // namespace zamba2

@@ -1,0 +1,93 @@
+// What an instruction set offers: one table of functions, chosen once at run time. Shapes are row-major unless stated.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace zamba2 {
+
+enum class Format : int { bf16 = 0, q8 = 1, q4 = 2 };
+
+// Packed weights of a projection, rows x cols (twin of weights/formats.py). Blocks of 16 rows; within a block, groups of
+// 32 inputs; zero-padded to both.
+//   bf16: per group 16 pairs of inputs, per pair 16 rows x 2 values            (1024 bytes; one AMX tile)
+//   q8:   per group 8 x (16 rows x 4 inputs), code + 128                       (512 bytes), then all scales
+//   q4:   per group 4 x (16 rows x 4 inputs), low nibble inputs 4v.., high nibble inputs 16+4v.., code + 8  (256 bytes), then all scales
+// Scales: fp16, 16 rows per group. A block's size is rounded up to 64 bytes.
+struct Matrix {
+  const uint8_t* data = nullptr;
+  int rows = 0, cols = 0;
+  Format format = Format::bf16;
+
+  int blocks() const { return (rows + 15) / 16; }
+  int groups() const { return (cols + 31) / 32; }
+  size_t code_bytes() const { return static_cast<size_t>(groups()) * (format == Format::bf16 ? 1024 : format == Format::q8 ? 512 : 256); }
+  size_t block_bytes() const { return (code_bytes() + (format == Format::bf16 ? 0 : static_cast<size_t>(groups()) * 32) + 63) / 64 * 64; }
+  size_t bytes() const { return block_bytes() * static_cast<size_t>(blocks()); }
+};
+
+// Rows of activations as the kernels take them; padded to whole groups with zeros.
+struct Activations {
+  int rows = 0, cols = 0;
+  std::vector<float> values;      // (rows, groups * 32)
+  std::vector<int8_t> codes;      // the same, int8 per group of 32
+  std::vector<float> scales;      // (rows, groups)
+  std::vector<int32_t> sums;      // (rows, groups), of the codes
+  std::vector<uint16_t> halves;   // bf16, rows rounded up to 32, for the matrix units
+  int groups() const { return (cols + 31) / 32; }
+  int stride() const { return groups() * 32; }
+};
+
+inline constexpr int kChunk = 64;    // tokens of one step of the scan in long calls
+inline size_t chunk_scratch(int P, int N) { return kChunk * kChunk + static_cast<size_t>(kChunk) * (P + 1) + static_cast<size_t>(P) * N; }
+inline constexpr int kMostRows = 8;  // rows that one pass over the weights serves
+
+struct Kernels {
+  const char* name;
+  bool matrix_units;  // whether multiply_many exists
+  // int8 codes per group of 32: scale = largest / 127, ties to even. x: (cols); padded with zeros.
+  void (*quantize)(const float* x, int cols, int8_t* codes, float* scales, int32_t* sums);
+  // y[m][row] = W x_m for rows of blocks [first, last), m < count <= kMostRows. Each row's arithmetic is its own.
+  void (*multiply)(const Matrix& w, int first, int last, const Activations& x, int row, int count, float* y, size_t stride);
+  // The same for many rows, through bf16 matrix units where there are any; panel: room for these blocks in bf16, aligned to 64.
+  void (*multiply_many)(const Matrix& w, int first, int last, const Activations& x, float* y, size_t stride, uint16_t* panel);
+  void (*to_bf16)(const float* x, int n, uint16_t* y);
+  void (*from_bf16)(const uint16_t* x, int n, float* y);
+  float (*sum_of_squares)(const float* x, int n);
+  void (*scale_by)(const float* x, const float* weight, float scale, int n, float* y);  // y = x * scale * weight
+  void (*add_scaled)(const float* x, float scale, int n, float* y);                     // y += x * scale
+  // y = x * silu(z), then RMSNorm per group of n / groups, times weight.
+  void (*gated_norm)(const float* x, const float* z, const float* weight, int n, int groups, float eps, float* y);
+  void (*geglu)(const float* projected, const float* adapted, int n, float* y);  // (2n), (2n) -> (n)
+  // Causal convolution over T tokens and SiLU. x: (T, stride), first column first; state: (taps - 1, n), oldest first,
+  // updated; weight: (taps, n), newest input last; y: (T, n) for columns [first, last).
+  void (*convolve)(const float* x, size_t stride, int length, const float* weight, const float* bias, int taps, int n, int first, int last,
+                   float* state, float* y);
+  // One token of one head: S = decay S + dt x B^T; y = S C + D x. S: (P, N).
+  void (*step)(const float* x, float dt, float decay, const float* B, const float* C, float D, int P, int N, float* S, float* y);
+  // A chunk of Q (at most 64) tokens of one head; scratch: chunk_scratch(P, N) floats. x: (Q, x_stride); dt: (Q, dt_stride); scores: (Q, Q) = C B^T; B, C: (Q, bc_stride); y: (Q, y_stride).
+  void (*chunk)(int Q, const float* x, size_t x_stride, const float* dt, size_t dt_stride, float A, float D, const float* scores,
+                const float* B, const float* C, size_t bc_stride, int P, int N, float* S, float* y, size_t y_stride, float* scratch);
+  // scores[i][j] = C_i . B_j for j <= i.
+  void (*chunk_scores)(int Q, const float* B, const float* C, size_t bc_stride, int N, float* scores);
+  // One query against L keys of a head, online softmax. keys, values: (L, d) bf16. y: (d).
+  void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int L, int d, float scale, float* y);
+};
+
+extern const Kernels* const kScalar;
+#if defined(__x86_64__)
+extern const Kernels* const kAvx2;
+extern const Kernels* const kAvx512;
+extern const Kernels* const kAmx;
+#endif
+#if defined(__aarch64__)
+extern const Kernels* const kNeon;
+extern const Kernels* const kI8mm;
+#endif
+
+// The best table this machine can run, or the one that ZAMBA2_ISA names. Throws std::runtime_error for one it cannot.
+const Kernels& kernels();
+const Kernels* find_kernels(const char* name);
+std::vector<const char*> available_kernels();
+
+}  // namespace zamba2

@@ -1,0 +1,349 @@
+// Sixteen lanes for every instruction set: the kernels are written once in terms of these.
+// Included once per instruction set, inside a namespace of its own (see isa_*.cpp); nothing here has external linkage.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define ZAMBA2_INLINE inline __attribute__((always_inline))
+
+namespace zamba2::ZAMBA2_ISA {
+
+#if defined(__AVX512F__)
+
+struct F16 {  // 16 floats
+  __m512 v;
+  static F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static F16 set1(float x) { return {_mm512_set1_ps(x)}; }
+  static F16 zero() { return {_mm512_setzero_ps()}; }
+  static F16 load_fp16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+  static F16 load_bf16(const uint16_t* p) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_bf16(uint16_t* p) const {  // round to nearest, ties to even; NaN stays NaN
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  }
+  friend F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend F16 operator/(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+  friend F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+  friend F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+  friend F16 abs(F16 a) { return {_mm512_abs_ps(a.v)}; }
+  friend F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  friend F16 pow2(F16 n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))}; }
+  friend F16 copysign(F16 a, F16 s) {
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_andnot_si512(sign, _mm512_castps_si512(a.v)), _mm512_and_si512(sign, _mm512_castps_si512(s.v))))};
+  }
+  friend F16 where_at_least(F16 x, F16 bound, F16 a) {  // a where x >= bound, else 0; NaN stays
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, bound.v, _CMP_NLT_UQ), a.v)};
+  }
+  friend float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+  friend float largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
+  void store_i8(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v))); }
+};
+
+struct I16 {  // 16 int32
+  __m512i v;
+  static I16 zero() { return {_mm512_setzero_si512()}; }
+  static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  friend I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  F16 to_float() const { return {_mm512_cvtepi32_ps(v)}; }
+};
+
+struct Codes {  // 64 unsigned bytes: 16 rows of 4 consecutive inputs
+  __m512i v;
+  static Codes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  Codes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
+  Codes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
+};
+
+// acc[row] += sum over 4 inputs of codes * activations; four: the 4 int8 activations as one word. Codes above 127 are allowed.
+ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
+#if defined(__AVX512VNNI__)
+  return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
+#else
+  const __m512i a = _mm512_set1_epi32(four), even = _mm512_set1_epi16(0xff);
+  const __m512i a_even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), a_odd = _mm512_srai_epi16(a, 8);
+  const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(_mm512_and_si512(codes.v, even), a_even), _mm512_madd_epi16(_mm512_srli_epi16(codes.v, 8), a_odd));
+  return {_mm512_add_epi32(acc.v, products)};
+#endif
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// 32 bf16 weights of 16 rows, two inputs each: even and odd inputs as floats.
+ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
+  const __m512i v = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+}
+
+#elif defined(__AVX2__)
+
+struct F16 {
+  __m256 v[2];
+  static F16 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+  static F16 set1(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+  static F16 zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+  static F16 load_fp16(const uint16_t* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {{_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))}};
+  }
+  static __m256 widen(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static F16 load_bf16(const uint16_t* p) { return {{widen(p), widen(p + 8)}}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v[0]); _mm256_storeu_ps(p + 8, v[1]); }
+  void store_bf16(uint16_t* p) const {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i bits = _mm256_castps_si256(v[i]);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      __m256i r = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+      r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(v[i], v[i], _CMP_UNORD_Q)));
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i), _mm256_castsi256_si128(packed));
+    }
+  }
+#define ZAMBA2_LANES(name, expression) \
+  F16 name { { } };                    \
+  for (int i = 0; i < 2; ++i) name.v[i] = expression
+  friend F16 operator+(F16 a, F16 b) { ZAMBA2_LANES(r, _mm256_add_ps(a.v[i], b.v[i])); return r; }
+  friend F16 operator-(F16 a, F16 b) { ZAMBA2_LANES(r, _mm256_sub_ps(a.v[i], b.v[i])); return r; }
+  friend F16 operator*(F16 a, F16 b) { ZAMBA2_LANES(r, _mm256_mul_ps(a.v[i], b.v[i])); return r; }
+  friend F16 operator/(F16 a, F16 b) { ZAMBA2_LANES(r, _mm256_div_ps(a.v[i], b.v[i])); return r; }
+  friend F16 fma(F16 a, F16 b, F16 c) { ZAMBA2_LANES(r, _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i])); return r; }
+  friend F16 max(F16 a, F16 b) { ZAMBA2_LANES(r, _mm256_max_ps(a.v[i], b.v[i])); return r; }
+  friend F16 min(F16 a, F16 b) { ZAMBA2_LANES(r, _mm256_min_ps(a.v[i], b.v[i])); return r; }
+  friend F16 abs(F16 a) { ZAMBA2_LANES(r, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v[i])); return r; }
+  friend F16 round(F16 a) { ZAMBA2_LANES(r, _mm256_round_ps(a.v[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); return r; }
+  friend F16 pow2(F16 n) {
+    ZAMBA2_LANES(r, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v[i]), _mm256_set1_epi32(127)), 23)));
+    return r;
+  }
+  friend F16 copysign(F16 a, F16 s) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    ZAMBA2_LANES(r, _mm256_or_ps(_mm256_andnot_ps(sign, a.v[i]), _mm256_and_ps(sign, s.v[i])));
+    return r;
+  }
+  friend F16 where_at_least(F16 x, F16 bound, F16 a) {
+    ZAMBA2_LANES(r, _mm256_and_ps(_mm256_cmp_ps(x.v[i], bound.v[i], _CMP_NLT_UQ), a.v[i]));
+    return r;
+  }
+  friend float sum(F16 a) {
+    const __m256 s = _mm256_add_ps(a.v[0], a.v[1]);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+  }
+  friend float largest(F16 a) {
+    const __m256 s = _mm256_max_ps(a.v[0], a.v[1]);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
+  }
+  void store_i8(int8_t* p) const {
+    const __m256i a = _mm256_cvtps_epi32(v[0]), b = _mm256_cvtps_epi32(v[1]);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
+  }
+};
+
+struct I16 {
+  __m256i v[2];
+  static I16 zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  static I16 set1(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+  friend I16 operator-(I16 a, I16 b) { return {{_mm256_sub_epi32(a.v[0], b.v[0]), _mm256_sub_epi32(a.v[1], b.v[1])}}; }
+  F16 to_float() const { return {{_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])}}; }
+};
+
+struct Codes {
+  __m256i v[2];
+  static Codes load(const uint8_t* p) {
+    const __m256i* q = reinterpret_cast<const __m256i*>(p);
+    return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
+  }
+  Codes low() const { const __m256i m = _mm256_set1_epi8(15); return {{_mm256_and_si256(v[0], m), _mm256_and_si256(v[1], m)}}; }
+  Codes high() const {
+    const __m256i m = _mm256_set1_epi8(15);
+    return {{_mm256_and_si256(_mm256_srli_epi16(v[0], 4), m), _mm256_and_si256(_mm256_srli_epi16(v[1], 4), m)}};
+  }
+};
+
+ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {  // in 16 bits: byte products would saturate for codes above 127
+  const __m256i a = _mm256_set1_epi32(four), even = _mm256_set1_epi16(0xff);
+  const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(codes.v[i], even), a_even),
+                                              _mm256_madd_epi16(_mm256_srli_epi16(codes.v[i], 8), a_odd));
+    acc.v[i] = _mm256_add_epi32(acc.v[i], products);
+  }
+  return acc;
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
+    even.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+    odd.v[i] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
+}
+
+#else  // plain C++ on any machine, and NEON through the compiler where a lane loop is enough
+
+struct F16 {
+  float v[16];
+#define ZAMBA2_EACH(expression) \
+  F16 r;                        \
+  for (int i = 0; i < 16; ++i) r.v[i] = expression; \
+  return r
+  static F16 load(const float* p) { F16 r; std::memcpy(r.v, p, sizeof r.v); return r; }
+  static F16 set1(float x) { ZAMBA2_EACH(x); }
+  static F16 zero() { return set1(0.0f); }
+  static float half(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    uint32_t bits;
+    if (exponent == 31) bits = sign | 0x7f800000u | mantissa << 13;
+    else if (exponent) bits = sign | (exponent + 112) << 23 | mantissa << 13;
+    else {
+      float small = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+      std::memcpy(&bits, &small, 4);
+      bits |= sign;
+    }
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+  }
+  static float wide(uint16_t b) { const uint32_t bits = static_cast<uint32_t>(b) << 16; float f; std::memcpy(&f, &bits, 4); return f; }
+  static F16 load_fp16(const uint16_t* p) { ZAMBA2_EACH(half(p[i])); }
+  static F16 load_bf16(const uint16_t* p) { ZAMBA2_EACH(wide(p[i])); }
+  void store(float* p) const { std::memcpy(p, v, sizeof v); }
+  void store_bf16(uint16_t* p) const {
+    for (int i = 0; i < 16; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, &v[i], 4);
+      p[i] = v[i] != v[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+  }
+  friend F16 operator+(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] + b.v[i]); }
+  friend F16 operator-(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] - b.v[i]); }
+  friend F16 operator*(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] * b.v[i]); }
+  friend F16 operator/(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] / b.v[i]); }
+  friend F16 fma(F16 a, F16 b, F16 c) { ZAMBA2_EACH(a.v[i] * b.v[i] + c.v[i]); }
+  friend F16 max(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+  friend F16 min(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+  friend F16 abs(F16 a) { ZAMBA2_EACH(std::fabs(a.v[i])); }
+  friend F16 round(F16 a) { ZAMBA2_EACH(std::nearbyintf(a.v[i])); }
+  friend F16 pow2(F16 n) { ZAMBA2_EACH(std::ldexp(1.0f, static_cast<int>(n.v[i]))); }
+  friend F16 copysign(F16 a, F16 s) { ZAMBA2_EACH(std::copysign(a.v[i], s.v[i])); }
+  friend F16 where_at_least(F16 x, F16 bound, F16 a) { ZAMBA2_EACH(x.v[i] < bound.v[i] ? 0.0f : a.v[i]); }
+  friend float sum(F16 a) { for (int w = 8; w; w /= 2) for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w]; return a.v[0]; }
+  friend float largest(F16 a) { for (int i = 1; i < 16; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0]; return a.v[0]; }
+  void store_i8(int8_t* p) const { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(v[i])); }
+};
+
+struct I16 {
+  int32_t v[16];
+  static I16 zero() { return {}; }
+  static I16 set1(int32_t x) { I16 r; for (int32_t& lane : r.v) lane = x; return r; }
+  friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i]; return a; }
+  F16 to_float() const { F16 r; for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(v[i]); return r; }
+};
+
+struct Codes {
+  uint8_t v[64];
+  static Codes load(const uint8_t* p) { Codes r; std::memcpy(r.v, p, 64); return r; }
+  Codes low() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] & 15; return r; }
+  Codes high() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] >> 4; return r; }
+};
+
+ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
+  int8_t a[4];
+  std::memcpy(a, &four, 4);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int32_t>(codes.v[4 * i + j]) * a[j];
+  return acc;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
+  for (int i = 0; i < 16; ++i) even.v[i] = F16::wide(p[2 * i]), odd.v[i] = F16::wide(p[2 * i + 1]);
+}
+
+#endif
+
+// e^x within 2 ulp; 0 below -87, where fp32 would be denormal. Cephes' polynomial for the remainder after powers of two.
+ZAMBA2_INLINE F16 exp(F16 x) {
+  const F16 low = F16::set1(-87.0f);
+  const F16 clipped = max(min(x, F16::set1(88.0f)), low);
+  const F16 n = round(clipped * F16::set1(1.44269504088896341f));
+  F16 r = fma(n, F16::set1(-0.693359375f), clipped);
+  r = fma(n, F16::set1(2.12194440e-4f), r);
+  F16 p = F16::set1(1.9875691500e-4f);
+  p = fma(p, r, F16::set1(1.3981999507e-3f));
+  p = fma(p, r, F16::set1(8.3334519073e-3f));
+  p = fma(p, r, F16::set1(4.1665795894e-2f));
+  p = fma(p, r, F16::set1(1.6666665459e-1f));
+  p = fma(p, r, F16::set1(5.0000001201e-1f));
+  p = fma(p * r, r, r + F16::set1(1.0f));
+  return where_at_least(x, low, p * pow2(n));
+}
+
+// 1 - erf(x) for x >= 0 is exp(-x^2) times a polynomial (Abramowitz and Stegun 7.1.26, error below 1.5e-7).
+ZAMBA2_INLINE F16 erf(F16 x) {
+  const F16 a = abs(x);
+  const F16 t = F16::set1(1.0f) / fma(F16::set1(0.3275911f), a, F16::set1(1.0f));
+  F16 p = F16::set1(1.061405429f);
+  p = fma(p, t, F16::set1(-1.453152027f));
+  p = fma(p, t, F16::set1(1.421413741f));
+  p = fma(p, t, F16::set1(-0.284496736f));
+  p = fma(p, t, F16::set1(0.254829592f));
+  return copysign(F16::set1(1.0f) - p * t * exp(F16::zero() - a * a), x);
+}
+
+// The first n (at most 16) lanes from memory, zeros behind them; and back.
+ZAMBA2_INLINE F16 load_some(const float* p, int n) {
+  if (n >= 16) return F16::load(p);
+  float lanes[16] = {};
+  std::memcpy(lanes, p, sizeof(float) * static_cast<size_t>(n));
+  return F16::load(lanes);
+}
+ZAMBA2_INLINE void store_some(F16 x, float* p, int n) {
+  if (n >= 16) return x.store(p);
+  float lanes[16];
+  x.store(lanes);
+  std::memcpy(p, lanes, sizeof(float) * static_cast<size_t>(n));
+}
+ZAMBA2_INLINE F16 load_some_bf16(const uint16_t* p, int n) {
+  if (n >= 16) return F16::load_bf16(p);
+  uint16_t lanes[16] = {};
+  std::memcpy(lanes, p, sizeof(uint16_t) * static_cast<size_t>(n));
+  return F16::load_bf16(lanes);
+}
+ZAMBA2_INLINE void store_some_bf16(F16 x, uint16_t* p, int n) {
+  if (n >= 16) return x.store_bf16(p);
+  uint16_t lanes[16];
+  x.store_bf16(lanes);
+  std::memcpy(p, lanes, sizeof(uint16_t) * static_cast<size_t>(n));
+}
+
+ZAMBA2_INLINE F16 sigmoid(F16 x) { return F16::set1(1.0f) / (F16::set1(1.0f) + exp(F16::zero() - x)); }
+
+}  // namespace zamba2::ZAMBA2_ISA

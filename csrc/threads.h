@@ -1,0 +1,95 @@
+// A pool whose workers spin shortly for the next piece of work, then sleep: a decoded token has hundreds of short regions.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace zamba2 {
+
+inline void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  }
+  ~Pool() {
+    stop_.store(true);
+    turn_.fetch_add(1);
+    turn_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls f(first, last, thread) on contiguous shares of [0, count), on all threads; returns when all are done.
+  template <class F>
+  void share(int count, F&& f) {
+    const int threads = size();
+    run([&](int i) {
+      const int first = static_cast<int>(static_cast<int64_t>(count) * i / threads);
+      const int last = static_cast<int>(static_cast<int64_t>(count) * (i + 1) / threads);
+      if (first < last) f(first, last, i);
+    });
+  }
+
+  // Calls f(item, thread) for every item of [0, count), taken in turn by whoever is free.
+  template <class F>
+  void take(int count, F&& f) {
+    std::atomic<int> next{0};
+    run([&](int i) {
+      for (int item = next.fetch_add(1); item < count; item = next.fetch_add(1)) f(item, i);
+    });
+  }
+
+ private:
+  template <class F>
+  void run(F&& f) {
+    if (workers_.empty()) return f(0);
+    task_ = [](void* context, int i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); };
+    context_ = &f;
+    left_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    turn_.fetch_add(1, std::memory_order_release);
+    turn_.notify_all();
+    f(0);
+    for (int spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins)
+      if (spins < 20000) relax();
+      else std::this_thread::yield();
+  }
+
+  void work(int i) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spins = 0; turn_.load(std::memory_order_acquire) == seen; ++spins) {
+        if (spins < 20000) relax();
+        else turn_.wait(seen, std::memory_order_acquire);
+      }
+      ++seen;
+      if (stop_.load()) return;
+      task_(context_, i);
+      left_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::vector<std::thread> workers_;
+  std::atomic<uint64_t> turn_{0};
+  std::atomic<int> left_{0};
+  std::atomic<bool> stop_{false};
+  void (*task_)(void*, int) = nullptr;
+  void* context_ = nullptr;
+};
+
+}  // namespace zamba2

@@ -1,0 +1,222 @@
+"""The native backend: packed weights on a CPU through csrc/engine, without PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zamba2 import _engine
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+from zamba2.runtime.backend import Logits, Row, State
+from zamba2.weights.files import TensorFile, replacing, write_tensors
+from zamba2.weights.formats import Format
+from zamba2.weights.packed import open_packed
+
+__all__ = ["NativeBackend", "NativeState", "default_threads"]
+
+PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence
+SHORT = 8  # tokens of a call up to which each token's arithmetic is that of a call of its own (kMostRows in csrc/kernels.h)
+STATE_VERSION = 1
+ENGINE_KEYS = (
+    "hidden_size", "num_hidden_layers", "vocab_size", "num_mem_blocks", "mamba_d_state", "n_mamba_heads", "mamba_headdim",
+    "mamba_ngroups", "mamba_d_conv", "d_inner", "conv_dim", "in_proj_dim", "num_attention_heads", "num_key_value_heads",
+    "attention_head_dim", "intermediate_size", "adapter_rank", "rms_norm_eps", "attention_scale", "rope_base", "use_mem_rope",
+    "use_shared_attention_adapter", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def default_threads() -> int:
+    """Processors this process may use, a container's CPU quota included; ZAMBA2_THREADS overrides."""
+    wanted = os.environ.get("ZAMBA2_THREADS")
+    if wanted:
+        if not wanted.isdigit() or not 0 < int(wanted) <= 1024:
+            raise Zamba2Error(f"ZAMBA2_THREADS is {wanted!r}; a whole number from 1 to 1024 is needed.")
+        return int(wanted)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no quota, or none that can be read
+        pass
+    return count
+
+
+class NativeLogits:
+    """float32 [k, V] in memory."""
+
+    def __init__(self, values: npt.NDArray[np.float32]) -> None:
+        self._values = values
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        return self._values
+
+
+class NativeState:
+    """One sequence's state in the engine; see ``backend.State``. Copies share memory until one of them goes on."""
+
+    adapter: str | None = None
+
+    def __init__(self, backend: NativeBackend, inner: Any) -> None:
+        self.backend, self.inner = backend, inner
+        self.before: tuple[Any, npt.NDArray[np.int32]] | None = None  # state before the last recorded call, and its tokens
+
+    @property
+    def position(self) -> int:
+        return int(self.inner.position)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.inner.nbytes)
+
+    def copy(self) -> NativeState:
+        return NativeState(self.backend, self.inner.copy())
+
+    def keep(self, n: int) -> None:
+        if self.before is None or not 0 <= n <= len(self.before[1]):
+            found = "nothing was recorded" if self.before is None else "more than were recorded"
+            raise ValueError(f"cannot keep {n} tokens: {found}")
+        inner, tokens = self.before
+        if n:
+            self.backend.engine.forward([inner], [tokens[:n]], [0])
+        self.inner, self.before = inner, None
+
+    def save(self, path: Path, *, note: str = "") -> None:
+        tensors = self.backend.engine.export_state(self.inner)
+        entries = [
+            (name, "F32" if t.dtype == np.float32 else "BF16", (t.size,), lambda t=t: [t.reshape(-1).view(np.uint8).data])
+            for name, t in tensors.items()
+        ]
+        model = self.backend.fingerprint
+        about = {"kind": "native state", "version": STATE_VERSION, "position": self.position, "model": model, "note": note}
+        with replacing(path) as temporary:
+            write_tensors(temporary, entries, {"zamba2": json.dumps(about)})
+
+    def load(self, path: Path) -> str:
+        if not path.exists():
+            raise Zamba2Error(f"{path} does not exist; a saved state is needed.")
+        file = TensorFile(path)
+        try:
+            about = json.loads(file.metadata.get("zamba2", "null"))
+        except (ValueError, RecursionError):
+            about = None
+        if not isinstance(about, dict) or "state" not in str(about.get("kind")):
+            raise Zamba2Error(f"{path} is not a saved Zamba2 state.")
+        if about.get("version") != STATE_VERSION:
+            raise Zamba2Error(f"{path} is a saved state of version {about.get('version')}; this program reads version {STATE_VERSION}.")
+        if about.get("kind") != "native state" or about.get("model") != self.backend.fingerprint:
+            raise Zamba2Error(f"{path} is the state of another model or number format; it continues only where it was made.")
+        position = about.get("position")
+        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < 1 << 31:
+            raise Zamba2Error(f"{path} gives its position as {position!r}; a whole number from 0 is needed.")
+        self.inner, self.before = self._read(path, file, position), None
+        return str(about.get("note", ""))
+
+    def _read(self, path: Path, file: TensorFile, position: int) -> Any:
+        engine, config = self.backend.engine, self.backend.config
+        if position == 0:
+            return engine.new_state()
+        caches = [f"{kind}.{j}" for j in range(len(config.hybrid_layer_ids)) for kind in ("keys", "values")]
+        sizes = {
+            "conv": ("F32", config.conv_state_bytes() // 4), "ssm": ("F32", config.ssm_state_bytes // 4),
+        } | dict.fromkeys(caches, ("BF16", config.kv_dim * position))  # fmt: skip
+        if set(file.entries) != set(sizes):
+            raise Zamba2Error(f"{path} does not hold the tensors of a state of this model.")
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for name, (dtype, size) in sizes.items():
+            entry = file.entries[name]
+            if (entry.dtype, entry.shape) != (dtype, (size,)):
+                raise Zamba2Error(f"{path}: {name} is {entry.dtype} {list(entry.shape)}; {dtype} [{size}] is needed.")
+            array = np.frombuffer(file.read(name), dtype=np.float32 if dtype == "F32" else np.uint16)
+            finite = np.isfinite(array if dtype == "F32" else (array.astype(np.uint32) << 16).view(np.float32)).all()
+            if not finite:
+                raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
+            arrays[name] = array
+        return engine.import_state(position, arrays["conv"], arrays["ssm"], [arrays[name] for name in caches])
+
+
+class NativeBackend:
+    """``Backend`` over the native engine and a packed checkpoint folder."""
+
+    def __init__(self, path: Path, config: Config, *, threads: int | None = None, isa: str = "") -> None:
+        self.config = config
+        self._file, self.format, plan = open_packed(path, config)
+        try:
+            settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
+            self.engine = _engine.Engine(settings, default_threads() if threads is None else threads, isa)
+        except (RuntimeError, ValueError) as error:
+            raise Zamba2Error(f"the native engine cannot start: {error}.") from None
+        for part in plan:
+            data = np.frombuffer(self._file.map(part.name), dtype=np.uint8)
+            if part.is_matrix:
+                self.engine.set_matrix(part.name, self.format.number, data)
+            else:
+                self.engine.set_vector(part.name, data.view(np.float32).copy())
+        self.engine.check_complete()
+        self.fingerprint = fingerprint(self._file, config, self.format)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return str(self.engine.isa)
+
+    def new_state(self, *, adapter: str | None = None) -> NativeState:
+        if adapter is not None:
+            raise Zamba2Error(f"no adapter called {adapter!r} is loaded.")
+        return NativeState(self, self.engine.new_state())
+
+    def forward(self, rows: Sequence[Row]) -> list[Logits]:
+        states = [self._own(row.state) for row in rows]
+        if len({id(state) for state in states}) != len(states):
+            raise ValueError("a state may appear only once in a call")
+        tokens = [self._check(row) for row in rows]
+        work = [state.inner.copy() for state in states]  # committed at the end: an error leaves every state as it was
+        before = [state.inner if row.record else None for row, state in zip(rows, states, strict=True)]
+        # a prompt's stretches first, then what is left of every row in one call
+        for i, row in enumerate(rows):
+            while not row.record and len(tokens[i]) - row.logits > 0:
+                step = PREFILL_CHUNK - work[i].position % PREFILL_CHUNK
+                if len(tokens[i]) <= step or len(tokens[i]) - step < row.logits:
+                    break
+                self.engine.forward([work[i]], [tokens[i][:step]], [0])
+                tokens[i] = tokens[i][step:]
+        scores = self.engine.forward(work, tokens, [row.logits for row in rows])
+        if not np.isfinite(scores).all():
+            raise Zamba2Error("the model computed values that are not finite; the packed checkpoint is damaged: quantize it again.")
+        ends = np.cumsum([row.logits for row in rows])
+        for state, inner, row, old in zip(states, work, rows, before, strict=True):
+            state.inner = inner
+            state.before = None if old is None else (old, np.asarray(row.tokens, dtype=np.int32))
+        return [NativeLogits(scores[end - row.logits : end]) for row, end in zip(rows, ends, strict=True)]
+
+    def _own(self, state: State) -> NativeState:
+        if not isinstance(state, NativeState) or state.backend is not self:
+            raise ValueError("the state belongs to another backend")
+        return state
+
+    def _check(self, row: Row) -> npt.NDArray[np.int32]:
+        tokens = np.asarray(row.tokens)
+        if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise Zamba2Error("there are no tokens to read; at least one token id is needed.")
+        for token in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= token < self.config.vocab_size:
+                raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {self.config.vocab_size - 1}.")
+        if not 0 <= row.logits <= tokens.size:
+            raise ValueError(f"{row.logits} positions of logits were asked for; 0 to {tokens.size} are possible")
+        return np.ascontiguousarray(tokens, dtype=np.int32)
+
+
+def fingerprint(file: TensorFile, config: Config, format: Format) -> str:
+    """Identifies config, format and weights: a hash over the config and a page of each tensor."""
+    digest = hashlib.sha256(json.dumps([config.to_dict(), format.name], sort_keys=True).encode())
+    for name in sorted(file.entries):
+        digest.update(name.encode())
+        digest.update(file.map(name)[:4096])
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""Packed weight formats: the specification of every layout that the native engine reads. Knows no torch.
+
+A matrix W (rows, cols) becomes blocks of 16 rows; within a block, groups of 32 inputs follow one another, zero-padded to
+whole blocks and groups. The 16 rows lie side by side, so that one vector register holds the same inputs of 16 rows:
+
+  bf16  per group 16 pairs of inputs, per pair 16 rows x 2 values           1024 bytes (one tile of a bf16 matrix unit)
+  q8    per group 8 x (16 rows x 4 inputs), code + 128                       512 bytes
+  q4    per group 4 x (16 rows x 4 inputs), code + 8; input 4v + i in the    256 bytes
+        low, 16 + 4v + i in the high nibble of vector v
+
+q8 and q4: behind a block's codes its fp16 scales, per group 16 rows; weight = code * scale. A block's size is rounded up
+to 64 bytes. csrc/kernels.h has the twin (struct Matrix); tests/test_formats.py compares the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from zamba2.errors import Zamba2Error
+
+__all__ = ["BLOCK", "FORMATS", "GROUP", "Format", "format_named"]
+
+BLOCK = 16  # rows side by side
+GROUP = 32  # inputs that share a scale
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of the table. ``number`` is its value in the engine; code_bytes: of one group of one block."""
+
+    name: str
+    number: int
+    code_bytes: int
+    scale_bytes: int
+    bits: float
+    largest: int  # codes lie in [smallest, largest]; 0 for floating point
+    smallest: int
+
+    def block_bytes(self, cols: int) -> int:
+        """Bytes of one block of 16 rows with ``cols`` inputs."""
+        groups = -(-cols // GROUP)
+        return -(-groups * (self.code_bytes + self.scale_bytes) // 64) * 64
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a packed (rows, cols) matrix."""
+        return -(-rows // BLOCK) * self.block_bytes(cols)
+
+
+FORMATS = {
+    "bf16": Format("bf16", 0, 1024, 0, 16.0, 0, 0),
+    "q8": Format("q8", 1, 512, 32, 8.5, 127, -127),
+    "q4": Format("q4", 2, 256, 32, 4.5, 7, -8),
+}
+
+
+def format_named(name: str) -> Format:
+    """A row of FORMATS. Raises Zamba2Error for an unknown name."""
+    if name not in FORMATS:
+        raise Zamba2Error(f"there is no format {name!r}; there are {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def pack(weights: Floats, format: Format) -> npt.NDArray[np.uint8]:
+    """Pack fp32 weights (rows, cols) into bytes (nbytes,), rounding as ``quantize`` does."""
+    rows, cols = weights.shape
+    blocks, groups = -(-rows // BLOCK), -(-cols // GROUP)
+    padded = np.zeros((blocks * BLOCK, groups * GROUP), dtype=np.float32)
+    padded[:rows, :cols] = weights
+    grouped = padded.reshape(blocks, BLOCK, groups, GROUP)
+    if format.number == 0:
+        pairs = round_bf16(grouped).reshape(blocks, BLOCK, groups, GROUP // 2, 2)
+        return np.ascontiguousarray(pairs.transpose(0, 2, 3, 1, 4)).view(np.uint8).reshape(-1)
+    codes, scales = quantize(grouped, format)
+    shifted = (codes + (8 if format.name == "q4" else 128)).astype(np.uint8)
+    fours = shifted.reshape(blocks, BLOCK, groups, GROUP // 4, 4).transpose(0, 2, 3, 1, 4)  # (blocks, groups, 8, 16, 4)
+    packed = fours[:, :, :4] | (fours[:, :, 4:] << 4) if format.name == "q4" else fours
+    out = np.zeros((blocks, format.block_bytes(cols)), dtype=np.uint8)
+    out[:, : groups * format.code_bytes] = packed.reshape(blocks, -1)
+    scale_bytes = np.ascontiguousarray(scales.transpose(0, 2, 1)).view(np.uint8).reshape(blocks, -1)
+    out[:, groups * format.code_bytes : groups * (format.code_bytes + format.scale_bytes)] = scale_bytes
+    return out.reshape(-1)
+
+
+def unpack(data: npt.NDArray[np.uint8], rows: int, cols: int, format: Format) -> Floats:
+    """The fp32 weights (rows, cols) that packed bytes stand for."""
+    blocks, groups = -(-rows // BLOCK), -(-cols // GROUP)
+    block = data.reshape(blocks, -1)
+    if format.number == 0:
+        halves = block.view(np.uint16).reshape(blocks, groups, GROUP // 2, BLOCK, 2).transpose(0, 3, 1, 2, 4)
+        wide = (halves.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(wide.reshape(blocks * BLOCK, groups * GROUP)[:rows, :cols])
+    codes = block[:, : groups * format.code_bytes].reshape(blocks, groups, -1, BLOCK, 4)
+    fours = np.concatenate([codes & 15, codes >> 4], axis=2) if format.name == "q4" else codes
+    end = groups * (format.code_bytes + format.scale_bytes)
+    scales = np.ascontiguousarray(block[:, groups * format.code_bytes : end]).view(np.float16).reshape(blocks, groups, BLOCK)
+    values = fours.transpose(0, 3, 1, 2, 4).reshape(blocks, BLOCK, groups, GROUP).astype(np.float32)
+    values -= 8 if format.name == "q4" else 128
+    values *= scales.transpose(0, 2, 1)[..., None].astype(np.float32)
+    return np.ascontiguousarray(values.reshape(blocks * BLOCK, groups * GROUP)[:rows, :cols])
+
+
+def round_bf16(values: Floats) -> npt.NDArray[np.uint16]:
+    """bf16 bits of finite fp32 values, round to nearest, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def quantize(grouped: Floats, format: Format) -> tuple[Codes, npt.NDArray[np.float16]]:
+    """Codes (..., 32) and fp16 scales (...) of groups (..., 32): the scale of least squared error among a few candidates.
+
+    q8: the largest magnitude becomes 127. q4: the value of largest magnitude becomes -8, or a scale somewhat smaller or
+    larger than that, each refitted to its codes by least squares, in fp16 as stored.
+    """
+    peak = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)[..., 0]
+    if format.name == "q8":
+        return _round(grouped, (np.abs(peak) / 127).astype(np.float32), format)
+    best_error: Floats | None = None
+    for shrink in CANDIDATES:
+        codes, scales = _round(grouped, (peak / np.float32(shrink)).astype(np.float32), format)
+        wide = codes.astype(np.float32)
+        square = np.einsum("...i,...i->...", wide, wide)
+        fitted: Floats = np.divide(np.einsum("...i,...i->...", wide, grouped), square, out=np.zeros_like(square), where=square > 0)
+        codes, scales = _round(grouped, fitted, format)
+        difference = grouped - codes * scales[..., None].astype(np.float32)
+        error = np.einsum("...i,...i->...", difference, difference)
+        if best_error is None:
+            best_codes, best_scales, best_error = codes, scales, error
+            continue
+        better = error < best_error
+        best_codes = np.where(better[..., None], codes, best_codes)
+        best_scales, best_error = np.where(better, scales, best_scales), np.where(better, error, best_error)
+    return best_codes, best_scales
+
+
+CANDIDATES = (-8.0, -7.0, -7.5, -8.6, -9.4, 7.0, 7.6)  # what the largest value is divided by
+
+
+def _round(grouped: Floats, scales: Floats, format: Format) -> tuple[Codes, npt.NDArray[np.float16]]:
+    if not np.isfinite(scales).all() or (np.abs(scales) > 65504).any():
+        raise Zamba2Error(f"a weight is not finite or too large for format {format.name}; the checkpoint is damaged, or use bf16.")
+    stored = scales.astype(np.float16)
+    wide = stored.astype(np.float32)[..., None]
+    ratio = np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
+    return np.clip(np.rint(ratio), format.smallest, format.largest).astype(np.int32), stored

@@ -1,0 +1,201 @@
+"""Packed checkpoints, which the native engine maps: quantize a checkpoint into one, open one. Knows no torch.
+
+A packed checkpoint is a folder like any other: config.json, the tokenizer's files, and model.safetensors, whose metadata
+say what it is. Its tensors have the model's own names: matrices as U8 bytes in a layout of ``formats``, vectors as F32.
+Of each shared block the rows of q, k and v lie in one matrix, split into its left half, for the residual stream, and its
+right half, for the embedding (DESIGN 4).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+from zamba2.weights.files import TensorFile, replacing, write_tensors
+from zamba2.weights.formats import BLOCK, Format, format_named, pack
+from zamba2.weights.hub_files import HubFiles
+
+__all__ = ["Part", "is_packed", "open_packed", "parts", "quantize"]
+
+VERSION = 1
+SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
+ROWS_AT_ONCE = 1024  # of one matrix, so that quantizing needs little memory
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[int, int], None]  # weights done, weights in all
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the engine: its name, shape ((rows, cols), or (n,) for a vector) and where its values come from.
+
+    sources: parameters of the model whose rows are joined; half: which half of their columns (None for all).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    half: int | None = None
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) == 2
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def parts(config: Config) -> list[Part]:
+    """All tensors of the engine for a config, in file order."""
+    hidden, wide = config.hidden_size, config.attention_hidden_size
+    found = [Part("embed_tokens.weight", (config.vocab_size, hidden), ("embed_tokens.weight",))]
+    if not config.tie_word_embeddings:
+        found.append(Part("lm_head.weight", (config.vocab_size, hidden), ("lm_head.weight",)))
+
+    def add(name: str, *shape: int) -> None:
+        found.append(Part(name, shape, (name,)))
+
+    add("final_layernorm.weight", hidden)
+    for layer in config.layers:
+        name = f"layers.{layer.index}"
+        if layer.is_hybrid:
+            add(f"{name}.linear.weight", hidden, hidden)
+        add(f"{name}.input_layernorm.weight", hidden)
+        add(f"{name}.mamba.in_proj.weight", config.in_proj_dim, hidden)
+        add(f"{name}.mamba.conv1d.weight", config.conv_dim * config.mamba_d_conv)
+        add(f"{name}.mamba.conv1d.bias", config.conv_dim)
+        for vector in ("dt_bias", "A_log", "D"):
+            add(f"{name}.mamba.{vector}", config.n_mamba_heads)
+        add(f"{name}.mamba.norm.weight", config.d_inner)
+        add(f"{name}.mamba.out_proj.weight", hidden, config.d_inner)
+    for block in range(config.num_shared_blocks):
+        name = f"shared_blocks.{block}"
+        attention, mlp = f"{name}.self_attn", f"{name}.feed_forward"
+        add(f"{name}.input_layernorm.weight", wide)
+        add(f"{name}.pre_ff_layernorm.weight", hidden)
+        qkv = tuple(f"{attention}.{letter}_proj.weight" for letter in "qkv")
+        for half, side in enumerate(("left", "right")):
+            found.append(Part(f"{attention}.qkv_proj.{side}.weight", (wide + 2 * config.kv_dim, hidden), qkv, half))
+        add(f"{attention}.o_proj.weight", hidden, wide)
+        add(f"{mlp}.gate_up_proj.weight", 2 * config.intermediate_size, hidden)
+        add(f"{mlp}.down_proj.weight", hidden, config.intermediate_size)
+        for layer in config.layers:
+            if layer.block != block:
+                continue
+            for letter in "qkv" if config.use_shared_attention_adapter else "":
+                add(f"{attention}.linear_{letter}_adapter_list.{layer.position}.0.weight", config.adapter_rank, wide)
+                add(f"{attention}.linear_{letter}_adapter_list.{layer.position}.1.weight", wide, config.adapter_rank)
+            add(f"{mlp}.gate_up_proj_adapter_list.{layer.position}.0.weight", config.adapter_rank, hidden)
+            add(f"{mlp}.gate_up_proj_adapter_list.{layer.position}.1.weight", 2 * config.intermediate_size, config.adapter_rank)
+    return found
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a folder holds a packed checkpoint."""
+    file = path / "model.safetensors"
+    return path.is_dir() and file.exists() and "zamba2" in TensorFile(file).metadata
+
+
+def open_packed(path: Path, config: Config) -> tuple[TensorFile, Format, list[Part]]:
+    """Open a packed checkpoint's file. Raises Zamba2Error unless it is complete and belongs to the config."""
+    file = TensorFile(path / "model.safetensors")
+    about = _about(file)
+    format = format_named(str(about.get("format")))
+    if about.get("config") != config.to_dict():
+        raise Zamba2Error(f"{file.path} was packed for another config.json than the one beside it; quantize the checkpoint again.")
+    plan = parts(config)
+    for part in plan:
+        entry = file.entries.get(part.name)
+        wanted = _layout(part, format)
+        if entry is None:
+            raise Zamba2Error(f"{file.path} has no tensor {part.name}; quantize the checkpoint again.")
+        if (entry.dtype, entry.shape) != wanted:
+            found = f"{entry.dtype} {list(entry.shape)}"
+            raise Zamba2Error(f"{file.path}: tensor {part.name} is {found}; {wanted[0]} {list(wanted[1])} is needed.")
+    return file, format, plan
+
+
+def _about(file: TensorFile) -> Mapping[str, Any]:
+    try:
+        about = json.loads(file.metadata.get("zamba2", "null"))
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict) or about.get("kind") != "weights":
+        raise Zamba2Error(f"{file.path} is not a packed Zamba2 checkpoint.")
+    if about.get("version") != VERSION:
+        raise Zamba2Error(f"{file.path} is packed in version {about.get('version')}; this program reads version {VERSION}: quantize again.")
+    return about
+
+
+def quantize(source: Path, target: Path, format: Format, *, progress: Progress | None = None) -> None:
+    """Pack the checkpoint folder ``source`` (the Hub's layout) into the new folder ``target``.
+
+    Holds one weight in fp32 at a time. Raises Zamba2Error; the target appears complete or not at all.
+    """
+    if target.exists() and (not target.is_dir() or os.listdir(target)):
+        raise Zamba2Error(f"{target} exists and is not an empty folder; choose another place for the packed checkpoint.")
+    config = Config.from_file(source / "config.json")
+    files, plan = HubFiles(source, config), parts(config)
+    total, done = sum(part.count for part in plan if part.is_matrix), 0
+
+    def pieces(part: Part) -> Iterator[memoryview]:
+        nonlocal done
+        if not part.is_matrix:
+            yield _values(files, part.sources[0]).reshape(-1).data.cast("B")
+            return
+        carried = np.empty((0, part.shape[1]), dtype=np.float32)  # rows of q that do not fill a block go with those of k
+        for parameter in part.sources:
+            values = _values(files, parameter)
+            if part.half is not None:
+                values = values[:, part.half * part.shape[1] : (part.half + 1) * part.shape[1]]
+            rows = np.concatenate([carried, values]) if len(carried) else values
+            whole = len(rows) if parameter == part.sources[-1] else len(rows) // BLOCK * BLOCK
+            carried = rows[whole:]
+            for start in range(0, whole, ROWS_AT_ONCE):
+                some = np.ascontiguousarray(rows[start : min(whole, start + ROWS_AT_ONCE)])
+                yield pack(some, format).data
+                done += some.size
+                if progress is not None:
+                    progress(done, total)
+
+    entries = [(part.name, *_layout(part, format), partial(pieces, part)) for part in plan]
+    about = {"kind": "weights", "version": VERSION, "format": format.name, "config": config.to_dict()}
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        for pattern in SMALL_FILES:
+            for file in source.glob(pattern):
+                shutil.copyfile(file, temporary / file.name)
+        (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        metadata = {"format": "zamba2", "zamba2": json.dumps(about)}
+        write_tensors(temporary / "model.safetensors", entries, metadata | _random_mark(source))
+
+
+def _layout(part: Part, format: Format) -> tuple[str, tuple[int, ...]]:
+    """dtype and shape of a part in the file."""
+    return ("U8", (format.nbytes(*part.shape),)) if part.is_matrix else ("F32", part.shape)
+
+
+def _values(files: HubFiles, parameter: str) -> Floats:
+    values: Floats = files.floats(parameter)
+    if not np.isfinite(values).all():
+        raise Zamba2Error(f"{files.folder}: tensor {files.stored[parameter]} has NaN or infinite values; download the checkpoint again.")
+    return values
+
+
+def _random_mark(source: Path) -> dict[str, str]:
+    """What says that weights are random, carried over."""
+    single = source / "model.safetensors"
+    random = single.exists() and TensorFile(single).metadata.get("zamba2_random") == "true"
+    return {"zamba2_random": "true"} if random else {}

@@ -1,0 +1,132 @@
+"""Native backends over random miniatures, and the PyTorch model that computes the same: dequantized weights, int8 inputs, bf16 keys.
+
+The twin shares nothing with the engine but the packed bytes: it is the PyTorch model with three functions replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from op_cases import relative_error
+from strategies import MINIATURES, miniature, random_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from zamba2 import _engine
+from zamba2.config import Config
+from zamba2.model import model as model_module
+from zamba2.model.model import Zamba2
+from zamba2.model.state import KVCache
+from zamba2.runtime.backend import Row
+from zamba2.runtime.native import NativeBackend, NativeState
+from zamba2.weights import packed
+from zamba2.weights.checkpoint import save_checkpoint
+from zamba2.weights.files import TensorFile
+from zamba2.weights.formats import FORMATS, unpack
+
+__all__ = ["BACKBONE", "CONFIGS", "ISAS", "as_twin", "logits_of", "make_packed", "native", "twin"]
+
+ISAS = list(_engine.available())
+
+# The switches of the three sizes, and what sizes can do to blocks of 16 rows and groups of 32 inputs: less, just, a bit more.
+CONFIGS: dict[str, Config] = {
+    **MINIATURES,
+    "gqa": miniature(num_attention_heads=4, num_key_value_heads=2, hidden_size=40, n_mamba_heads=5, use_mem_rope=True, num_mem_blocks=1),
+    "odd": miniature(
+        hidden_size=33, n_mamba_heads=3, num_attention_heads=3, num_key_value_heads=1, intermediate_size=37, adapter_rank=1, mamba_d_state=5,
+        vocab_size=17, mamba_d_conv=3, num_mem_blocks=3, tie_word_embeddings=False, rms_norm_eps=1e-3, chunk_size=5,
+    ),
+    "aligned": miniature(
+        hidden_size=64, n_mamba_heads=8, num_attention_heads=4, intermediate_size=96, adapter_rank=32, mamba_d_state=32, vocab_size=128,
+        mamba_ngroups=2, use_mem_rope=True, use_shared_attention_adapter=True,
+    ),
+}  # fmt: skip
+# No hybrid layers: no keys and values, so nothing is rounded but the weights.
+BACKBONE = miniature(hybrid_layer_ids=(), num_hidden_layers=3, mamba_ngroups=2, tie_word_embeddings=False)
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []  # kept until the end: the engine maps the files
+
+
+@functools.cache
+def make_packed(config: Config, format: str, seed: int = 1) -> Path:
+    """A packed checkpoint of the random model of a config and seed."""
+    folder = tempfile.TemporaryDirectory(prefix="zamba2-native-")
+    _folders.append(folder)
+    save_checkpoint(random_model(config, seed), Path(folder.name) / "hub")
+    packed.quantize(Path(folder.name) / "hub", Path(folder.name) / "packed", FORMATS[format])
+    return Path(folder.name) / "packed"
+
+
+@functools.cache
+def native(config: Config, format: str, isa: str = "", threads: int = 1, seed: int = 1) -> NativeBackend:
+    """The native backend over ``make_packed``."""
+    return NativeBackend(make_packed(config, format, seed), config, threads=threads, isa=isa)
+
+
+@functools.cache
+def twin(config: Config, format: str, seed: int = 1) -> Zamba2:
+    """The PyTorch model with the weights that the packed file holds."""
+    file = TensorFile(make_packed(config, format, seed) / "model.safetensors")
+    model = random_model(config, seed)
+    with torch.no_grad():
+        for part in packed.parts(config):
+            data = np.frombuffer(file.read(part.name), dtype=np.uint8)
+            if not part.is_matrix:
+                model.get_parameter(part.name).copy_(torch.from_numpy(data.view(np.float32).copy()).view_as(model.get_parameter(part.name)))
+                continue
+            rows, cols = part.shape
+            values = torch.from_numpy(unpack(data, rows, cols, FORMATS[format]))
+            for name in part.sources:
+                parameter = model.get_parameter(name)
+                own, values = values[: len(parameter)], values[len(parameter) :]
+                (parameter if part.half is None else parameter[:, part.half * cols : (part.half + 1) * cols]).copy_(own)
+    return model
+
+
+def as_codes(x: Tensor) -> Tensor:
+    """x as its int8 codes per group of 32 inputs say: scale = largest / 127, ties to even."""
+    padded = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    peak = padded.abs().amax(-1, keepdim=True)
+    codes = torch.round(padded * torch.where(peak > 0, 127 / peak, 0)).clamp(-127, 127)
+    return (codes * (peak / 127)).flatten(-2)[..., : x.shape[-1]]
+
+
+def _multiply_codes(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(as_codes(x).double(), weight.double()).to(x.dtype)
+
+
+def _append_bf16(self: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _append(self, k.bfloat16().to(k.dtype), v.bfloat16().to(v.dtype))
+
+
+_append = KVCache.append
+
+
+@contextmanager
+def as_twin(format: str) -> Iterator[None]:
+    """The PyTorch model rounds as the engine does: keys and values to bf16; inputs of q8 and q4 products to int8."""
+    with mock.patch.object(KVCache, "append", _append_bf16), torch.no_grad():
+        if format == "bf16":
+            yield
+        else:
+            with mock.patch.object(model_module, "matmul", _multiply_codes):
+                yield
+
+
+def logits_of(backend: NativeBackend, tokens: Sequence[int] | np.ndarray, state: NativeState | None = None, **options: Any) -> np.ndarray:
+    """Logits of the trailing positions (``logits``, by default all) of one row read into a state, by default a new one."""
+    row = Row(np.asarray(tokens, dtype=np.int32), state or backend.new_state(), **({"logits": len(tokens)} | options))
+    return backend.forward([row])[0].numpy()
+
+
+def error(found: np.ndarray | Tensor, expected: np.ndarray | Tensor) -> float:
+    """``relative_error`` of arrays."""
+    return relative_error(torch.as_tensor(np.array(found)), torch.as_tensor(np.array(expected)))
