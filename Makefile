@@ -30,7 +30,7 @@ check-tools:  ## Say which Debian package is missing
 	$(call require_tools)
 
 # The stamps: install again only when the requirements changed.
-NATIVE := CMakeLists.txt $(wildcard csrc/*)
+NATIVE := $(wildcard CMakeLists.txt csrc/*)
 $(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE)
 	$(call require_tools)
 	$(call install,torch)

@@ -181,6 +181,7 @@ void Engine::observe(const std::string& name, const float* data, int rows, int c
 }
 
 void Engine::forward(const std::vector<Call>& calls, float* logits) {
+  const NoDenormals plain;
   // Short calls together, in groups that one pass over the weights serves; long ones each by itself. What a token's
   // arithmetic is depends on its own call's length alone, never on its company.
   std::vector<float*> outputs;
@@ -239,16 +240,12 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
   if (many && kernels.matrix_units) {
     a.halves.resize(static_cast<size_t>(rows + 31) / 32 * 32 * line);
     pool_.share(static_cast<int>((static_cast<size_t>(rows) + 31) / 32 * 32), [&](int first, int last, int) {
-      for (int r = first; r < last; ++r) {
-        uint16_t* to = a.halves.data() + static_cast<size_t>(r) * line;
-        std::fill(to, to + line, uint16_t{0});
-        if (r < rows) kernels.to_bf16(x + static_cast<size_t>(r) * stride, w.cols, to);
-      }
+      for (int r = first; r < last; ++r) kernels.to_tiles(x + static_cast<size_t>(std::min(r, rows - 1)) * stride, w.cols, r, a.halves.data());
     });
     const size_t block_bytes = static_cast<size_t>(w.groups()) * 1024;
     const int per_panel = std::max(2, static_cast<int>(kPanelBytes / block_bytes) / 2 * 2);
     const int fair = (w.blocks() + 4 * pool_.size() - 1) / (4 * pool_.size());
-    const int step = std::max(2, std::min(per_panel, (fair + 1) / 2 * 2));
+    const int step = std::clamp(std::min(per_panel, (fair + 1) / 2 * 2), 2, kMostPanelBlocks);
     pool_.take((w.blocks() + step - 1) / step, [&](int item, int thread) {
       uint16_t* room = panel(thread, static_cast<size_t>(step) * static_cast<size_t>(w.groups()) * 512);
       kernels.multiply_many(w, item * step, std::min(w.blocks(), (item + 1) * step), a, y, static_cast<size_t>(w.rows), room);

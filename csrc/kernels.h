@@ -33,13 +33,14 @@ struct Activations {
   std::vector<int8_t> codes;      // the same, int8 per group of 32
   std::vector<float> scales;      // (rows, groups)
   std::vector<int32_t> sums;      // (rows, groups), of the codes
-  std::vector<uint16_t> halves;   // bf16, rows rounded up to 32, for the matrix units
+  std::vector<uint16_t> halves;   // bf16 tiles of 16 rows x 32 inputs, (rows / 16 rounded up to even, groups), for the matrix units
   int groups() const { return (cols + 31) / 32; }
   int stride() const { return groups() * 32; }
 };
 
 inline constexpr int kChunk = 64;    // tokens of one step of the scan in long calls
 inline size_t chunk_scratch(int P, int N) { return kChunk * kChunk + static_cast<size_t>(kChunk) * (P + 1) + static_cast<size_t>(P) * N; }
+inline constexpr int kMostPanelBlocks = 64;  // that multiply_many takes at once
 inline constexpr int kMostRows = 8;  // rows that one pass over the weights serves
 
 struct Kernels {
@@ -52,6 +53,7 @@ struct Kernels {
   // The same for many rows, through bf16 matrix units where there are any; panel: room for these blocks in bf16, aligned to 64.
   void (*multiply_many)(const Matrix& w, int first, int last, const Activations& x, float* y, size_t stride, uint16_t* panel);
   void (*to_bf16)(const float* x, int n, uint16_t* y);
+  void (*to_tiles)(const float* x, int cols, int row, uint16_t* tiles);  // one row of activations into their tiles
   void (*from_bf16)(const uint16_t* x, int n, float* y);
   float (*sum_of_squares)(const float* x, int n);
   void (*scale_by)(const float* x, const float* weight, float scale, int n, float* y);  // y = x * scale * weight

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,10 @@ from zamba2.weights.checkpoint import save_checkpoint
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import FORMATS, unpack
 
-__all__ = ["BACKBONE", "CONFIGS", "ISAS", "as_twin", "logits_of", "make_packed", "native", "twin"]
+__all__ = [
+    "BACKBONE", "CONFIGS", "ISAS", "as_codes", "as_twin", "error", "logits_of", "make_packed", "multiply_as", "native", "packed_from",
+    "twin", "uses_units",
+]  # fmt: skip
 
 ISAS = list(_engine.available())
 
@@ -41,8 +44,8 @@ CONFIGS: dict[str, Config] = {
     **MINIATURES,
     "gqa": miniature(num_attention_heads=4, num_key_value_heads=2, hidden_size=40, n_mamba_heads=5, use_mem_rope=True, num_mem_blocks=1),
     "odd": miniature(
-        hidden_size=33, n_mamba_heads=3, num_attention_heads=3, num_key_value_heads=1, intermediate_size=37, adapter_rank=1, mamba_d_state=5,
-        vocab_size=17, mamba_d_conv=3, num_mem_blocks=3, tie_word_embeddings=False, rms_norm_eps=1e-3, chunk_size=5,
+        hidden_size=33, n_mamba_heads=3, num_attention_heads=3, num_key_value_heads=1, intermediate_size=37, adapter_rank=1,
+        mamba_d_state=5, vocab_size=17, mamba_d_conv=3, num_mem_blocks=3, tie_word_embeddings=False, rms_norm_eps=1e-3, chunk_size=5,
     ),
     "aligned": miniature(
         hidden_size=64, n_mamba_heads=8, num_attention_heads=4, intermediate_size=96, adapter_rank=32, mamba_d_state=32, vocab_size=128,
@@ -55,14 +58,19 @@ BACKBONE = miniature(hybrid_layer_ids=(), num_hidden_layers=3, mamba_ngroups=2, 
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # kept until the end: the engine maps the files
 
 
-@functools.cache
-def make_packed(config: Config, format: str, seed: int = 1) -> Path:
-    """A packed checkpoint of the random model of a config and seed."""
+def packed_from(model: Zamba2, format: str) -> Path:
+    """A packed checkpoint of a model."""
     folder = tempfile.TemporaryDirectory(prefix="zamba2-native-")
     _folders.append(folder)
-    save_checkpoint(random_model(config, seed), Path(folder.name) / "hub")
+    save_checkpoint(model, Path(folder.name) / "hub")
     packed.quantize(Path(folder.name) / "hub", Path(folder.name) / "packed", FORMATS[format])
     return Path(folder.name) / "packed"
+
+
+@functools.cache
+def make_packed(config: Config, format: str, seed: int = 1) -> Path:
+    """A packed checkpoint of the random model of a config and seed; its folder holds the original as ``hub`` too."""
+    return packed_from(random_model(config, seed), format)
 
 
 @functools.cache
@@ -95,7 +103,8 @@ def as_codes(x: Tensor) -> Tensor:
     """x as its int8 codes per group of 32 inputs say: scale = largest / 127, ties to even."""
     padded = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
     peak = padded.abs().amax(-1, keepdim=True)
-    codes = torch.round(padded * torch.where(peak > 0, 127 / peak, 0)).clamp(-127, 127)
+    inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0)  # 127 / peak would round twice
+    codes = torch.round(padded * inverse).clamp(-127, 127)
     return (codes * (peak / 127)).flatten(-2)[..., : x.shape[-1]]
 
 
@@ -103,22 +112,40 @@ def _multiply_codes(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(as_codes(x).double(), weight.double()).to(x.dtype)
 
 
-def _append_bf16(self: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _append(self, k.bfloat16().to(k.dtype), v.bfloat16().to(v.dtype))
+def _multiply_halves(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.bfloat16().double(), weight.bfloat16().double()).to(x.dtype)
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.double(), weight.double()).to(x.dtype)
+
+
+def multiply_as(format: str, units: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """x W^T as the engine takes it: q8 and q4 round x to int8, matrix units both sides to bf16; sums are exact."""
+    return _multiply_halves if units else _multiply if format == "bf16" else _multiply_codes
 
 
 _append = KVCache.append
 
 
+def _append_bf16(self: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _append(self, k.bfloat16().to(k.dtype), v.bfloat16().to(v.dtype))
+
+
 @contextmanager
-def as_twin(format: str) -> Iterator[None]:
-    """The PyTorch model rounds as the engine does: keys and values to bf16; inputs of q8 and q4 products to int8."""
-    with mock.patch.object(KVCache, "append", _append_bf16), torch.no_grad():
-        if format == "bf16":
-            yield
-        else:
-            with mock.patch.object(model_module, "matmul", _multiply_codes):
-                yield
+def as_twin(format: str, *, units: bool = False) -> Iterator[None]:
+    """The PyTorch model rounds as the engine does: keys and values to bf16; inputs of products as ``multiply_as`` says."""
+    with (
+        mock.patch.object(KVCache, "append", _append_bf16),
+        mock.patch.object(model_module, "matmul", multiply_as(format, units)),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def uses_units(isa: str) -> bool:
+    """Whether calls of more than SHORT tokens go through bf16 matrix units."""
+    return isa == "amx"
 
 
 def logits_of(backend: NativeBackend, tokens: Sequence[int] | np.ndarray, state: NativeState | None = None, **options: Any) -> np.ndarray:
@@ -129,4 +156,4 @@ def logits_of(backend: NativeBackend, tokens: Sequence[int] | np.ndarray, state:
 
 def error(found: np.ndarray | Tensor, expected: np.ndarray | Tensor) -> float:
     """``relative_error`` of arrays."""
-    return relative_error(torch.as_tensor(np.array(found)), torch.as_tensor(np.array(expected)))
+    return relative_error(*(value if isinstance(value, Tensor) else torch.tensor(value) for value in (found, expected)))

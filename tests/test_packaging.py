@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "zamba2"
 # Bottom to top; a module may import its own layer and those before it. The longest matching name counts.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("zamba2.errors", "zamba2.config"),  # facts
-    ("zamba2.weights", "zamba2.model"),  # numerics
+    ("zamba2.weights", "zamba2.model", "zamba2._engine"),  # numerics
     ("zamba2.runtime",),  # backends
     ("zamba2.language",),  # language
     ("zamba2", "zamba2.api", "zamba2.hf"),  # interfaces

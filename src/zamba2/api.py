@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,12 @@ def load(
     config = read_config(path)
     tokenizer = tokenizer_of(path, config)
     random = is_random(path)
-    if not is_packed(path) and (format is not None or backend == "native"):
-        path = packed_copy(path, format_named(format or "q8"))
+    if not is_packed(path):
+        if format is None and backend is None and device in (None, "cpu") and find_spec("torch") is None:
+            format = "bf16"  # the checkpoint's own precision
+            notice("PyTorch is not installed: running on the CPU through the native engine.")
+        if format is not None or backend == "native":
+            path = packed_copy(path, format_named(format or "q8"))
     chosen: Backend
     if backend is not None and not isinstance(backend, str):
         chosen = backend

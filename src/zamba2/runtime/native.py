@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from zamba2 import _engine
+import zamba2._engine as _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Logits, Row, State
@@ -37,7 +37,7 @@ def default_threads() -> int:
     """Processors this process may use, a container's CPU quota included; ZAMBA2_THREADS overrides."""
     wanted = os.environ.get("ZAMBA2_THREADS")
     if wanted:
-        if not wanted.isdigit() or not 0 < int(wanted) <= 1024:
+        if not wanted.isdecimal() or not 0 < int(wanted) <= 1024:
             raise Zamba2Error(f"ZAMBA2_THREADS is {wanted!r}; a whole number from 1 to 1024 is needed.")
         return int(wanted)
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -85,7 +85,8 @@ class NativeState:
             raise ValueError(f"cannot keep {n} tokens: {found}")
         inner, tokens = self.before
         if n:
-            self.backend.engine.forward([inner], [tokens[:n]], [0])
+            left, _ = self.backend._stretches(inner, tokens[:n], 0)
+            self.backend.engine.forward([inner], [tokens[n - left : n]], [0])
         self.inner, self.before = inner, None
 
     def save(self, path: Path, *, note: str = "") -> None:
@@ -158,7 +159,10 @@ class NativeBackend:
             if part.is_matrix:
                 self.engine.set_matrix(part.name, self.format.number, data)
             else:
-                self.engine.set_vector(part.name, data.view(np.float32).copy())
+                values = data.view(np.float32).copy()
+                if not np.isfinite(values).all():  # int8 codes would hide it
+                    raise Zamba2Error(f"{path}: tensor {part.name} has values that are not finite; quantize the checkpoint again.")
+                self.engine.set_vector(part.name, values)
         self.engine.check_complete()
         self.fingerprint = fingerprint(self._file, config, self.format)
 
@@ -180,21 +184,27 @@ class NativeBackend:
         work = [state.inner.copy() for state in states]  # committed at the end: an error leaves every state as it was
         before = [state.inner if row.record else None for row, state in zip(rows, states, strict=True)]
         # a prompt's stretches first, then what is left of every row in one call
-        for i, row in enumerate(rows):
-            while not row.record and len(tokens[i]) - row.logits > 0:
-                step = PREFILL_CHUNK - work[i].position % PREFILL_CHUNK
-                if len(tokens[i]) <= step or len(tokens[i]) - step < row.logits:
-                    break
-                self.engine.forward([work[i]], [tokens[i][:step]], [0])
-                tokens[i] = tokens[i][step:]
-        scores = self.engine.forward(work, tokens, [row.logits for row in rows])
-        if not np.isfinite(scores).all():
+        scores = [self._stretches(inner, own, row.logits) for inner, own, row in zip(work, tokens, rows, strict=True)]
+        rest = [own[len(own) - left :] for own, (left, _) in zip(tokens, scores, strict=True)]
+        wanted = [min(row.logits, len(own)) for row, own in zip(rows, rest, strict=True)]
+        last = np.split(self.engine.forward(work, rest, wanted), np.cumsum(wanted)[:-1]) if rows else []
+        found = [np.concatenate([*first, own]) if first else own for (_, first), own in zip(scores, last, strict=True)]
+        if not all(np.isfinite(own).all() for own in found):
             raise Zamba2Error("the model computed values that are not finite; the packed checkpoint is damaged: quantize it again.")
-        ends = np.cumsum([row.logits for row in rows])
         for state, inner, row, old in zip(states, work, rows, before, strict=True):
             state.inner = inner
             state.before = None if old is None else (old, np.asarray(row.tokens, dtype=np.int32))
-        return [NativeLogits(scores[end - row.logits : end]) for row, end in zip(rows, ends, strict=True)]
+        return [NativeLogits(own) for own in found]
+
+    def _stretches(self, inner: Any, tokens: npt.NDArray[np.int32], wanted: int) -> tuple[int, list[npt.NDArray[np.float32]]]:
+        """Read tokens up to the last border before their end; returns how many are left, and the logits wanted before them."""
+        found = []
+        while (step := PREFILL_CHUNK - inner.position % PREFILL_CHUNK) < len(tokens):
+            scores = self.engine.forward([inner], [tokens[:step]], [max(0, wanted - len(tokens) + step)])
+            if len(scores):
+                found.append(scores)
+            tokens = tokens[step:]
+        return len(tokens), found
 
     def _own(self, state: State) -> NativeState:
         if not isinstance(state, NativeState) or state.backend is not self:

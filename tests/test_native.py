@@ -1,0 +1,520 @@
+"""The native engine on every instruction set of this machine: the PyTorch model's numbers, and the laws of DESIGN 3 to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_cases import (
+    BACKBONE,
+    CONFIGS,
+    ISAS,
+    as_twin,
+    error,
+    logits_of,
+    make_packed,
+    multiply_as,
+    native,
+    packed_from,
+    twin,
+    uses_units,
+)
+from strategies import configs, miniature, random_model, random_tokens
+from torch import Tensor
+
+from zamba2 import _engine
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+from zamba2.runtime.backend import Backend, Row
+from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState, default_threads
+from zamba2.weights.formats import FORMATS
+
+FORMAT_NAMES = list(FORMATS)
+EXACT = 1e-5  # relative error, by norm, of what is computed in fp32 from the same rounded numbers
+ALL = {**CONFIGS, "backbone": BACKBONE}
+# For long prompts on the slow instruction sets.
+TINY = miniature(hidden_size=8, n_mamba_heads=2, num_hidden_layers=2, hybrid_layer_ids=(1,), num_mem_blocks=1, num_attention_heads=2)
+every = pytest.mark.parametrize("format", FORMAT_NAMES)
+# The laws above the kernels: every format on the two best instruction sets, one on the rest.
+pairs = pytest.mark.parametrize(("isa", "format"), [(i, f) for i in ISAS for f in FORMAT_NAMES if i in ISAS[-2:] or f == "q4"])
+everywhere = pytest.mark.parametrize("isa", ISAS)
+
+
+def ids(config: Config, length: int, seed: int = 3) -> np.ndarray:
+    return random_tokens(config, seed, length).numpy().astype(np.int32)
+
+
+# ---- the numbers: block by block ------------------------------------------------------------------------------------------
+
+
+def follow(backend: NativeBackend, tokens: np.ndarray, *, split: int = 0) -> list[tuple[str, np.ndarray]]:
+    """What the engine observes over one call, after ``split`` tokens read before it."""
+    seen: list[tuple[str, np.ndarray]] = []
+    inner = backend.engine.new_state()
+    if split:
+        backend.engine.forward([inner], [tokens[:split]], [0])
+    backend.engine.observe(lambda name, data: seen.append((name, np.array(data))))
+    try:
+        logits = backend.engine.forward([inner], [tokens[split:]], [len(tokens) - split])
+    finally:
+        backend.engine.observe(None)
+    return [*seen, ("logits", logits)]
+
+
+def compare(
+    config: Config, format: str, units: bool, seen: list[tuple[str, np.ndarray]], tokens: np.ndarray, *, seed: int = 1
+) -> list[tuple[str, np.ndarray]]:  # fmt: skip
+    """Relative error of each row of each block's output. Every block of the twin is fed what the engine's blocks gave."""
+    model, rows = twin(config, format, seed), len(tokens)
+    found, errors = iter(seen), []
+
+    def check(kind: str) -> Callable[..., Tensor]:
+        def hook(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            name, data = next(found)
+            assert name.endswith(kind), f"{kind} came after {errors[-1][0] if errors else 'nothing'}, not {name}"
+            engine_s = torch.from_numpy(data)
+            expected = output[0]
+            errors.append((name, ((engine_s - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).numpy()))
+            return engine_s[None]
+
+        return hook
+
+    hooks = [layer.register_forward_hook(check(f"layers.{i}")) for i, layer in enumerate(model.layers)]
+    for layer in model.layers:
+        hooks.append(layer.mamba.register_forward_hook(check(".mamba")))
+        if layer.linear is not None:
+            hooks.append(layer.linear.register_forward_hook(check(".linear")))
+    for block in model.shared_blocks:
+        hooks.append(block.self_attn.register_forward_hook(check(".self_attn")))
+        hooks.append(block.feed_forward.register_forward_hook(check(".shared_block")))
+    try:
+        with as_twin(format, units=units):
+            final = model.hidden_states(torch.from_numpy(tokens)[None].long(), state=model.new_state())[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    name, data = next(found)
+    assert name == "final_layernorm"
+    errors.append((name, np.array([error(data, final)])))
+    head = model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
+    expected = multiply_as(format, units and rows > SHORT)(torch.from_numpy(data), head)
+    name, data = next(found)
+    errors.append((name, ((torch.from_numpy(data) - expected).norm(dim=-1) / expected.norm(dim=-1)).numpy()))
+    assert next(found, None) is None
+    return errors
+
+
+@pytest.mark.parametrize("length", [1, 7, 70])
+@every
+@everywhere
+def test_block_by_block(isa: str, format: str, length: int) -> None:
+    """Fed the engine's own inputs, each block of the twin gives the engine's output: to 1e-5 where a block has no rounding
+    inside, and elsewhere in all rows but the few where a number so near a tie that fp32 sums disagree is rounded the other way;
+    those stay within a few steps of int8 (bf16: of its last digit)."""
+    units = uses_units(isa) and length > SHORT
+    flipped, total, worst = 0, 0, 0.0
+    for config in ALL.values():
+        tokens = ids(config, length)
+        for name, errors in compare(config, format, units, follow(native(config, format, isa), tokens), tokens):
+            assert np.isfinite(errors).all(), name
+            if name.endswith((".linear", "logits", "final_layernorm")) or name.split(".")[-1].isdigit():
+                assert errors.max() <= EXACT, f"{name}: {errors.max():.1e}"
+                continue
+            if format == "bf16" and not units and name.endswith((".mamba", ".shared_block")):
+                assert errors.max() <= EXACT, f"{name}: {errors.max():.1e}"
+                continue
+            assert errors.max() <= 0.05, f"{name}: {errors.max():.1e}"
+            worst = max(worst, float(errors.max()))
+            flipped += int((errors > EXACT).sum())
+            total += len(errors)
+    assert worst <= (4e-3 if format == "bf16" or units else 0.02), worst
+    assert flipped <= (0.2 if format == "bf16" else 0.03) * total, f"{flipped} of {total} rows"
+
+
+# ---- the numbers: end to end ----------------------------------------------------------------------------------------------
+
+# Relative error of all logits, by norm. Without hybrid layers bf16 weights leave no rounding at all. With them, keys and
+# values near a tie between two bf16 numbers go either way (measured: 6e-4 at most). A flipped int8 code moves all that follows it
+# (measured: 3.5e-2 at most, 1e-7 where none flips). Matrix units round every input to bf16 (measured: 0.04, 0.11 with int8's twin).
+BACKBONE_ALONE, AFTER_ROUNDING, AFTER_FLIPS = 1e-5, 2e-3, 0.1
+
+
+@pairs
+@pytest.mark.parametrize("name", ALL)
+def test_end_to_end(name: str, isa: str, format: str) -> None:
+    """Token by token and in one call of 300, logits are the twin's, as near as what is rounded on the way allows."""
+    config = ALL[name]
+    backend, model = native(config, format, isa), twin(config, format)
+    long = ids(config, 300)
+    with as_twin(format, units=uses_units(isa)):
+        prefilled = model(torch.from_numpy(long)[None].long(), state=model.new_state())[0]
+    with as_twin(format):
+        state = model.new_state()
+        steps = torch.cat([model(torch.tensor([[int(token)]]), state=state) for token in long[:20]], dim=1)[0]
+    own = backend.new_state()
+    decoded = np.concatenate([logits_of(backend, [token], own) for token in long[:20]])
+    bound = (BACKBONE_ALONE if name == "backbone" else AFTER_ROUNDING) if format == "bf16" else AFTER_FLIPS
+    assert error(decoded, steps) <= bound
+    assert error(logits_of(backend, long), prefilled) <= (AFTER_FLIPS if uses_units(isa) else bound)
+
+
+@everywhere
+@every
+@settings(max_examples=4)
+@given(config=configs(), seed=st.integers(0, 1 << 16))
+def test_any_config(isa: str, format: str, config: Config, seed: int) -> None:
+    """Configs of any sizes load, and fed the engine's own inputs every block without rounding inside gives the twin's output."""
+    backend = NativeBackend(make_packed(config, format, 2), config, threads=2, isa=isa)
+    for length in (3, 21):
+        tokens, units = ids(config, length, seed), uses_units(isa) and length > SHORT
+        rows = compare(config, format, units, follow(backend, tokens), tokens, seed=2)
+        for name, errors in rows:
+            if name.endswith((".linear", "logits")):
+                assert errors.max() <= EXACT, f"{name}: {errors.max():.1e}"
+        assert np.median(np.concatenate([errors for _, errors in rows])) <= EXACT
+
+
+@everywhere
+@every
+@pytest.mark.parametrize("hidden", [32, 33, 70, 160])
+def test_extreme_codes(hidden: int, format: str, isa: str) -> None:
+    """Products where every code is the largest of one sign, and every mixture of signs, lose nothing: no sum saturates."""
+    config = miniature(
+        hidden_size=hidden, n_mamba_heads=2, num_hidden_layers=1, hybrid_layer_ids=(), vocab_size=21, num_attention_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = random_model(config, 1)
+    assert model.lm_head is not None
+    signs = torch.ones(21, hidden)
+    signs[7:] = torch.randn(14, hidden, generator=torch.Generator().manual_seed(0)).sign()
+    signs[1] = -1
+    model.layers[0].mamba.out_proj.weight.zero_()
+    model.embed_tokens.weight.copy_(signs)
+    model.final_layernorm.weight.fill_(1.0)
+    model.lm_head.weight.copy_(signs.roll(3, dims=0))
+    backend = NativeBackend(packed_from(model, format), config, threads=1, isa=isa)
+    scale = (1 + config.rms_norm_eps) ** -0.5
+    expected = scale * signs @ signs.roll(3, dims=0).T  # a group's largest becomes a largest code: exact up to the fp16 scales
+    for rows in (1, 8, 21):
+        found = np.concatenate([logits_of(backend, np.arange(21)[at : at + rows]) for at in range(0, 21, rows)])
+        assert np.abs(found - expected.numpy()).max() <= 0.004 * hidden
+
+
+# ---- laws to the bit ------------------------------------------------------------------------------------------------------
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> bool:
+    return found.shape == expected.shape and bool(np.array_equal(found.view(np.uint32), expected.view(np.uint32)))
+
+
+def one_by_one(backend: NativeBackend, tokens: np.ndarray, state: NativeState) -> np.ndarray:
+    return np.concatenate([logits_of(backend, [token], state) for token in tokens])
+
+
+@every
+@everywhere
+@pytest.mark.parametrize("past", [0, 5, 300])
+def test_short_calls_are_single_tokens(isa: str, format: str, past: int) -> None:
+    """T = 1 to 8 tokens in one call give the bits of T calls of one token, also in what is read afterwards."""
+    for config in (CONFIGS["1.2b"], CONFIGS["7b"], BACKBONE):
+        backend, tokens = native(config, format, isa), ids(config, past + SHORT + 1)
+        start = backend.new_state()
+        if past:
+            logits_of(backend, tokens[:past], start, logits=0)
+        expected = one_by_one(backend, tokens[past:], start.copy())
+        for length in range(1, SHORT + 1):
+            state = start.copy()
+            assert same(logits_of(backend, tokens[past : past + length], state), expected[:length]), length
+            assert same(logits_of(backend, tokens[past + length : past + length + 1], state), expected[length : length + 1])
+
+
+@pairs
+def test_company_changes_no_bit(isa: str, format: str) -> None:
+    """A row's logits are the same bits alone and in any batch: more rows than a kernel serves, prompts among single tokens, any order."""
+    config = CONFIGS["7b"]
+    backend = native(config, format, isa)
+    lengths = [1, 3, 20, 1, 8, 9, 1, 2, 300, 7, 5, *[1] * 75]
+    prompts = [ids(config, length, seed) for seed, length in enumerate(lengths)]
+    pasts = [ids(config, 1 + seed % 4, seed + 500) for seed in range(len(lengths))]
+    starts = [backend.new_state() for _ in lengths]
+    for past, state in zip(pasts, starts, strict=True):
+        logits_of(backend, past, state)
+    alone = [state.copy() for state in starts]
+    expected = [logits_of(backend, prompt, state, logits=min(2, len(prompt))) for prompt, state in zip(prompts, alone, strict=True)]
+    for order in (np.arange(len(lengths)), np.arange(len(lengths))[::-1], np.random.default_rng(1).permutation(len(lengths))):
+        states = [starts[i].copy() for i in order]
+        found = backend.forward([Row(prompts[i], state, min(2, len(prompts[i]))) for i, state in zip(order, states, strict=True)])
+        assert all(same(logits.numpy(), expected[i]) for i, logits in zip(order, found, strict=True))
+        last = backend.forward([Row(prompts[i][:1], state) for i, state in zip(order, states, strict=True)])
+        for i, logits in zip(order[:20], last, strict=False):
+            assert same(logits.numpy(), logits_of(backend, prompts[i][:1], alone[i].copy()))
+
+
+@pairs
+def test_threads_change_no_bit(isa: str, format: str) -> None:
+    """1, 2 and 3 threads give the same bits, token by token, in short calls, in batches and in prompts."""
+    for config in (CONFIGS["1.2b"], CONFIGS["odd"]):
+        tokens, results = ids(config, 80), []
+        for threads in (1, 2, 3):
+            backend = native(config, format, isa, threads)
+            assert backend.engine.threads == threads
+            state = backend.new_state()
+            results.append(np.concatenate([logits_of(backend, part, state) for part in np.split(tokens, [1, 2, 9, 70, 78])]))
+        assert all(same(result, results[0]) for result in results)
+
+
+@pairs
+def test_chunks_lie_at_fixed_places(isa: str, format: str) -> None:
+    """A long prompt cut at multiples of 512, behind any first cut, gives the same bits; cut elsewhere it stays within rounding."""
+    config = TINY
+    backend, tokens = native(config, format, isa), ids(config, 2 * PREFILL_CHUNK + 40)
+    whole = logits_of(backend, tokens, logits=1)
+    for first in ([], [505]):
+        found = []
+        for more in ([], [PREFILL_CHUNK], [PREFILL_CHUNK, 2 * PREFILL_CHUNK]):
+            state = backend.new_state()
+            *parts, last = np.split(tokens, first + more)
+            for part in parts:
+                logits_of(backend, part, state, logits=0)
+            found.append(logits_of(backend, last, state, logits=1))
+            assert state.position == len(tokens)
+        assert all(same(other, found[0]) for other in found[1:])
+        assert same(found[0], whole) or first
+        assert error(found[0], whole) <= (AFTER_ROUNDING if format == "bf16" and not uses_units(isa) else AFTER_FLIPS)
+
+
+@pairs
+def test_logits_wanted_change_no_bit(isa: str, format: str) -> None:
+    """How many trailing logits a long call gives changes neither its state nor, without matrix units, the logits themselves."""
+    config = TINY
+    backend, tokens = native(config, format, isa), ids(config, PREFILL_CHUNK + 9)
+    for length in (40, PREFILL_CHUNK + 9):
+        read = tokens[:length]
+        results = []
+        for wanted in (1, 0, 10, length):
+            state = backend.new_state()
+            logits = logits_of(backend, read, state, logits=wanted)
+            assert logits.shape == (wanted, config.vocab_size)
+            results.append((logits[-1:], logits_of(backend, tokens[:1], state)))
+        assert all(same(after, results[0][1]) for _, after in results)
+        if not uses_units(isa):
+            assert all(same(last, results[0][0]) for last, _ in results if len(last))
+        assert all(error(last, results[0][0]) <= AFTER_FLIPS for last, _ in results if len(last))
+
+
+@pairs
+def test_copy_isolates(isa: str, format: str) -> None:
+    """A state and its copies go on, in any order, exactly as states that were never copied do."""
+    config = CONFIGS["gqa"]
+    backend, tokens = native(config, format, isa), ids(config, 250)  # keys and values outgrow their first buffer on the way
+    branches = [ids(config, 12, seed + 20) for seed in range(3)]
+    expected = []
+    for branch in branches:
+        state = backend.new_state()
+        logits_of(backend, tokens, state, logits=0)
+        expected.append(one_by_one(backend, branch, state))
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        state = backend.new_state()
+        logits_of(backend, tokens, state, logits=0)
+        copy = state.copy()
+        states = [state, copy, copy.copy()]  # a copy of a copy
+        found: list[list[np.ndarray]] = [[], [], []]
+        for step in range(12):
+            for i in order:
+                found[i].append(logits_of(backend, branches[i][step : step + 1], states[i]))
+        assert all(same(np.concatenate(found[i]), expected[i]) for i in order)
+        assert all(state.position == 262 for state in states)
+
+
+@every
+@pytest.mark.parametrize("name", ["1.2b", "gqa", "odd", "backbone"])
+def test_saved_state_goes_on(tmp_path: Path, name: str, format: str) -> None:
+    """save -> load -> the same bits as without; the note, the position and an empty state survive too."""
+    config = ALL[name]
+    backend, tokens = native(config, format), ids(config, 30)
+    for length in (0, 1, 2, 20):
+        state, file = backend.new_state(), tmp_path / f"{length}.state"
+        if length:
+            logits_of(backend, tokens[:length], state)
+        state.save(file, note="ζ")
+        loaded = backend.new_state()
+        logits_of(backend, tokens[:3], loaded, record=True)  # what was there before is gone
+        assert loaded.load(file) == "ζ"
+        assert loaded.position == state.position == length
+        assert same(logits_of(backend, tokens[length:], loaded), logits_of(backend, tokens[length:], state))
+        with pytest.raises(ValueError, match="nothing was recorded"):
+            loaded.keep(0)
+
+
+def test_saved_states_that_do_not_fit(tmp_path: Path) -> None:
+    """A state of another model, format or kind, a damaged one and none at all raise Zamba2Error and leave the state as it was."""
+    config = CONFIGS["2.7b"]
+    backend, tokens = native(config, "q8"), ids(config, 5)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    state = backend.new_state()
+    logits_of(backend, tokens, state)
+    state.save(good)
+    expected = logits_of(backend, tokens, state.copy())
+    data = good.read_bytes()
+    others = [native(config, "q4"), native(config, "q8", seed=2), native(CONFIGS["7b"], "q8")]
+    for other in others:
+        mine = other.new_state()
+        logits_of(other, [1], mine)
+        with pytest.raises(Zamba2Error, match="another model or number format"):
+            mine.load(good)
+        assert mine.position == 1
+    finite = np.frombuffer(data, np.uint8).copy()
+    finite[-2:] = [0xC0, 0x7F]
+    spoiled = {
+        "does not exist": None, "bad": data[:-1], "not finite": finite.tobytes(),
+        "position": data.replace(b'position\\": 5', b'position\\":-5'),
+        "version 9": data.replace(b'version\\": 1', b'version\\": 9'), "not a saved": data.replace(b"native state", b"native stack"),
+        "is needed": data.replace(b'position\\": 5', b'position\\": 4'),
+    }  # fmt: skip
+    for message, content in spoiled.items():
+        bad.unlink(missing_ok=True)
+        if content is not None:
+            assert content != data
+            bad.write_bytes(content)
+        with pytest.raises(Zamba2Error, match=message):
+            state.load(bad)
+        assert same(logits_of(backend, tokens, state.copy()), expected)
+
+
+@pairs
+def test_keep_is_having_read_less(isa: str, format: str) -> None:
+    """After a recorded call keep(n) leaves what reading its first n tokens leaves, to the bit up to 8 tokens; n = 0 and all too."""
+    config = CONFIGS["7b"]
+    backend, tokens = native(config, format, isa), ids(config, 60)
+    for before, length in ((0, 8), (6, 8), (6, 1), (20, 30)):
+        for n in {0, 1, length // 2, length}:
+            recorded, expected = backend.new_state(), backend.new_state()
+            if before:
+                for state in (recorded, expected):
+                    logits_of(backend, tokens[:before], state)
+            full = logits_of(backend, tokens[before : before + length], recorded, record=True)
+            copy = recorded.copy()
+            if n:
+                logits_of(backend, tokens[before : before + n], expected)
+            recorded.keep(n)
+            assert recorded.position == expected.position == before + n
+            assert same(one_by_one(backend, tokens[:3], recorded), one_by_one(backend, tokens[:3], expected))
+            assert copy.position == before + length
+            again = backend.new_state()
+            if before:
+                logits_of(backend, tokens[:before], again)
+            assert same(logits_of(backend, tokens[before : before + length], again), full)
+            assert same(logits_of(backend, tokens[:1], copy), logits_of(backend, tokens[:1], again))
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        recorded.keep(0)
+    logits_of(backend, tokens[:3], recorded, record=True)
+    with pytest.raises(ValueError, match="more than were recorded"):
+        recorded.keep(4)
+
+
+def test_errors_leave_states_alone() -> None:
+    """A call that is refused, for any of its rows, changes none of its states."""
+    config = CONFIGS["1.2b"]
+    backend, tokens = native(config, "q8"), ids(config, 5)
+    good, other = backend.new_state(), backend.new_state()
+    for state in (good, other):
+        logits_of(backend, tokens, state)
+    expected = logits_of(backend, tokens, good.copy())
+    foreign = native(config, "q4").new_state()
+    fine = Row(tokens, good)
+    refused: list[tuple[type[Exception], str, list[Row]]] = [
+        (Zamba2Error, "out of range", [fine, Row(np.array([config.vocab_size], np.int32), other)]),
+        (Zamba2Error, "out of range", [fine, Row(np.array([-1], np.int32), other)]),
+        (Zamba2Error, "no tokens", [fine, Row(np.array([], np.int32), other)]),
+        (Zamba2Error, "no tokens", [fine, Row(np.array([1.5]), other)]),
+        (ValueError, "positions of logits", [fine, Row(tokens, other, 6)]),
+        (ValueError, "positions of logits", [fine, Row(tokens, other, -1)]),
+        (ValueError, "only once", [fine, fine]),
+        (ValueError, "another backend", [fine, Row(tokens, foreign)]),
+    ]
+    for kind, message, rows in refused:
+        with pytest.raises(kind, match=message):
+            backend.forward(rows)
+        for state in (good, other):
+            assert state.position == 5
+            assert same(logits_of(backend, tokens, state.copy()), expected)
+    assert backend.forward([]) == []
+    with pytest.raises(Zamba2Error, match="no adapter"):
+        backend.new_state(adapter="x")
+
+
+@pytest.mark.parametrize("format", ["bf16", "q8", "q4"])
+def test_values_that_are_not_finite(format: str) -> None:
+    """Weights that overflow on the way raise Zamba2Error, and the state stays as it was."""
+    config = CONFIGS["2.7b"]
+    model = random_model(config, 1)
+    model.layers[0].mamba.D.fill_(3e38)
+    backend = NativeBackend(packed_from(model, format), config, threads=1)
+    state = backend.new_state()
+    with pytest.raises(Zamba2Error, match="not finite"):
+        logits_of(backend, [1, 2], state)
+    assert state.position == 0
+    assert state.nbytes == 0
+
+
+@every
+def test_backend_keeps_the_waist(format: str) -> None:
+    """NativeBackend is a Backend, with as many float32 logits as wanted, a state's bytes, and the best instruction set by default."""
+    config = CONFIGS["2.7b"]
+    backend = native(config, format)
+    assert isinstance(backend, Backend)
+    assert backend.isa == _engine.chosen() == ISAS[-1]
+    assert backend.format is FORMATS[format]
+    state = backend.new_state()
+    assert state.nbytes == 0
+    for wanted in (0, 1, 20):
+        logits = logits_of(backend, ids(config, 20), state, logits=wanted)
+        assert logits.shape == (wanted, config.vocab_size)
+        assert logits.dtype == np.float32
+    assert state.nbytes >= config.ssm_state_bytes + config.conv_state_bytes() + 60 * config.kv_dim * 2 * 2 * 3
+
+
+def test_instruction_set_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each instruction set of the machine can be asked for, by argument and ZAMBA2_ISA; others, and bad thread counts, are refused."""
+    config, path = CONFIGS["2.7b"], make_packed(CONFIGS["2.7b"], "q8")
+    assert ISAS[0] == "scalar"
+    for isa in ISAS:
+        monkeypatch.setenv("ZAMBA2_ISA", isa)
+        assert NativeBackend(path, config, threads=1).isa == isa
+    for unknown in ("sse", "AMX", "none"):
+        monkeypatch.setenv("ZAMBA2_ISA", unknown)
+        with pytest.raises(Zamba2Error, match=f"ZAMBA2_ISA is '{unknown}'.*scalar"):
+            NativeBackend(path, config, threads=1)
+        with pytest.raises(Zamba2Error, match=f"no instruction set {unknown}"):
+            NativeBackend(path, config, threads=1, isa=unknown)
+    monkeypatch.delenv("ZAMBA2_ISA")
+    for threads in (0, -1, 1025):
+        with pytest.raises(Zamba2Error, match="threads"):
+            NativeBackend(path, config, threads=threads)
+    monkeypatch.setenv("ZAMBA2_THREADS", "3")
+    assert NativeBackend(path, config).engine.threads == default_threads() == 3
+    for bad in ("0", "two", "-1", "1.5", "1025", "²"):
+        monkeypatch.setenv("ZAMBA2_THREADS", bad)
+        with pytest.raises(Zamba2Error, match="ZAMBA2_THREADS"):
+            default_threads()
+    monkeypatch.delenv("ZAMBA2_THREADS")
+    assert default_threads() >= 1
+
+
+@pytest.mark.slow
+def test_twenty_thousand_tokens() -> None:
+    """A prompt of 20,000 tokens in one call gives the bits of the same read in two, and what follows it is finite."""
+    config = TINY
+    backend, tokens = native(config, "q4", threads=2), ids(config, 20_000)
+    whole, halves = backend.new_state(), backend.new_state()
+    expected = logits_of(backend, tokens, whole, logits=1)
+    logits_of(backend, tokens[: 20 * PREFILL_CHUNK], halves, logits=0)
+    assert same(logits_of(backend, tokens[20 * PREFILL_CHUNK :], halves, logits=1), expected)
+    assert whole.position == 20_000
+    assert same(one_by_one(backend, tokens[:5], whole), logits_of(backend, tokens[:5], halves))

@@ -1,0 +1,281 @@
+"""Packed checkpoints from outside: the command, ``zamba2.load``, the cache, no PyTorch at run time, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import zamba2
+from zamba2.cli import run
+from zamba2.errors import Zamba2Error
+from zamba2.language.model import LanguageModel
+from zamba2.runtime.backend import Row
+from zamba2.runtime.native import NativeBackend
+from zamba2.weights.files import TensorFile, write_tensors
+from zamba2.weights.formats import FORMATS
+from zamba2.weights.hub import DEFAULT
+from zamba2.weights.packed import is_packed, parts
+
+Stored = dict[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape, bytes of each tensor
+NOTICES = ("zamba2: this model has random weights", "zamba2: packing ")
+
+
+def stored_tensors(path: Path) -> Stored:
+    file = TensorFile(path)
+    return {name: (entry.dtype, entry.shape, bytes(file.read(name))) for name, entry in file.entries.items()}
+
+
+def store(path: Path, tensors: Stored, metadata: Mapping[str, str]) -> None:
+    def produce(data: bytes) -> Callable[[], list[memoryview]]:
+        return lambda: [memoryview(data)]
+
+    write_tensors(path, [(name, dtype, shape, produce(data)) for name, (dtype, shape, data) in tensors.items()], dict(metadata))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is tiny: threads would only wait for each other."""
+    monkeypatch.setenv("ZAMBA2_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model in q4, packed by the command."""
+    target = tmp_path_factory.mktemp("packed") / "q4"
+    assert run(["quantize", str(DEFAULT), str(target), "--format", "q4"]) == 0
+    return target
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
+    """Exit code, standard output and lines of standard error without notices."""
+    capsys.readouterr()
+    code = run(arguments)
+    out, err = capsys.readouterr()
+    return code, out, [line for line in err.splitlines() if not line.startswith(NOTICES)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``quantize`` writes a folder that ``generate`` takes: complete, with tokenizer and mark of randomness, of the size it says."""
+    target = tmp_path / "out"
+    code, out, err = told(capsys, "quantize", str(DEFAULT), str(target), "--format", format)
+    assert (code, err) == (0, [])
+    assert out.startswith(f"{target}: ")
+    assert out.endswith(f"{FORMATS[format].bits} bits a weight\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    small = {path.name for path in DEFAULT.iterdir() if path.name.startswith(("tokenizer", "chat_template", "generation_config"))}
+    assert {path.name for path in target.iterdir()} >= {"config.json", "model.safetensors", *small}
+    model = zamba2.load(target)
+    assert isinstance(model.backend, NativeBackend)
+    assert model.backend.format is FORMATS[format]
+    assert model.is_random
+    plan, file = parts(model.backend.config), TensorFile(target / "model.safetensors")
+    assert list(file.entries) == [part.name for part in plan]
+    code, out, err = told(capsys, "generate", "hi", "-n", "3", "--model", str(target))
+    assert (code, out) == (0, model.generate("hi", max_tokens=3).text + "\n")
+    assert [line for line in err if not line.startswith("[3 prompt tokens")] == []
+
+
+def test_runs_without_torch(packed: Path) -> None:
+    """Loading a packed checkpoint and generating import no torch, not even where it is installed."""
+    code = (
+        "import sys, zamba2; sys.modules['torch'] = None\n"
+        "model = zamba2.load(sys.argv[1])\n"
+        "assert len(model.generate('hi', max_tokens=3).tokens) <= 3\n"
+        "print(type(model.backend).__name__, sys.modules['torch'], any(name.startswith('torch.') for name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(packed)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["NativeBackend", "None", "False"]
+
+
+def test_format_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """format= packs into the user's cache on first use, says so, and reuses it; another format and a changed source pack anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, cache = tmp_path / "source", tmp_path / "cache" / "zamba2" / "packed"
+    shutil.copytree(DEFAULT, source)
+    counts, packings = [], []
+    for format in ("q8", "q8", "q4", "q8", None):
+        if format is None:
+            os.utime(source / "model.safetensors", (1, 1))
+        model = zamba2.load(source, format=format or "q8")
+        assert isinstance(model.backend, NativeBackend)
+        assert model.backend.format.name == (format or "q8")
+        counts.append(len(list(cache.iterdir())))
+        packings.append("packing" in capsys.readouterr().err)
+    assert counts == [1, 1, 2, 2, 3]
+    assert packings == [True, False, True, False, True]
+    assert type(zamba2.load(source).backend).__name__ == "TorchBackend"
+    assert zamba2.load(source, backend="native").backend.format.name == "q8"  # type: ignore[attr-defined]
+
+
+def test_streams_and_conversations(packed: Path, tmp_path: Path) -> None:
+    """On the native backend streamed text is the whole text, a batch is its prompts alone, a conversation begins as a
+    chat does, and a saved one goes on with the same words."""
+    model = zamba2.load(packed)
+    whole = model.generate("the sea", max_tokens=12)
+    assert "".join(piece.text for piece in model.stream("the sea", max_tokens=12)) == whole.text
+    batch = model.generate(["the sea", "a", "one two three four five six seven eight nine ten"], max_tokens=5)
+    assert [reply.tokens for reply in batch] == [
+        model.generate(prompt, max_tokens=5).tokens for prompt in ("the sea", "a", "one two three four five six seven eight nine ten")
+    ]
+    assert batch[0].tokens == whole.tokens[:5]
+    conversation = model.conversation()
+    expected = model.chat([{"role": "user", "content": "hi"}], max_tokens=4).text
+    assert "".join(piece.text for piece in conversation.say("hi", max_tokens=4)) == expected
+    conversation.save(tmp_path / "chat")
+    second = [piece.text for piece in conversation.say("and then?", max_tokens=4)]
+    loaded = model.conversation()
+    loaded.load(tmp_path / "chat")
+    assert [piece.text for piece in loaded.say("and then?", max_tokens=4)] == second
+
+
+def test_native_stays_near_torch(packed: Path) -> None:
+    """The default model's next-token distribution in q8 is the PyTorch model's within a KL divergence
+    of 0.01, in bf16 of 0.001, in q4 of 0.2."""
+    ids = np.arange(40, dtype=np.int32)
+    def log_probabilities(model: LanguageModel) -> np.ndarray:
+        logits = model.backend.forward([Row(ids, model.backend.new_state(), len(ids))])[0].numpy().astype(np.float64)
+        return np.asarray(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+
+    expected = log_probabilities(zamba2.load(DEFAULT, dtype="float32"))
+    for format, bound in (("bf16", 1e-3), ("q8", 0.01), ("q4", 0.2)):
+        found = log_probabilities(zamba2.load(DEFAULT, format=format))
+        divergence = (np.exp(expected) * (expected - found)).sum(-1).mean()
+        assert -1e-9 <= divergence <= bound, (format, divergence)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------------
+
+
+def header(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    """Changes what model.safetensors says of itself."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        metadata, tensors = dict(TensorFile(path).metadata), stored_tensors(path)
+        about = json.loads(metadata["zamba2"])
+        change(about)
+        store(path, tensors, metadata | {"zamba2": json.dumps(about)})
+
+    return spoil
+
+
+def tensors(change: Callable[[Stored], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        metadata, stored = TensorFile(path).metadata, stored_tensors(path)
+        change(stored)
+        store(path, stored, dict(metadata))
+
+    return spoil
+
+
+def truncated(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
+
+
+def other_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 3e-5}))
+
+
+def nan_vector(stored: Stored) -> None:
+    dtype, shape, data = stored["final_layernorm.weight"]
+    stored["final_layernorm.weight"] = (dtype, shape, b"\0\0\xc0\x7f" + data[4:])
+
+
+SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncated, "model.safetensors"),
+    "another config beside it": (other_config, "another config.json"),
+    "a missing tensor": (tensors(lambda t: t.pop("layers.0.mamba.norm.weight")), "no tensor layers.0.mamba.norm.weight"),
+    "a tensor of another size": (
+        tensors(lambda t: t.update({"embed_tokens.weight": ("U8", (64,), bytes(64))})), "embed_tokens.weight is U8 [64]",
+    ),
+    "a tensor of another dtype": (
+        tensors(lambda t: t.update({"final_layernorm.weight": ("I32", *t["final_layernorm.weight"][1:])})), "final_layernorm.weight is I32",
+    ),
+    "a NaN": (tensors(nan_vector), "not finite"),
+    "another version": (header(lambda about: about.update(version=99)), "version 99"),
+    "an unknown format": (header(lambda about: about.update(format="q3")), "no format 'q3'"),
+    "another kind": (header(lambda about: about.update(kind="native state")), "not a packed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_spoiled_checkpoint(name: str, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packed checkpoint that is damaged or not of a kind with its config gives one sentence and exit code 2."""
+    spoil, message = SPOILED[name]
+    folder = tmp_path / "model"
+    shutil.copytree(packed, folder)
+    spoil(folder)
+    code, out, err = told(capsys, "generate", "hi", "-n", "2", "--model", str(folder))
+    assert (code, out, len(err)) == (2, "", 1), err
+    assert message in err[0]
+
+
+def spoil_source(tmp_path: Path, value: bytes) -> Path:
+    source = tmp_path / "source"
+    shutil.copytree(DEFAULT, source)
+    stored = stored_tensors(source / "model.safetensors")
+    name = next(name for name in stored if name.endswith("in_proj.weight"))
+    dtype, shape, data = stored[name]
+    stored[name] = (dtype, shape, value * (len(data) // len(value)))
+    store(source / "model.safetensors", stored, {"format": "pt"})
+    return source
+
+
+def test_command_refuses(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``quantize`` refuses NaN, a target in use, an unknown format, a packed source and none at all, in one sentence; nothing is left."""
+    full, file, target = tmp_path / "full", tmp_path / "file", tmp_path / "target"
+    full.mkdir()
+    (full / "mine").write_text("x")
+    file.write_text("x")
+    source = spoil_source(tmp_path, b"\xc0\x7f")
+    before = sorted(tmp_path.rglob("*"))
+    for message, arguments in {
+        "NaN": [str(source), str(target)],
+        "not an empty folder": [str(DEFAULT), str(full)],
+        "not an empty folder;": [str(DEFAULT), str(file)],
+        "there is no format 'q5'": [str(DEFAULT), str(target), "--format", "q5"],
+        "packed already": [str(packed), str(target)],
+        "nowhere": [str(tmp_path / "nowhere"), str(target)],
+    }.items():
+        code, out, err = told(capsys, "quantize", *arguments)
+        assert (code, out, len(err)) == (2, "", 1), err
+        assert message in err[0]
+        assert sorted(tmp_path.rglob("*")) == before
+    assert (full / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("ZAMBA2_ISA", "sse"), ("ZAMBA2_THREADS", "many"), ("ZAMBA2_THREADS", "0")])
+def test_bad_settings(
+    variable: str, value: str, packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """ZAMBA2_ISA and ZAMBA2_THREADS that name nothing give one sentence that names them."""
+    monkeypatch.setenv(variable, value)
+    code, out, err = told(capsys, "generate", "hi", "-n", "2", "--model", str(packed))
+    assert (code, out, len(err)) == (2, "", 1), err
+    assert variable in err[0]
+    assert value in err[0]
+
+
+def test_load_refuses(packed: Path) -> None:
+    """Options that a packed checkpoint cannot follow raise Zamba2Error, and nothing is packed for them."""
+    for message, options in {
+        "leave it out": {"device": "cuda"}, "has its format": {"dtype": "float32"}, "packed as q4, not q8": {"format": "q8"},
+        "packed for the native engine": {"backend": "torch"}, "there is no backend": {"backend": "other"},
+    }.items():  # fmt: skip
+        with pytest.raises(Zamba2Error, match=message):
+            zamba2.load(packed, **options)  # type: ignore[arg-type]
+    with pytest.raises(Zamba2Error, match="there is no format"):
+        zamba2.load(DEFAULT, format="q5")
+    assert is_packed(packed)
+    assert not is_packed(DEFAULT)
