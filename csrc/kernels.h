@@ -82,10 +82,6 @@ extern const Kernels* const kAvx2;
 extern const Kernels* const kAvx512;
 extern const Kernels* const kAmx;
 #endif
-#if defined(__aarch64__)
-extern const Kernels* const kNeon;
-extern const Kernels* const kI8mm;
-#endif
 
 // The best table this machine can run, or the one that ZAMBA2_ISA names. Throws std::runtime_error for one it cannot.
 const Kernels& kernels();

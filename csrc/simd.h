@@ -7,8 +7,6 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
-#include <arm_neon.h>
 #endif
 
 #define ZAMBA2_INLINE inline __attribute__((always_inline))
@@ -205,7 +203,7 @@ ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
   }
 }
 
-#else  // plain C++ on any machine, and NEON through the compiler where a lane loop is enough
+#else  // plain C++ on any machine; compilers turn most lane loops into the machine's own vectors
 
 struct F16 {
   float v[16];

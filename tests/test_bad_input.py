@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -543,22 +544,27 @@ def writers(model: Any) -> dict[str, Writer]:
     return {"conversation": conversation.save, "checkpoint": lambda path: save_checkpoint(load_model(DEFAULT), path)}
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """Files end at 20 kB; Python ignores the signal and sees an error, as on a full disk."""
+    """Files end at 20 kB; Python ignores the signal and sees an error, as on a full disk.
+
+    Only around the call under test: the limit would also hold for the file that pytest's own output may go to.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("what", ["conversation", "checkpoint"])
-def test_full_disk(what: str, writers: dict[str, Writer], tmp_path: Path, full_disk: None) -> None:
+def test_full_disk(what: str, writers: dict[str, Writer], tmp_path: Path) -> None:
     """A disk that is full in the middle of a file leaves nothing behind, not even what was there before damaged."""
     target = tmp_path / "target"
     if what == "conversation":
         target.write_bytes(b"earlier")
-    with pytest.raises(Zamba2Error, match="cannot be written"):
+    with pytest.raises(Zamba2Error, match="cannot be written"), full_disk():
         writers[what](target)
     assert files_under(tmp_path) == ({target} if what == "conversation" else set())
     assert what != "conversation" or target.read_bytes() == b"earlier"
