@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -40,6 +41,9 @@ settings.load_profile(os.environ.get("ZAMBA2_TEST_PROFILE", "default"))
 
 
 def pytest_configure() -> None:
+    # A shell may start its background jobs with Ctrl-C ignored; programs under test would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         import torch
     except ImportError:  # the tests of what needs no torch still run
