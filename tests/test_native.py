@@ -374,7 +374,7 @@ def test_saved_states_that_do_not_fit(tmp_path: Path) -> None:
     spoiled = {
         "does not exist": None, "bad": data[:-1], "not finite": finite.tobytes(),
         "position": data.replace(b'position\\": 5', b'position\\":-5'),
-        "version 9": data.replace(b'version\\": 1', b'version\\": 9'), "not a saved": data.replace(b"native state", b"native stack"),
+        "version 9": data.replace(b'version\\": 1', b'version\\": 9'), "not a saved": data.replace(b'\\"state\\"', b'\\"stack\\"'),
         "is needed": data.replace(b'position\\": 5', b'position\\": 4'),
     }  # fmt: skip
     for message, content in spoiled.items():

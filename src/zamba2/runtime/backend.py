@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from zamba2.config import Config
+from zamba2.errors import Zamba2Error
 
-__all__ = ["Backend", "Logits", "Row", "State"]
+__all__ = ["Backend", "Logits", "Row", "State", "check_row"]
 
 
 class State(Protocol):
@@ -77,3 +78,16 @@ class Backend(Protocol):
 
     def forward(self, rows: Sequence[Row]) -> list[Logits]:
         """Read each row's tokens, advance its state, return its logits. Raises Zamba2Error for tokens out of range."""
+
+
+def check_row(row: Row, vocab_size: int) -> npt.NDArray[np.int32]:
+    """A row's tokens, int32 [T]. Raises Zamba2Error for no tokens or ids out of range, ValueError for impossible logits."""
+    tokens = np.asarray(row.tokens)
+    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise Zamba2Error("there are no tokens to read; at least one token id is needed.")
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < vocab_size:
+            raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {vocab_size - 1}.")
+    if not 0 <= row.logits <= tokens.size:
+        raise ValueError(f"{row.logits} positions of logits were asked for; 0 to {tokens.size} are possible")
+    return np.ascontiguousarray(tokens, dtype=np.int32)

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import zamba2._engine as _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
-from zamba2.runtime.backend import Logits, Row, State
-from zamba2.weights.files import TensorFile, replacing, write_tensors
+from zamba2.runtime.backend import Logits, Row, State, check_row
+from zamba2.runtime.state_file import open_state, write_state
+from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format
 from zamba2.weights.packed import open_packed
 
@@ -24,7 +25,6 @@ __all__ = ["NativeBackend", "NativeState", "default_threads"]
 
 PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence
 SHORT = 8  # tokens of a call up to which each token's arithmetic is that of a call of its own (kMostRows in csrc/kernels.h)
-STATE_VERSION = 1
 ENGINE_KEYS = (
     "hidden_size", "num_hidden_layers", "vocab_size", "num_mem_blocks", "mamba_d_state", "n_mamba_heads", "mamba_headdim",
     "mamba_ngroups", "mamba_d_conv", "d_inner", "conv_dim", "in_proj_dim", "num_attention_heads", "num_key_value_heads",
@@ -95,30 +95,12 @@ class NativeState:
             (name, "F32" if t.dtype == np.float32 else "BF16", (t.size,), lambda t=t: [t.reshape(-1).view(np.uint8).data])
             for name, t in tensors.items()
         ]
-        model = self.backend.fingerprint
-        about = {"kind": "native state", "version": STATE_VERSION, "position": self.position, "model": model, "note": note}
-        with replacing(path) as temporary:
-            write_tensors(temporary, entries, {"zamba2": json.dumps(about)})
+        write_state(path, entries, position=self.position, model=self.backend.fingerprint, note=note)
 
     def load(self, path: Path) -> str:
-        if not path.exists():
-            raise Zamba2Error(f"{path} does not exist; a saved state is needed.")
-        file = TensorFile(path)
-        try:
-            about = json.loads(file.metadata.get("zamba2", "null"))
-        except (ValueError, RecursionError):
-            about = None
-        if not isinstance(about, dict) or "state" not in str(about.get("kind")):
-            raise Zamba2Error(f"{path} is not a saved Zamba2 state.")
-        if about.get("version") != STATE_VERSION:
-            raise Zamba2Error(f"{path} is a saved state of version {about.get('version')}; this program reads version {STATE_VERSION}.")
-        if about.get("kind") != "native state" or about.get("model") != self.backend.fingerprint:
-            raise Zamba2Error(f"{path} is the state of another model or number format; it continues only where it was made.")
-        position = about.get("position")
-        if not isinstance(position, int) or isinstance(position, bool) or not 0 <= position < 1 << 31:
-            raise Zamba2Error(f"{path} gives its position as {position!r}; a whole number from 0 is needed.")
+        file, position, note = open_state(path, self.backend.fingerprint)
         self.inner, self.before = self._read(path, file, position), None
-        return str(about.get("note", ""))
+        return note
 
     def _read(self, path: Path, file: TensorFile, position: int) -> Any:
         engine, config = self.backend.engine, self.backend.config
@@ -180,7 +162,7 @@ class NativeBackend:
         states = [self._own(row.state) for row in rows]
         if len({id(state) for state in states}) != len(states):
             raise ValueError("a state may appear only once in a call")
-        tokens = [self._check(row) for row in rows]
+        tokens = [check_row(row, self.config.vocab_size) for row in rows]
         work = [state.inner.copy() for state in states]  # committed at the end: an error leaves every state as it was
         before = [state.inner if row.record else None for row, state in zip(rows, states, strict=True)]
         # a prompt's stretches first, then what is left of every row in one call
@@ -210,17 +192,6 @@ class NativeBackend:
         if not isinstance(state, NativeState) or state.backend is not self:
             raise ValueError("the state belongs to another backend")
         return state
-
-    def _check(self, row: Row) -> npt.NDArray[np.int32]:
-        tokens = np.asarray(row.tokens)
-        if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise Zamba2Error("there are no tokens to read; at least one token id is needed.")
-        for token in (int(tokens.min()), int(tokens.max())):
-            if not 0 <= token < self.config.vocab_size:
-                raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {self.config.vocab_size - 1}.")
-        if not 0 <= row.logits <= tokens.size:
-            raise ValueError(f"{row.logits} positions of logits were asked for; 0 to {tokens.size} are possible")
-        return np.ascontiguousarray(tokens, dtype=np.int32)
 
 
 def fingerprint(file: TensorFile, config: Config, format: Format) -> str:

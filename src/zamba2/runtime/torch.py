@@ -20,14 +20,14 @@ from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Attention, Zamba2
 from zamba2.model.state import KVCache, ModelState
-from zamba2.runtime.backend import Logits, Row, State
+from zamba2.runtime.backend import Logits, Row, State, check_row
+from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, load_model
-from zamba2.weights.files import TensorFile, replacing, write_tensors
+from zamba2.weights.files import TensorFile
 
 __all__ = ["TorchBackend", "TorchLogits", "TorchState"]
 
 PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence, so splitting a prompt changes no arithmetic
-STATE_VERSION = 1
 SPLIT = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # what split_for_inference replaces
 
 
@@ -74,29 +74,12 @@ class TorchState:
             return [tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data]
 
         entries = [(name, DTYPE_NAMES[t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors.items()]
-        about = {"kind": "state", "version": STATE_VERSION, "position": self.position, "model": self.backend.fingerprint, "note": note}
-        with replacing(path) as temporary:
-            write_tensors(temporary, entries, {"zamba2": json.dumps(about)})
+        write_state(path, entries, position=self.position, model=self.backend.fingerprint, note=note)
 
     def load(self, path: Path) -> str:
-        if not path.exists():
-            raise Zamba2Error(f"{path} does not exist; a saved state is needed.")
-        file = TensorFile(path)
-        try:
-            about = json.loads(file.metadata.get("zamba2", "null"))
-        except (ValueError, RecursionError):
-            about = None
-        if not isinstance(about, dict) or about.get("kind") != "state":
-            raise Zamba2Error(f"{path} is not a saved Zamba2 state.")
-        if about.get("version") != STATE_VERSION:
-            raise Zamba2Error(f"{path} is a saved state of version {about.get('version')}; this program reads version {STATE_VERSION}.")
-        if about.get("model") != self.backend.fingerprint:
-            raise Zamba2Error(f"{path} is the state of another model or number format; it continues only where it was made.")
-        position = about.get("position")
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
-            raise Zamba2Error(f"{path} gives its position as {position!r}; a whole number from 0 is needed.")
+        file, position, note = open_state(path, self.backend.fingerprint)
         self.inner = self._read(path, file, position)
-        return str(about.get("note", ""))
+        return note
 
     def _read(self, path: Path, file: TensorFile, position: int) -> ModelState:
         backend, config = self.backend, self.backend.config
@@ -165,7 +148,7 @@ class TorchBackend:
         if len({id(state) for state in states}) != len(states):
             raise ValueError("a state may appear only once in a call")
         for row in rows:
-            self._check(row)
+            check_row(row, self.config.vocab_size)
         with torch.inference_mode():
             # all rows first, then all states: an interrupted call leaves every state as it was
             done = [self._read(row, state) for row, state in zip(rows, states, strict=True)]
@@ -177,16 +160,6 @@ class TorchBackend:
         if not isinstance(state, TorchState) or state.backend is not self:
             raise ValueError("the state belongs to another backend")
         return state
-
-    def _check(self, row: Row) -> None:
-        tokens = np.asarray(row.tokens)
-        if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise Zamba2Error("there are no tokens to read; at least one token id is needed.")
-        for token in (int(tokens.min()), int(tokens.max())):
-            if not 0 <= token < self.config.vocab_size:
-                raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {self.config.vocab_size - 1}.")
-        if not 0 <= row.logits <= tokens.size:
-            raise ValueError(f"{row.logits} positions of logits were asked for; 0 to {tokens.size} are possible")
 
     def _read(self, row: Row, state: TorchState) -> tuple[ModelState, TorchLogits]:
         inner = state.inner.copy()
