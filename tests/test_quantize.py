@@ -279,3 +279,12 @@ def test_load_refuses(packed: Path) -> None:
         zamba2.load(DEFAULT, format="q5")
     assert is_packed(packed)
     assert not is_packed(DEFAULT)
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}, {"backend": "torch"}])
+def test_what_packing_cannot_serve_is_refused_first(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that the native engine has not is refused before anything is packed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(Zamba2Error, match=next(iter(options.values())) if "backend" not in options else "format"):
+        zamba2.load("default", format="q4", **options)
+    assert list(tmp_path.iterdir()) == []

@@ -46,6 +46,9 @@ def load(
             format = "bf16"  # the checkpoint's own precision
             notice("PyTorch is not installed: running on the CPU through the native engine.")
         if format is not None or backend == "native":
+            if backend == "torch":
+                raise Zamba2Error(f"format is {format!r}; PyTorch runs the checkpoint as it is: leave the format or the backend out.")
+            refuse_torch_options(device, dtype)
             path = packed_copy(path, format_named(format or "q8"))
     chosen: Backend
     if backend is not None and not isinstance(backend, str):
@@ -66,10 +69,7 @@ def native_backend(
     """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
     if backend == "torch":
         raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
-    if device not in (None, "cpu"):
-        raise Zamba2Error(f"device is {device!r}; packed checkpoints run on the CPU: leave it out.")
-    if dtype is not None:
-        raise Zamba2Error(f"dtype is {dtype!r}; a packed checkpoint has its format: leave it out.")
+    refuse_torch_options(device, dtype)
     try:
         from zamba2.runtime.native import NativeBackend
     except ImportError as error:
@@ -78,6 +78,14 @@ def native_backend(
     if format is not None and native.format.name != format:
         raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
     return native
+
+
+def refuse_torch_options(device: str | None, dtype: str | None) -> None:
+    """Before anything is packed: the native engine has no devices and no dtypes. Raises Zamba2Error."""
+    if device not in (None, "cpu"):
+        raise Zamba2Error(f"device is {device!r}; packed checkpoints run on the CPU: leave it out.")
+    if dtype is not None:
+        raise Zamba2Error(f"dtype is {dtype!r}; a packed checkpoint has its format: leave it out.")
 
 
 def packed_copy(path: Path, format: Format) -> Path:
