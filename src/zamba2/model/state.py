@@ -14,6 +14,15 @@ __all__ = ["KVCache", "LayerRecord", "ModelState"]
 SMALLEST_BUFFER = 256  # tokens
 
 
+def capacity_for(length: int) -> int:
+    """Tokens of room for ``length`` of them, a quarter more at each step: a function of the length alone, since the strides
+    of keys and values decide the last bits of the vendor's products and copies are to go on like the original."""
+    capacity = SMALLEST_BUFFER
+    while capacity < length:
+        capacity = -(-capacity * 5 // 4 // 64) * 64
+    return capacity
+
+
 class Buffer:
     """Append-only storage of keys and values, (2, b, heads, capacity, head_dim), that several caches may share.
 
@@ -38,8 +47,7 @@ class KVCache:
         end = self.length + k.shape[2]
         buffer = self.buffer
         if buffer is None or buffer.used != self.length or buffer.data.shape[3] < end:
-            capacity = max(SMALLEST_BUFFER, end + end // 4)
-            grown = Buffer(k.new_empty(2, *k.shape[:2], capacity, k.shape[3]))
+            grown = Buffer(k.new_empty(2, *k.shape[:2], capacity_for(end), k.shape[3]))
             if buffer is not None:
                 grown.data[:, :, :, : self.length] = buffer.data[:, :, :, : self.length]
             self.buffer = buffer = grown
