@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from zamba2.weights.formats import FORMATS, GROUP, pack, round_bf16, unpack
 
-__all__ = ["KERNELS", "TOLERANCE", "Case", "cases", "error"]
+__all__ = ["KERNELS", "TOLERANCE", "Case", "as_array", "bits", "cases", "largest_error"]
 
 Array = npt.NDArray[Any]
 
@@ -73,7 +73,7 @@ class Case:
         return f"{self.kernel}-{self.label}"
 
 
-def error(case: Case, found: dict[str, Array], units: bool) -> float:
+def largest_error(case: Case, found: dict[str, Array], units: bool) -> float:
     """The largest error of a case's results, relative to their magnitude; infinite for one that must be equal and is not."""
     worst = 0.0
     for name, before in case.arguments.items():

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from kernel_cases import KERNELS
 from kernel_runner import Runner, build
-from native_cases import CONFIGS, make_packed, native
+from native_cases import CONFIGS, engine_arguments, native
 from strategies import random_tokens
 from test_kernels import check
 
-from zamba2.runtime.native import ENGINE_KEYS
 from zamba2.weights.formats import FORMATS
-from zamba2.weights.packed import open_packed
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [program for program in (COMPILER, EMULATOR, "cmake") if not shutil.which(program)]
@@ -60,18 +58,12 @@ def test_engine(program: str, name: str, format: str) -> None:
     """A whole model gives on arm64 the logits of the plain x86-64 table: single tokens, short calls and a prompt, two threads."""
     config, lengths = CONFIGS[name], [1, 1, 3, 8, 1, 70, 1, 9]
     tokens = random_tokens(config, 5, sum(lengths)).numpy().astype(np.int32)
-    backend = native(config, format, "scalar")
-    state = backend.engine.new_state()
-    expected = np.concatenate([backend.engine.forward([state], [part], [len(part)]) for part in np.split(tokens, np.cumsum(lengths)[:-1])])
-    file, _, plan = open_packed(make_packed(config, format), config)
-    arguments = {key: getattr(config, key) for key in ENGINE_KEYS} | {
-        "hybrid_layer_ids": np.array(config.hybrid_layer_ids, dtype=np.int64), "threads": 2, "format": FORMATS[format].number,
-        **{part.name: np.frombuffer(file.read(part.name), np.uint8 if part.is_matrix else np.float32) for part in plan},
-        "tokens": tokens, "lengths": np.array(lengths), "logits": np.full_like(expected, np.nan),
-    }  # fmt: skip
+    engine = native(config, format, "scalar").engine
+    state = engine.new_state()
+    expected = np.concatenate([engine.forward([state], [part], [len(part)]) for part in np.split(tokens, np.cumsum(lengths)[:-1])])
     runner = Runner(EMULATOR, "-cpu", "max", program)
     for table in runner.tables:
-        found = runner.call(table, [("engine", arguments)])[0]["logits"]
+        found = runner.call(table, [("engine", engine_arguments(config, format, tokens, lengths))])[0]["logits"]
         errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
         print(table, errors.max(), (errors > 1e-5).sum(), errors.round(7).tolist())
         assert errors.max() < 1e-5

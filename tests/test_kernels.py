@@ -6,10 +6,13 @@ import re
 
 import numpy as np
 import pytest
-from kernel_cases import KERNELS, TOLERANCE, Case, bits, cases, error
+from kernel_cases import KERNELS, TOLERANCE, Case, bits, cases, largest_error
 from kernel_runner import ROOT, Runner, build
+from native_cases import CONFIGS, as_twin, engine_arguments, error, twin
+from strategies import random_tokens
 
 from zamba2 import _engine
+from zamba2.weights.formats import FORMATS
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,7 @@ def check(runner: Runner, kernel: str) -> None:
     for name, units in runner.tables.items():
         found = runner.call(name, [(case.kernel, case.arguments) for case in table])
         for case, result in zip(table, found, strict=True):
-            if (worst := error(case, result, units)) > TOLERANCE[kernel]:
+            if (worst := largest_error(case, result, units)) > TOLERANCE[kernel]:
                 wrong.append(f"{name}, {case}: {worst:.1e}")
         wrong += [f"{name}, {case}: other bits than in other company" for case in other_bits(table, found)]
     assert not wrong, "\n".join(wrong[:20])
@@ -55,3 +58,24 @@ def other_bits(table: list[Case], found: list[dict[str, np.ndarray]]) -> list[Ca
 def test_kernel(runner: Runner, kernel: str) -> None:
     """A kernel gives its reference's results for every case and instruction set, and touches nothing else."""
     check(runner, kernel)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_engine_with_software_tiles(runner: Runner, format: str) -> None:
+    """Where AVX-512 BF16 is, a prompt through the AMX kernels, tiles in software, gives the twin's logits as near as rounding allows."""
+    if "amx_stand_in" not in runner.tables:
+        pytest.skip("this machine has no AVX-512 BF16")
+    for config in CONFIGS.values():
+        tokens = random_tokens(config, 3, 70)
+        found = runner.call("amx_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70]))])[0]["logits"]
+        with as_twin(format, units=True):
+            expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
+        print(error(found, expected))
+        assert error(found, expected) <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_under_sanitizers(kernel: str) -> None:
+    """No case makes a kernel read or write out of bounds, overflow an integer or do else what C++ leaves undefined."""
+    check(Runner(str(build("kernel-runner-sanitized", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all"))), kernel)
