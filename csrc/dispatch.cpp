@@ -8,6 +8,10 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace zamba2 {
@@ -29,6 +33,20 @@ bool has_amx() {
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   return (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
 }
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool has_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }    // HWCAP2_I8MM
+#elif defined(__aarch64__)
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
 #endif
 
 }  // namespace
@@ -41,6 +59,10 @@ std::vector<const char*> available_kernels() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   if (avx512) names.push_back("avx512");
   if (avx512 && has_amx() && amx_allowed()) names.push_back("amx");
+#elif defined(__aarch64__)
+  names.push_back("neon");
+  if (has_dotprod()) names.push_back("neon_dotprod");
+  if (has_dotprod() && has_i8mm()) names.push_back("neon_i8mm");
 #endif
   return names;
 }
@@ -52,6 +74,8 @@ const Kernels* find_kernels(const char* name) {
           kScalar,
 #if defined(__x86_64__)
           kAvx2, kAvx512, kAmx,
+#elif defined(__aarch64__)
+          kNeon, kNeonDotprod, kNeonI8mm,
 #endif
       };
       for (const Kernels* k : all)

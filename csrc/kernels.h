@@ -81,6 +81,10 @@ extern const Kernels* const kScalar;
 extern const Kernels* const kAvx2;
 extern const Kernels* const kAvx512;
 extern const Kernels* const kAmx;
+#elif defined(__aarch64__)
+extern const Kernels* const kNeon;
+extern const Kernels* const kNeonDotprod;
+extern const Kernels* const kNeonI8mm;
 #endif
 
 // The best table this machine can run, or the one that ZAMBA2_ISA names. Throws std::runtime_error for one it cannot.

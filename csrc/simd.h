@@ -7,11 +7,17 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(ZAMBA2_NEON)
+#include <arm_neon.h>
 #endif
 
 #define ZAMBA2_INLINE inline __attribute__((always_inline))
 
 namespace zamba2::ZAMBA2_ISA {
+
+#if !defined(ZAMBA2_NEON)
+constexpr int kOffsetQ8 = 128;  // what q8 codes, as load_q8 gives them, lie above their values
+#endif
 
 #if defined(__AVX512F__)
 
@@ -65,6 +71,7 @@ struct I16 {  // 16 int32
 struct Codes {  // 64 unsigned bytes: 16 rows of 4 consecutive inputs
   __m512i v;
   static Codes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static Codes load_q8(const uint8_t* p) { return load(p); }
   Codes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
   Codes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
@@ -175,6 +182,7 @@ struct Codes {
     const __m256i* q = reinterpret_cast<const __m256i*>(p);
     return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
   }
+  static Codes load_q8(const uint8_t* p) { return load(p); }
   Codes low() const { const __m256i m = _mm256_set1_epi8(15); return {{_mm256_and_si256(v[0], m), _mm256_and_si256(v[1], m)}}; }
   Codes high() const {
     const __m256i m = _mm256_set1_epi8(15);
@@ -200,6 +208,103 @@ ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
     even.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
     odd.v[i] = _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u))));
+  }
+}
+
+#elif defined(ZAMBA2_NEON)
+
+struct F16 {
+  float32x4_t v[4];
+#define ZAMBA2_LANES(expression) \
+  F16 r;                         \
+  for (int i = 0; i < 4; ++i) r.v[i] = expression; \
+  return r
+  static F16 load(const float* p) { ZAMBA2_LANES(vld1q_f32(p + 4 * i)); }
+  static F16 set1(float x) { ZAMBA2_LANES(vdupq_n_f32(x)); }
+  static F16 zero() { return set1(0.0f); }
+  static F16 load_fp16(const uint16_t* p) { ZAMBA2_LANES(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))); }
+  static F16 load_bf16(const uint16_t* p) { ZAMBA2_LANES(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))); }
+  void store(float* p) const { for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, v[i]); }
+  void store_bf16(uint16_t* p) const {
+    for (int i = 0; i < 4; ++i) {
+      const uint32x4_t bits = vreinterpretq_u32_f32(v[i]), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+      const uint16x4_t r = vaddhn_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));  // the upper halves of the sums
+      vst1_u16(p + 4 * i, vbsl_u16(vmovn_u32(vceqq_f32(v[i], v[i])), r, vdup_n_u16(0x7fc0)));
+    }
+  }
+  friend F16 operator+(F16 a, F16 b) { ZAMBA2_LANES(vaddq_f32(a.v[i], b.v[i])); }
+  friend F16 operator-(F16 a, F16 b) { ZAMBA2_LANES(vsubq_f32(a.v[i], b.v[i])); }
+  friend F16 operator*(F16 a, F16 b) { ZAMBA2_LANES(vmulq_f32(a.v[i], b.v[i])); }
+  friend F16 operator/(F16 a, F16 b) { ZAMBA2_LANES(vdivq_f32(a.v[i], b.v[i])); }
+  friend F16 fma(F16 a, F16 b, F16 c) { ZAMBA2_LANES(vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
+  friend F16 max(F16 a, F16 b) { ZAMBA2_LANES(vmaxq_f32(a.v[i], b.v[i])); }
+  friend F16 min(F16 a, F16 b) { ZAMBA2_LANES(vminq_f32(a.v[i], b.v[i])); }
+  friend F16 abs(F16 a) { ZAMBA2_LANES(vabsq_f32(a.v[i])); }
+  friend F16 round(F16 a) { ZAMBA2_LANES(vrndnq_f32(a.v[i])); }
+  friend F16 pow2(F16 n) { ZAMBA2_LANES(vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23))); }
+  friend F16 copysign(F16 a, F16 s) { ZAMBA2_LANES(vbslq_f32(vdupq_n_u32(0x80000000u), s.v[i], a.v[i])); }
+  friend F16 where_at_least(F16 x, F16 bound, F16 a) {
+    ZAMBA2_LANES(vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a.v[i]), vcltq_f32(x.v[i], bound.v[i]))));
+  }
+  friend float sum(F16 a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[1]), vaddq_f32(a.v[2], a.v[3]))); }
+  friend float largest(F16 a) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3]))); }
+  void store_i8(int8_t* p) const {
+    int16x4_t r[4];
+    for (int i = 0; i < 4; ++i) r[i] = vqmovn_s32(vcvtnq_s32_f32(v[i]));
+    vst1q_s8(p, vcombine_s8(vqmovn_s16(vcombine_s16(r[0], r[1])), vqmovn_s16(vcombine_s16(r[2], r[3]))));
+  }
+#undef ZAMBA2_LANES
+};
+
+struct I16 {
+  int32x4_t v[4];
+  static I16 zero() { return set1(0); }
+  static I16 set1(int32_t x) { const int32x4_t r = vdupq_n_s32(x); return {{r, r, r, r}}; }
+  friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 4; ++i) a.v[i] = vsubq_s32(a.v[i], b.v[i]); return a; }
+  F16 to_float() const { F16 r; for (int i = 0; i < 4; ++i) r.v[i] = vcvtq_f32_s32(v[i]); return r; }
+};
+
+// Only i8mm multiplies unsigned by signed bytes. Without it codes are signed: those of q8 lose their offset in load_q8.
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr int kOffsetQ8 = 128;
+#else
+constexpr int kOffsetQ8 = 0;
+#endif
+
+struct Codes {
+  uint8x16_t v[4];
+  static Codes load(const uint8_t* p) { return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}}; }
+  static Codes load_q8(const uint8_t* p) {
+    Codes r = load(p);
+    if constexpr (kOffsetQ8 == 0) for (uint8x16_t& part : r.v) part = veorq_u8(part, vdupq_n_u8(128));
+    return r;
+  }
+  Codes low() const { Codes r; for (int i = 0; i < 4; ++i) r.v[i] = vandq_u8(v[i], vdupq_n_u8(15)); return r; }
+  Codes high() const { Codes r; for (int i = 0; i < 4; ++i) r.v[i] = vshrq_n_u8(v[i], 4); return r; }
+};
+
+ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
+  const int8x16_t a = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  for (int i = 0; i < 4; ++i) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    acc.v[i] = vusdotq_s32(acc.v[i], codes.v[i], a);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    acc.v[i] = vdotq_s32(acc.v[i], vreinterpretq_s8_u8(codes.v[i]), a);
+#else
+    const int8x16_t w = vreinterpretq_s8_u8(codes.v[i]);  // two products add up to 2 * 128 * 127 at most: 16 bits hold it
+    acc.v[i] = vpadalq_s16(acc.v[i], vpaddq_s16(vmull_s8(vget_low_s8(w), vget_low_s8(a)), vmull_high_s8(w, a)));
+#endif
+  }
+  return acc;
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t v = vreinterpretq_u32_u16(vld1q_u16(p + 8 * i));
+    even.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(v, 16));
+    odd.v[i] = vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000u)));
   }
 }
 
@@ -267,6 +372,7 @@ struct I16 {
 struct Codes {
   uint8_t v[64];
   static Codes load(const uint8_t* p) { Codes r; std::memcpy(r.v, p, 64); return r; }
+  static Codes load_q8(const uint8_t* p) { return load(p); }
   Codes low() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] & 15; return r; }
   Codes high() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] >> 4; return r; }
 };

@@ -26,15 +26,16 @@ from zamba2.model import model as model_module
 from zamba2.model.model import Zamba2
 from zamba2.model.state import KVCache
 from zamba2.runtime.backend import Row
-from zamba2.runtime.native import NativeBackend, NativeState
+from zamba2.runtime.native import ENGINE_KEYS, NativeBackend, NativeState
 from zamba2.weights import packed
 from zamba2.weights.checkpoint import save_checkpoint
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import FORMATS, unpack
+from zamba2.weights.packed import open_packed
 
 __all__ = [
-    "BACKBONE", "CONFIGS", "ISAS", "as_codes", "as_twin", "error", "logits_of", "make_packed", "multiply_as", "native", "packed_from",
-    "twin", "uses_units",
+    "BACKBONE", "CONFIGS", "ISAS", "as_codes", "as_twin", "engine_arguments", "error", "logits_of", "make_packed", "multiply_as",
+    "native", "packed_from", "twin", "uses_units",
 ]  # fmt: skip
 
 ISAS = list(_engine.available())
@@ -97,6 +98,17 @@ def twin(config: Config, format: str, seed: int = 1) -> Zamba2:
                 own, values = values[: len(parameter)], values[len(parameter) :]
                 (parameter if part.half is None else parameter[:, part.half * cols : (part.half + 1) * cols]).copy_(own)
     return model
+
+
+def engine_arguments(config: Config, format: str, tokens: np.ndarray, lengths: Sequence[int]) -> dict[str, Any]:
+    """Arguments of ``engine`` in tests/native/kernel_runner.cpp: tokens in calls of these lengths, by two threads, to all their logits."""
+    file, _, plan = open_packed(make_packed(config, format), config)
+    return {key: getattr(config, key) for key in ENGINE_KEYS} | {
+        "hybrid_layer_ids": np.array(config.hybrid_layer_ids, dtype=np.int64), "threads": 2, "format": FORMATS[format].number,
+        **{part.name: np.frombuffer(file.read(part.name), np.uint8 if part.is_matrix else np.float32) for part in plan},
+        "tokens": tokens.astype(np.int32), "lengths": np.array(lengths, dtype=np.int64),
+        "logits": np.full((len(tokens), config.vocab_size), np.nan, dtype=np.float32),
+    }  # fmt: skip
 
 
 def as_codes(x: Tensor) -> Tensor:

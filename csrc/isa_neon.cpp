@@ -1,0 +1,9 @@
+// The kernels for one instruction set; the flags that go with it are in CMakeLists.txt.
+#define ZAMBA2_NEON
+#define ZAMBA2_ISA neon
+#define ZAMBA2_ISA_NAME "neon"
+#include "kernels.inc"
+
+namespace zamba2 {
+const Kernels* const kNeon = &neon::table;
+}

@@ -1,0 +1,69 @@
+"""The arm64 build, cross-compiled and run under an emulator: the same kernels on the same cases, and whole models."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from kernel_cases import KERNELS
+from kernel_runner import Runner, build
+from native_cases import CONFIGS, engine_arguments, native
+from strategies import random_tokens
+from test_kernels import check
+
+from zamba2.weights.formats import FORMATS
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+MISSING = [program for program in (COMPILER, EMULATOR, "cmake") if not shutil.which(program)]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not found (Debian: g++-aarch64-linux-gnu, qemu-user)")
+
+# Processors by qemu's names, and the tables they have.
+PROCESSORS = {
+    "cortex-a53": ["scalar", "neon"],
+    "neoverse-n1": ["scalar", "neon", "neon_dotprod"],
+    "max": ["scalar", "neon", "neon_dotprod", "neon_i8mm"],
+}
+
+
+@pytest.fixture(scope="session")
+def program() -> str:
+    return str(build(
+        "kernel-runner-arm64", f"-DCMAKE_CXX_COMPILER={COMPILER}", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_EXE_LINKER_FLAGS=-static",
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_dispatch(program: str, processor: str) -> None:
+    """A processor gets the tables whose instructions it has, and no others."""
+    assert list(Runner(EMULATOR, "-cpu", processor, program).tables) == PROCESSORS[processor]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel(program: str, kernel: str) -> None:
+    """A kernel gives its reference's results on all arm64 instruction sets."""
+    check(Runner(EMULATOR, "-cpu", "max", program), kernel)
+
+
+@pytest.mark.parametrize("kernel", ["multiply", "multiply_many"])
+def test_products_without_i8mm(program: str, kernel: str) -> None:
+    """Products need no instruction that a processor without i8mm lacks."""
+    check(Runner(EMULATOR, "-cpu", "neoverse-n1", program), kernel)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["1.2b", "2.7b", "7b"])
+def test_engine(program: str, name: str, format: str) -> None:
+    """A whole model gives on arm64 the logits of the plain x86-64 table: single tokens, short calls and a prompt, two threads."""
+    config, lengths = CONFIGS[name], [1, 1, 3, 8, 1, 70, 1, 9]
+    tokens = random_tokens(config, 5, sum(lengths)).numpy().astype(np.int32)
+    engine = native(config, format, "scalar").engine
+    state = engine.new_state()
+    expected = np.concatenate([engine.forward([state], [part], [len(part)]) for part in np.split(tokens, np.cumsum(lengths)[:-1])])
+    runner = Runner(EMULATOR, "-cpu", "max", program)
+    for table in runner.tables:
+        found = runner.call(table, [("engine", engine_arguments(config, format, tokens, lengths))])[0]["logits"]
+        errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+        print(table, errors.max(), (errors > 1e-5).sum(), errors.round(7).tolist())
+        assert errors.max() < 1e-5

@@ -1,0 +1,81 @@
+"""Every kernel equals its reference on every instruction set of this machine: one table of cases, results and states."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from kernel_cases import KERNELS, TOLERANCE, Case, bits, cases, largest_error
+from kernel_runner import ROOT, Runner, build
+from native_cases import CONFIGS, as_twin, engine_arguments, error, twin
+from strategies import random_tokens
+
+from zamba2 import _engine
+from zamba2.weights.formats import FORMATS
+
+
+@pytest.fixture(scope="session")
+def runner() -> Runner:
+    return Runner(str(build("kernel-runner")))
+
+
+def test_every_kernel_has_cases(runner: Runner) -> None:
+    """No function of struct Kernels lacks cases, and no instruction set that the engine may choose here goes untested."""
+    declared = re.findall(r"\(\*(\w+)\)\(", (ROOT / "csrc" / "kernels.h").read_text())
+    assert sorted(declared) == sorted(KERNELS)
+    assert set(_engine.available()) <= set(runner.tables)
+
+
+def check(runner: Runner, kernel: str) -> None:
+    """Fail, naming tables and cases, unless all results of a kernel are within its tolerance, and rows the same bits in any company."""
+    table = cases(kernel)
+    wrong = []
+    for name, units in runner.tables.items():
+        found = runner.call(name, [(case.kernel, case.arguments) for case in table])
+        for case, result in zip(table, found, strict=True):
+            if (worst := largest_error(case, result, units)) > TOLERANCE[kernel]:
+                wrong.append(f"{name}, {case}: {worst:.1e}")
+        wrong += [f"{name}, {case}: other bits than in other company" for case in other_bits(table, found)]
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def other_bits(table: list[Case], found: list[dict[str, np.ndarray]]) -> list[Case]:
+    """Cases whose rows differ by a bit from the same rows of an earlier case that shares their weights and activations."""
+    seen: dict[tuple[str, int, int], int] = {}
+    differ = []
+    for case, result in zip(table, found, strict=True):
+        if not case.shares:
+            continue
+        for i, row in enumerate(bits(result["y"])):
+            for column in np.flatnonzero(~np.isnan(result["y"][i])):
+                if seen.setdefault((case.shares, case.arguments["row"] + i, int(column)), int(row[column])) != row[column]:
+                    differ.append(case)
+    return differ
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel(runner: Runner, kernel: str) -> None:
+    """A kernel gives its reference's results for every case and instruction set, and touches nothing else."""
+    check(runner, kernel)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_engine_with_software_tiles(runner: Runner, format: str) -> None:
+    """Where AVX-512 BF16 is, a prompt through the AMX kernels, tiles in software, gives the twin's logits as near as rounding allows."""
+    if "amx_stand_in" not in runner.tables:
+        pytest.skip("this machine has no AVX-512 BF16")
+    for config in CONFIGS.values():
+        tokens = random_tokens(config, 3, 70)
+        found = runner.call("amx_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70]))])[0]["logits"]
+        with as_twin(format, units=True):
+            expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
+        print(error(found, expected))
+        assert error(found, expected) <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_under_sanitizers(kernel: str) -> None:
+    """No case makes a kernel read or write out of bounds, overflow an integer or do else what C++ leaves undefined."""
+    check(Runner(str(build("kernel-runner-sanitized", "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all"))), kernel)
