@@ -33,6 +33,7 @@ from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Backend, Row
 from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState, default_threads
+from zamba2.weights import packed
 from zamba2.weights.formats import FORMATS
 
 FORMAT_NAMES = list(FORMATS)
@@ -135,6 +136,29 @@ def test_block_by_block(isa: str, format: str, length: int) -> None:
             total += len(errors)
     assert worst <= (4e-3 if format == "bf16" or units else 0.02), worst
     assert flipped <= (0.2 if format == "bf16" else 0.03) * total, f"{flipped} of {total} rows"
+
+
+@every
+@everywhere
+def test_inputs_of_products(isa: str, format: str) -> None:
+    """Observed inputs have every matrix's name and width, the rows of the call, and products that are the observed outputs;
+    observing changes no bit."""
+    config = CONFIGS["1.2b"]
+    backend, tokens, rows = native(config, format, isa), ids(config, 3), 3
+    inputs: list[tuple[str, np.ndarray]] = []
+    backend.engine.observe_inputs(lambda name, data: inputs.append((name, data)))
+    try:
+        seen = dict(follow(backend, tokens))
+    finally:
+        backend.engine.observe_inputs(None)
+    matrices = {part.name: part.shape for part in packed.parts(config) if part.is_matrix}
+    assert {name for name, _ in inputs} == set(matrices)
+    assert all(data.shape == (rows, matrices[name][1]) for name, data in inputs)
+    assert inputs[-1][0] == "embed_tokens.weight" and same(inputs[-1][1], seen["final_layernorm"])
+    product, linear = multiply_as(format, False), twin(config, format).layers[1].linear
+    assert linear is not None
+    assert error(seen["layers.1.linear"], product(torch.from_numpy(dict(inputs)["layers.1.linear.weight"]), linear.weight)) <= EXACT
+    assert same(logits_of(backend, tokens), seen["logits"])
 
 
 # ---- the numbers: end to end ----------------------------------------------------------------------------------------------
