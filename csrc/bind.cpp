@@ -101,6 +101,16 @@ State import_state(const Engine& engine, int position, Floats conv, Floats ssm, 
   return state;
 }
 
+Observer observer_of(nb::object f) {
+  if (f.is_none()) return nullptr;
+  return [f](const std::string& name, const float* data, int rows, int cols) {
+    nb::gil_scoped_acquire hold;
+    auto copy = std::make_unique<float[]>(static_cast<size_t>(rows) * cols);
+    std::copy_n(data, static_cast<size_t>(rows) * cols, copy.get());
+    f(name, owned(std::move(copy), static_cast<size_t>(rows), static_cast<size_t>(cols)));
+  };
+}
+
 }  // namespace
 
 NB_MODULE(_engine, m) {
@@ -133,15 +143,10 @@ NB_MODULE(_engine, m) {
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("isa", [](const Engine& e) { return std::string(e.kernels.name); })
       .def("new_state", &Engine::new_state)
-      .def("observe", [](Engine& e, nb::object f) {
-        if (f.is_none()) e.observer = nullptr;
-        else e.observer = [f](const std::string& name, const float* data, int rows, int cols) {
-          nb::gil_scoped_acquire hold;
-          auto copy = std::make_unique<float[]>(static_cast<size_t>(rows) * cols);
-          std::copy_n(data, static_cast<size_t>(rows) * cols, copy.get());
-          f(name, owned(std::move(copy), static_cast<size_t>(rows), static_cast<size_t>(cols)));
-        };
-      }, nb::arg("function").none())
+      .def("observe", [](Engine& e, nb::object f) { e.observer = observer_of(f); }, nb::arg("function").none(),
+           "Calls function(name, float32 (rows, cols)) with every block's output; None ends it.")
+      .def("observe_inputs", [](Engine& e, nb::object f) { e.input_observer = observer_of(f); }, nb::arg("function").none(),
+           "Calls function(name, float32 (rows, cols)) with the rows that every matrix multiplies, before they are rounded; None ends it.")
       .def("forward", [](Engine& e, const std::vector<State*>& states, const std::vector<Tokens>& tokens, const std::vector<int>& wanted) {
         if (states.size() != tokens.size() || states.size() != wanted.size()) throw std::invalid_argument("states, tokens and wanted must be as many");
         std::vector<Call> calls;

@@ -180,6 +180,13 @@ void Engine::observe(const std::string& name, const float* data, int rows, int c
   if (observer) observer(name, data, rows, cols);
 }
 
+void Engine::observe_input(const Matrix& w, const float* x, size_t stride, int rows) {
+  std::vector<float> inputs;
+  for (int r = 0; r < rows; ++r) inputs.insert(inputs.end(), x + static_cast<size_t>(r) * stride, x + static_cast<size_t>(r) * stride + w.cols);
+  const auto found = std::find_if(matrices_.begin(), matrices_.end(), [&](const auto& named) { return named.second == &w; });
+  input_observer(found == matrices_.end() ? "embed_tokens.weight" : found->first, inputs.data(), rows, w.cols);  // a tied head is a copy
+}
+
 void Engine::forward(const std::vector<Call>& calls, float* logits) {
   const NoDenormals plain;
   // Short calls together, in groups that one pass over the weights serves; long ones each by itself. What a token's
@@ -233,6 +240,7 @@ uint16_t* Engine::panel(int thread, size_t values) {
 }
 
 void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y) {
+  if (input_observer) observe_input(w, x, stride, rows);
   Activations& a = activations_;
   a.rows = rows;
   a.cols = w.cols;

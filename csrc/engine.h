@@ -66,7 +66,8 @@ class Engine {
   void forward(const std::vector<Call>& calls, float* logits);
 
   const Config config;
-  Observer observer;
+  Observer observer;        // every block's output under its name
+  Observer input_observer;  // every product's input rows, as they are before rounding, under its matrix's name
   const Kernels& kernels;
   int threads() const { return pool_.size(); }
 
@@ -103,6 +104,7 @@ class Engine {
   void norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y);
   void append(Cache& cache, int length, const float* k, const float* v, size_t stride);
   void observe(const std::string& name, const float* data, int rows, int cols);
+  void observe_input(const Matrix& w, const float* x, size_t stride, int rows);
   void own(State& state);
   uint16_t* panel(int thread, size_t values);
 

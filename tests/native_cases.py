@@ -6,9 +6,11 @@ The twin shares nothing with the engine but the packed bytes: it is the PyTorch 
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +26,9 @@ from zamba2 import _engine
 from zamba2.config import Config
 from zamba2.model import model as model_module
 from zamba2.model.model import Zamba2
-from zamba2.model.state import KVCache
+from zamba2.model.state import KVCache, ModelState
 from zamba2.runtime.backend import Row
-from zamba2.runtime.native import ENGINE_KEYS, NativeBackend, NativeState
+from zamba2.runtime.native import ENGINE_KEYS, SHORT, NativeBackend, NativeState
 from zamba2.weights import packed
 from zamba2.weights.checkpoint import save_checkpoint
 from zamba2.weights.files import TensorFile
@@ -34,8 +36,8 @@ from zamba2.weights.formats import FORMATS, unpack
 from zamba2.weights.packed import open_packed
 
 __all__ = [
-    "BACKBONE", "CONFIGS", "ISAS", "as_codes", "as_twin", "engine_arguments", "error", "logits_of", "make_packed", "multiply_as",
-    "native", "packed_from", "twin", "uses_units",
+    "BACKBONE", "CONFIGS", "EXACT", "ISAS", "Check", "Twin", "as_twin", "compare", "engine_arguments", "error", "logits_of", "make_packed",
+    "multiply_as", "native", "observing", "packed_from", "twin", "uses_units",
 ]  # fmt: skip
 
 ISAS = list(_engine.available())
@@ -80,23 +82,46 @@ def native(config: Config, format: str, isa: str = "", threads: int = 1, seed: i
     return NativeBackend(make_packed(config, format, seed), config, threads=threads, isa=isa)
 
 
-@functools.cache
-def twin(config: Config, format: str, seed: int = 1) -> Zamba2:
-    """The PyTorch model with the weights that the packed file holds."""
-    file = TensorFile(make_packed(config, format, seed) / "model.safetensors")
-    model = random_model(config, seed)
-    with torch.no_grad():
-        for part in packed.parts(config):
-            data = np.frombuffer(file.read(part.name), dtype=np.uint8)
-            if not part.is_matrix:
-                model.get_parameter(part.name).copy_(torch.from_numpy(data.view(np.float32).copy()).view_as(model.get_parameter(part.name)))
+class Twin(Zamba2):
+    """The PyTorch model with the weights that a packed file holds; ``load`` brings some into memory, ``drop`` lets them go."""
+
+    def __init__(self, folder: Path, config: Config, format: str) -> None:
+        with torch.device("meta"):
+            super().__init__(config)
+        for block in self.shared_blocks:
+            block.self_attn.split_for_inference()
+        self.requires_grad_(False).eval()
+        self.file, self.format = TensorFile(folder / "model.safetensors"), FORMATS[format]
+
+    def load(self, prefix: str = "") -> None:
+        """Dequantize the weights whose names start so."""
+        halves: dict[str, list[Tensor]] = {}
+        for part in packed.parts(self.config):
+            if not part.name.startswith(prefix):
                 continue
-            rows, cols = part.shape
-            values = torch.from_numpy(unpack(data, rows, cols, FORMATS[format]))
-            for name in part.sources:
-                parameter = model.get_parameter(name)
-                own, values = values[: len(parameter)], values[len(parameter) :]
-                (parameter if part.half is None else parameter[:, part.half * cols : (part.half + 1) * cols]).copy_(own)
+            data = np.frombuffer(self.file.read(part.name), dtype=np.uint8)
+            if not part.is_matrix:
+                values = torch.from_numpy(data.view(np.float32).copy())
+            else:
+                values = torch.from_numpy(unpack(data, *part.shape, self.format))  # type: ignore[arg-type]
+            if part.half is not None:
+                halves.setdefault(part.name.split(".qkv_proj.")[0], []).append(values)
+                continue
+            owner, name = part.name.rsplit(".", 1)
+            parameters = self.get_submodule(owner)._parameters
+            parameters[name] = torch.nn.Parameter(values.view(parameters[name].shape), requires_grad=False)  # type: ignore[union-attr]
+        for owner, (left, right) in halves.items():
+            self.get_submodule(owner).split = (left, right)
+
+    def drop(self, prefix: str) -> None:
+        self.get_submodule(prefix).to("meta")
+
+
+@functools.cache
+def twin(config: Config, format: str, seed: int = 1) -> Twin:
+    """The twin of ``native``, all of it in memory."""
+    model = Twin(make_packed(config, format, seed), config, format)
+    model.load()
     return model
 
 
@@ -111,48 +136,217 @@ def engine_arguments(config: Config, format: str, tokens: np.ndarray, lengths: S
     }  # fmt: skip
 
 
-def as_codes(x: Tensor) -> Tensor:
-    """x as its int8 codes per group of 32 inputs say: scale = largest / 127, ties to even."""
+# ---- how the engine rounds: functions from values to (codes, rounded values) -----------
+
+Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def round_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of groups of 32 inputs: scale = largest / 127, ties to even."""
     padded = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
     peak = padded.abs().amax(-1, keepdim=True)
     inverse = torch.where(peak > 0, torch.full_like(peak, 127) / peak, 0)  # 127 / peak would round twice
     codes = torch.round(padded * inverse).clamp(-127, 127)
-    return (codes * (peak / 127)).flatten(-2)[..., : x.shape[-1]]
+    return tuple(t.flatten(-2)[..., : x.shape[-1]] for t in (codes, codes * (peak / 127)))  # type: ignore[return-value]
 
 
-def _multiply_codes(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(as_codes(x).double(), weight.double()).to(x.dtype)
+def round_bf16(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Ties to even."""
+    return x.bfloat16().view(torch.int16), x.bfloat16().to(x.dtype)
 
 
-def _multiply_halves(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x.bfloat16().double(), weight.bfloat16().double()).to(x.dtype)
-
-
-def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    return F.linear(x.double(), weight.double()).to(x.dtype)
+def rounding_of(format: str, units: bool) -> Rounding | None:
+    """What the engine does to the inputs of a product: q8 and q4 round them to int8, matrix units (which round weights too) to bf16."""
+    return round_bf16 if units else None if format == "bf16" else round_int8
 
 
 def multiply_as(format: str, units: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """x W^T as the engine takes it: q8 and q4 round x to int8, matrix units both sides to bf16; sums are exact."""
-    return _multiply_halves if units else _multiply if format == "bf16" else _multiply_codes
+    """x W^T as the engine takes it, but for sums, which are exact."""
+    rounding = rounding_of(format, units)
+
+    def multiply(x: Tensor, weight: Tensor) -> Tensor:
+        inputs = x if rounding is None else rounding(x)[1]
+        return F.linear(inputs.double(), (weight.bfloat16() if units else weight).double()).to(x.dtype)
+
+    return multiply
 
 
 _append = KVCache.append
 
 
-def _append_bf16(self: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _append(self, k.bfloat16().to(k.dtype), v.bfloat16().to(v.dtype))
+def _append_rounded(self: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _append(self, round_bf16(k)[1], round_bf16(v)[1])
 
 
 @contextmanager
 def as_twin(format: str, *, units: bool = False) -> Iterator[None]:
-    """The PyTorch model rounds as the engine does: keys and values to bf16; inputs of products as ``multiply_as`` says."""
+    """The PyTorch model rounds as the engine does: keys and values to bf16; inputs of products as ``rounding_of`` says."""
     with (
-        mock.patch.object(KVCache, "append", _append_bf16),
+        mock.patch.object(KVCache, "append", _append_rounded),
         mock.patch.object(model_module, "matmul", multiply_as(format, units)),
         torch.no_grad(),
     ):
         yield
+
+
+# ---- block by block -----------------------------------------------------------------------------------------------------------
+
+EXACT = 1e-5  # largest difference of one element, relative to itself or to the root mean square of all, whichever is larger
+
+
+@dataclass
+class Check:
+    """One thing compared: its worst element; of what was rounded, how many numbers there were and how many went the other way."""
+
+    name: str
+    error: float
+    rounded: int = 0
+    flipped: int = 0
+
+
+def sizes(expected: Tensor) -> Tensor:
+    """What the difference of each element is relative to."""
+    wide = expected.double()
+    return wide.abs().clamp_min(max(float(wide.square().mean().sqrt()), 1e-30))
+
+
+def worst(found: Tensor, expected: Tensor) -> float:
+    """The largest relative difference of an element, infinite if one is not finite."""
+    assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    difference = float(((found.double() - expected.double()).abs() / sizes(expected)).max())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def flips(name: str, own: Tensor, given: Tensor, rounding: Rounding) -> int:
+    """How many of the engine's numbers are rounded to others than the twin's own. Each lies as near to the twin's own number as
+    that one's rounding does, but for what two correct sums may differ (twice: a group's largest may differ too); no int8 code
+    differs by more than one."""
+    codes, rounded = rounding(given)
+    own_codes, own_rounded = rounding(own)
+    different = codes != own_codes
+    excess = (rounded.double() - own.double()).abs() - (own_rounded.double() - own.double()).abs()
+    assert bool((excess <= 2 * EXACT * sizes(own))[different].all()), f"{name}: a number far from a tie is rounded the other way"
+    assert rounding is not round_int8 or int((codes - own_codes).abs().max()) <= 1, f"{name}: codes differ by more than one"
+    return int(different.sum())
+
+
+@contextmanager
+def observing(backend: NativeBackend, outputs: Callable[..., None], inputs: Callable[..., None]) -> Iterator[None]:
+    """The engine reports every block's output and the inputs of every product."""
+    backend.engine.observe(outputs)
+    backend.engine.observe_inputs(inputs)
+    try:
+        yield
+    finally:
+        backend.engine.observe(None)
+        backend.engine.observe_inputs(None)
+
+
+def state_of(config: Config, exported: dict[str, np.ndarray], position: int) -> ModelState:
+    """The engine's state as the PyTorch model's."""
+    state = ModelState.empty(config)
+    if not position:
+        return state
+    conv = torch.from_numpy(exported["conv"]).view(config.num_hidden_layers, 1, config.mamba_d_conv - 1, config.conv_dim)
+    shape = (config.num_hidden_layers, 1, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state)
+    state.conv, state.ssm = list(conv), list(torch.from_numpy(exported["ssm"]).view(shape))
+    for cache, kept in zip(state.kv, keys_and_values(config, exported, position), strict=True):
+        _append(cache, *kept)
+    state.position = position
+    return state
+
+
+def keys_and_values(config: Config, exported: dict[str, np.ndarray], position: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each hybrid position in an engine's state, (1, heads, position, head_dim) fp32."""
+    shape = (1, config.num_key_value_heads, position, config.attention_head_dim)
+
+    def values(name: str) -> Tensor:
+        return torch.from_numpy(exported[name]).view(torch.bfloat16).view(shape).float()
+
+    return [(values(f"keys.{j}"), values(f"values.{j}")) for j in range(len(config.hybrid_layer_ids))]
+
+
+def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: np.ndarray) -> list[Check]:
+    """Follow one call of the engine with the twin: every block's output, every product's inputs, what is kept, the states.
+
+    Both start from the engine's state after ``past``; every block of the twin, and every product in it, is then given what the
+    engine's had, so nothing but the arithmetic between two observed places is compared, and a number that is rounded the other
+    way, which ``flips`` permits and counts, changes nothing behind it.
+    """
+    config, engine, before = model.config, backend.engine, len(past)
+    inner = engine.new_state()
+    if before:
+        engine.forward([inner], [past], [0])
+    state = state_of(config, engine.export_state(inner), before)
+    events: list[tuple[str, str, Tensor]] = []
+    with observing(
+        backend,
+        lambda name, data: events.append(("output", name, torch.from_numpy(data))),
+        lambda name, data: events.append(("input", name, torch.from_numpy(data))),
+    ):
+        logits = torch.from_numpy(engine.forward([inner], [tokens], [len(tokens)]))
+    after = engine.export_state(inner)
+    kept = iter(keys_and_values(config, after, before + len(tokens)))
+    units = uses_units(backend.isa) and len(tokens) > SHORT
+    rounding, multiply = rounding_of(backend.format.name, units), multiply_as(backend.format.name, units)
+    checks: list[Check] = []
+    hoisted: set[str] = set()
+
+    def following(kind: str, name: str) -> tuple[str, Tensor]:
+        found, place, data = events.pop(0)
+        assert found == kind and place.endswith(name), f"the engine's {found} {place} came where {kind} {name} should"
+        return place, data
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        while events[0][1] in hoisted:  # with more than two blocks the engine takes it again
+            events.pop(0)
+        name, given = following("input", "")
+        if name.endswith(".right.weight"):
+            hoisted.add(name)
+        own = x.reshape(given.shape)
+        checks.append(Check(f"inputs of {name}", worst(given, own)))
+        if rounding is not None:
+            checks[-1].rounded, checks[-1].flipped = given.numel(), flips(name, own, given, rounding)
+        return multiply(own if rounding is None else given, weight).view(*x.shape[:-1], -1)
+
+    def append(self: KVCache, *own: Tensor) -> tuple[Tensor, Tensor]:
+        given = [values[:, :, before:] for values in next(kept)]
+        for kind, mine, theirs in zip(("keys", "values"), own, given, strict=True):
+            checks.append(Check(kind, 0.0, mine.numel(), flips(kind, mine, theirs, round_bf16)))
+        return _append(self, *given)
+
+    def output(kind: str) -> Callable[..., Tensor]:
+        def hook(module: Any, inputs: Any, own: Tensor) -> Tensor:
+            name, given = following("output", kind)
+            checks.append(Check(name, worst(given, own[0])))
+            return given[None]
+
+        return hook
+
+    hooks = [layer.register_forward_hook(output(f"layers.{i}")) for i, layer in enumerate(model.layers)]
+    for layer in model.layers:
+        hooks.append(layer.mamba.register_forward_hook(output(".mamba")))
+        if layer.linear is not None:
+            hooks.append(layer.linear.register_forward_hook(output(".linear")))
+    for block in model.shared_blocks:
+        hooks.append(block.self_attn.register_forward_hook(output(".self_attn")))
+        hooks.append(block.feed_forward.register_forward_hook(output(".shared_block")))
+    try:
+        with mock.patch.object(KVCache, "append", append), mock.patch.object(model_module, "matmul", product), torch.no_grad():
+            final = model.hidden_states(torch.from_numpy(tokens)[None].long(), state=state)[0]
+            name, given = following("output", "final_layernorm")
+            checks.append(Check(name, worst(given, final)))
+            checks.append(Check("logits", worst(logits, model.logits(given))))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert not events and next(kept, None) is None
+    mine = state_of(config, after, before + len(tokens))
+    for i in range(config.num_hidden_layers):
+        for kind, given_state, own_state in (("conv", mine.conv[i], state.conv[i]), ("ssm", mine.ssm[i], state.ssm[i])):
+            assert given_state is not None and own_state is not None
+            checks.append(Check(f"{kind} state of layers.{i}", worst(given_state, own_state)))
+    return checks
 
 
 def uses_units(isa: str) -> bool:
