@@ -56,6 +56,7 @@ Config config_of(const nb::dict& d) {
 // Tensors of a state by name: conv (layers, taps - 1, conv_dim), ssm (layers, heads * P, N) and, per position, k and v (heads * length, d) bf16 bits.
 nb::dict export_state(const State& state, const Engine& engine) {
   const Config& c = engine.config;
+  if (state.broken) throw std::invalid_argument("an earlier call on this state failed midway; there is nothing to save");
   nb::dict d;
   auto floats = [](const std::vector<float>& v) {
     auto data = std::make_unique<float[]>(v.size());
@@ -114,6 +115,13 @@ Observer observer_of(nb::object f) {
 }  // namespace
 
 NB_MODULE(_engine, m) {
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const std::domain_error& error) {
+      PyErr_SetString(PyExc_ArithmeticError, error.what());
+    }
+  });
   m.doc() = "Zamba2 on a CPU: packed weights, one state per sequence.";
   m.def("available", [] {
     nb::list names;

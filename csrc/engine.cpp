@@ -195,8 +195,11 @@ void Engine::forward(const std::vector<Call>& calls, float* logits) {
   for (const Call& call : calls) {
     outputs.push_back(logits);
     logits += static_cast<size_t>(call.logits) * config.vocab_size;
-    own(*call.state);
+    if (call.state->broken) throw std::invalid_argument("an earlier call on this state failed midway; start a new one or load a saved one");
   }
+  const float* const all = outputs.empty() ? logits : outputs.front();
+  for (const Call& call : calls) call.state->broken = true;
+  for (const Call& call : calls) own(*call.state);
   std::vector<Segment> segments;
   std::vector<int32_t> tokens;
   std::vector<int> wanted;
@@ -231,6 +234,8 @@ void Engine::forward(const std::vector<Call>& calls, float* logits) {
     }
   }
   flush();
+  if (!kernels.finite(all, static_cast<size_t>(logits - all))) throw std::domain_error("the model computed values that are not finite");
+  for (const Call& call : calls) call.state->broken = false;
 }
 
 uint16_t* Engine::panel(int thread, size_t values) {
@@ -271,11 +276,12 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
     const size_t groups = static_cast<size_t>(a.groups());
     a.codes.resize(static_cast<size_t>(rows) * line);
     a.scales.resize(static_cast<size_t>(rows) * groups);
-    a.sums.resize(static_cast<size_t>(rows) * groups);
+    a.starts.resize(static_cast<size_t>(rows) * groups);
     auto quantize = [&](int first, int last, int) {
       for (int r = first; r < last; ++r) {
-        const size_t at = static_cast<size_t>(r);
-        kernels.quantize(x + at * stride, w.cols, a.codes.data() + at * line, a.scales.data() + at * groups, a.sums.data() + at * groups);
+        const int tile = r / kMostRows * kMostRows;
+        const size_t at = static_cast<size_t>(tile);
+        kernels.quantize(x + static_cast<size_t>(r) * stride, w.cols, w.format, r - tile, std::min(kMostRows, rows - tile), a.codes.data() + at * line, a.scales.data() + at * groups, a.starts.data() + at * groups);
       }
     };
     if (rows > 4) pool_.share(rows, quantize);
@@ -289,7 +295,7 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
   }
   pool_.share(w.blocks(), [&](int first, int last, int) {
     for (int row = 0; row < rows; row += kMostRows)
-      kernels.multiply(w, first, last, a, row, std::min(kMostRows, rows - row), y + static_cast<size_t>(row) * w.rows, static_cast<size_t>(w.rows));
+      kernels.multiply(w, first, last, a, row, y + static_cast<size_t>(row) * w.rows, static_cast<size_t>(w.rows));
   });
 }
 

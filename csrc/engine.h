@@ -40,6 +40,7 @@ struct State {
   std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
   std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
   std::vector<Cache> caches;
+  bool broken = false;  // a call on it failed midway; it was being updated in place
   size_t bytes() const;
 };
 
@@ -62,7 +63,8 @@ class Engine {
   void check_complete() const;
 
   State new_state() const;
-  // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other.
+  // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other. States are updated in place:
+  // an exception leaves those of the call broken. Throws std::domain_error if a logit is not finite.
   void forward(const std::vector<Call>& calls, float* logits);
 
   const Config config;

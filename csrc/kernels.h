@@ -30,9 +30,10 @@ struct Matrix {
 struct Activations {
   int rows = 0, cols = 0;
   std::vector<float> values;      // (rows, groups * 32)
-  std::vector<int8_t> codes;      // the same, int8 per group of 32
-  std::vector<float> scales;      // (rows, groups)
-  std::vector<int32_t> sums;      // (rows, groups), of the codes
+  // The same as int8 per group of 32, in tiles of R = 8 rows (the last one: what is left of them), each tile's inputs in order:
+  std::vector<int8_t> codes;      // per tile (groups, 8, R, 4)
+  std::vector<float> scales;      // per tile (groups, R)
+  std::vector<int32_t> starts;    // per tile (groups, R), what takes the weights' offset off: -offset times the sum of the codes
   std::vector<uint16_t> halves;   // bf16 tiles of 16 rows x 32 inputs, (rows / 16 rounded up to even, groups), for the matrix units
   int groups() const { return (cols + 31) / 32; }
   int stride() const { return groups() * 32; }
@@ -46,15 +47,16 @@ inline constexpr int kMostRows = 8;  // rows that one pass over the weights serv
 struct Kernels {
   const char* name;
   bool matrix_units;  // whether multiply_many exists
-  // int8 codes per group of 32: scale = largest / 127, ties to even. x: (cols); padded with zeros.
-  void (*quantize)(const float* x, int cols, int8_t* codes, float* scales, int32_t* sums);
-  // y[m][row] = W x_m for rows of blocks [first, last), m < count <= kMostRows. Each row's arithmetic is its own.
-  void (*multiply)(const Matrix& w, int first, int last, const Activations& x, int row, int count, float* y, size_t stride);
+  // int8 codes per group of 32: scale = largest / 127, ties to even. x: (cols), padded with zeros; row of `rows` in its tile.
+  void (*quantize)(const float* x, int cols, Format weights, int row, int rows, int8_t* codes, float* scales, int32_t* starts);
+  // y[m][r] = W x_(row + m) for rows r of blocks [first, last) and the tile of x that begins at row. Each m's arithmetic is its own.
+  void (*multiply)(const Matrix& w, int first, int last, const Activations& x, int row, float* y, size_t stride);
   // The same for many rows, through bf16 matrix units where there are any; panel: room for these blocks in bf16, aligned to 64.
   void (*multiply_many)(const Matrix& w, int first, int last, const Activations& x, float* y, size_t stride, uint16_t* panel);
   void (*to_bf16)(const float* x, int n, uint16_t* y);
   void (*to_tiles)(const float* x, int cols, int row, uint16_t* tiles);  // one row of activations into their tiles
   void (*from_bf16)(const uint16_t* x, int n, float* y);
+  bool (*finite)(const float* x, size_t n);  // whether every value is
   float (*sum_of_squares)(const float* x, int n);
   void (*scale_by)(const float* x, const float* weight, float scale, int n, float* y);  // y = x * scale * weight
   void (*add_scaled)(const float* x, float scale, int n, float* y);                     // y += x * scale

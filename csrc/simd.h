@@ -12,11 +12,16 @@
 #endif
 
 #define ZAMBA2_INLINE inline __attribute__((always_inline))
+#define ZAMBA2_FLAT __attribute__((noinline, flatten))  // everything it calls becomes part of it, so that lanes stay in registers
 
 namespace zamba2::ZAMBA2_ISA {
 
-#if !defined(ZAMBA2_NEON)
-constexpr int kOffsetQ8 = 128;  // what q8 codes, as load_q8 gives them, lie above their values
+#if !defined(ZAMBA2_NEON)  // what q8 codes, as load_q8 gives them, lie above their values
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kOffsetQ8 = 0;
+#else
+constexpr int kOffsetQ8 = 128;
+#endif
 #endif
 
 #if defined(__AVX512F__)
@@ -64,6 +69,8 @@ struct I16 {  // 16 int32
   __m512i v;
   static I16 zero() { return {_mm512_setzero_si512()}; }
   static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  static I16 begin(int32_t x) { return set1(x); }
+  I16 end(int32_t) const { return *this; }
   friend I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   F16 to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 };
@@ -172,6 +179,8 @@ struct I16 {
   __m256i v[2];
   static I16 zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
   static I16 set1(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+  static I16 begin(int32_t x) { return set1(x); }
+  I16 end(int32_t) const { return *this; }
   friend I16 operator-(I16 a, I16 b) { return {{_mm256_sub_epi32(a.v[0], b.v[0]), _mm256_sub_epi32(a.v[1], b.v[1])}}; }
   F16 to_float() const { return {{_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])}}; }
 };
@@ -182,7 +191,11 @@ struct Codes {
     const __m256i* q = reinterpret_cast<const __m256i*>(p);
     return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
   }
-  static Codes load_q8(const uint8_t* p) { return load(p); }
+  static Codes load_q8(const uint8_t* p) {
+    const Codes c = load(p);
+    const __m256i sign = _mm256_set1_epi8(-128);
+    return {{_mm256_xor_si256(c.v[0], sign), _mm256_xor_si256(c.v[1], sign)}};
+  }
   Codes low() const { const __m256i m = _mm256_set1_epi8(15); return {{_mm256_and_si256(v[0], m), _mm256_and_si256(v[1], m)}}; }
   Codes high() const {
     const __m256i m = _mm256_set1_epi8(15);
@@ -190,16 +203,31 @@ struct Codes {
   }
 };
 
-ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {  // in 16 bits: byte products would saturate for codes above 127
-  const __m256i a = _mm256_set1_epi32(four), even = _mm256_set1_epi16(0xff);
-  const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
+// Byte products add up in pairs of 16 bits: 2 x 128 x 127 fits, so q8's codes are made signed and their signs moved to the activations.
+ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
+  const __m256i a = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
   for (int i = 0; i < 2; ++i) {
-    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(codes.v[i], even), a_even),
-                                              _mm256_madd_epi16(_mm256_srli_epi16(codes.v[i], 8), a_odd));
-    acc.v[i] = _mm256_add_epi32(acc.v[i], products);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes.v[i]), _mm256_sign_epi8(a, codes.v[i]));
+    acc.v[i] = _mm256_add_epi32(acc.v[i], _mm256_madd_epi16(pairs, ones));
   }
   return acc;
 }
+
+// A group's 8 products of q4's codes, at most 15, stay in 16 bits: 8 x 2 x 15 x 127.
+struct Sum4 {
+  __m256i v[2];
+  static Sum4 begin(int32_t) { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+  I16 end(int32_t start) const {
+    const __m256i ones = _mm256_set1_epi16(1), from = _mm256_set1_epi32(start);
+    return {{_mm256_add_epi32(_mm256_madd_epi16(v[0], ones), from), _mm256_add_epi32(_mm256_madd_epi16(v[1], ones), from)}};
+  }
+};
+ZAMBA2_INLINE Sum4 dot(Sum4 acc, Codes codes, int32_t four) {
+  const __m256i a = _mm256_set1_epi32(four);
+  for (int i = 0; i < 2; ++i) acc.v[i] = _mm256_add_epi16(acc.v[i], _mm256_maddubs_epi16(codes.v[i], a));
+  return acc;
+}
+#define ZAMBA2_SUM4
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
@@ -260,6 +288,8 @@ struct I16 {
   int32x4_t v[4];
   static I16 zero() { return set1(0); }
   static I16 set1(int32_t x) { const int32x4_t r = vdupq_n_s32(x); return {{r, r, r, r}}; }
+  static I16 begin(int32_t x) { return set1(x); }
+  I16 end(int32_t) const { return *this; }
   friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 4; ++i) a.v[i] = vsubq_s32(a.v[i], b.v[i]); return a; }
   F16 to_float() const { F16 r; for (int i = 0; i < 4; ++i) r.v[i] = vcvtq_f32_s32(v[i]); return r; }
 };
@@ -365,6 +395,8 @@ struct I16 {
   int32_t v[16];
   static I16 zero() { return {}; }
   static I16 set1(int32_t x) { I16 r; for (int32_t& lane : r.v) lane = x; return r; }
+  static I16 begin(int32_t x) { return set1(x); }
+  I16 end(int32_t) const { return *this; }
   friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i]; return a; }
   F16 to_float() const { F16 r; for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(v[i]); return r; }
 };
@@ -391,6 +423,10 @@ ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
   for (int i = 0; i < 16; ++i) even.v[i] = F16::wide(p[2 * i]), odd.v[i] = F16::wide(p[2 * i + 1]);
 }
 
+#endif
+
+#if !defined(ZAMBA2_SUM4)
+using Sum4 = I16;
 #endif
 
 // e^x within 2 ulp; 0 below -87, where fp32 would be denormal. Cephes' polynomial for the remainder after powers of two.

@@ -412,17 +412,25 @@ def test_errors_leave_states_alone() -> None:
 
 
 @pytest.mark.parametrize("format", ["bf16", "q8", "q4"])
-def test_values_that_are_not_finite(format: str) -> None:
-    """Weights that overflow on the way raise Zamba2Error, and the state stays as it was."""
+def test_values_that_are_not_finite(tmp_path: Path, format: str) -> None:
+    """Weights that overflow on the way raise Zamba2Error; a state that was being read into says so from then on, its copies live."""
     config = CONFIGS["2.7b"]
     model = random_model(config, 1)
     model.layers[0].mamba.D.fill_(3e38)
     backend = NativeBackend(packed_from(model, format), config, threads=1)
     state = backend.new_state()
+    copy = state.copy()
     with pytest.raises(Zamba2Error, match="not finite"):
         logits_of(backend, [1, 2], state)
-    assert state.position == 0
-    assert state.nbytes == 0
+    with pytest.raises(Zamba2Error, match="failed midway"):
+        logits_of(backend, [1], state, logits=0)
+    with pytest.raises(Zamba2Error, match="failed midway"):
+        state.save(tmp_path / "state")
+    assert not list(tmp_path.iterdir())
+    logits_of(backend, [1, 2], copy, logits=0)
+    with pytest.raises(Zamba2Error, match="not finite"):  # read in a copy: the state before it is wanted
+        logits_of(backend, [1, 2], copy, record=True)
+    assert copy.position == 2
 
 
 @every

@@ -90,7 +90,10 @@ class NativeState:
         self.inner, self.before = inner, None
 
     def save(self, path: Path, *, note: str = "") -> None:
-        tensors = self.backend.engine.export_state(self.inner)
+        try:
+            tensors = self.backend.engine.export_state(self.inner)
+        except ValueError as error:
+            raise Zamba2Error(f"the state cannot be saved: {error}.") from None
         entries = [
             (name, "F32" if t.dtype == np.float32 else "BF16", (t.size,), lambda t=t: [t.reshape(-1).view(np.uint8).data])
             for name, t in tensors.items()
@@ -163,16 +166,23 @@ class NativeBackend:
         if len({id(state) for state in states}) != len(states):
             raise ValueError("a state may appear only once in a call")
         tokens = [check_row(row, self.config.vocab_size) for row in rows]
-        work = [state.inner.copy() for state in states]  # committed at the end: an error leaves every state as it was
+        # updated in place; a copy where several calls follow one another, or where the state before is wanted
+        work = [
+            state.inner.copy() if row.record or border_in(state.position, len(own)) else state.inner
+            for state, own, row in zip(states, tokens, rows, strict=True)
+        ]
         before = [state.inner if row.record else None for row, state in zip(rows, states, strict=True)]
-        # a prompt's stretches first, then what is left of every row in one call
-        scores = [self._stretches(inner, own, row.logits) for inner, own, row in zip(work, tokens, rows, strict=True)]
-        rest = [own[len(own) - left :] for own, (left, _) in zip(tokens, scores, strict=True)]
-        wanted = [min(row.logits, len(own)) for row, own in zip(rows, rest, strict=True)]
-        last = np.split(self.engine.forward(work, rest, wanted), np.cumsum(wanted)[:-1]) if rows else []
+        try:
+            # a prompt's stretches first, then what is left of every row in one call
+            scores = [self._stretches(inner, own, row.logits) for inner, own, row in zip(work, tokens, rows, strict=True)]
+            rest = [own[len(own) - left :] for own, (left, _) in zip(tokens, scores, strict=True)]
+            wanted = [min(row.logits, len(own)) for row, own in zip(rows, rest, strict=True)]
+            last = np.split(self.engine.forward(work, rest, wanted), np.cumsum(wanted)[:-1]) if rows else []
+        except ArithmeticError:
+            raise Zamba2Error("the model computed values that are not finite; the packed checkpoint is damaged: quantize it again.") from None
+        except ValueError as error:
+            raise Zamba2Error(f"the native engine cannot go on: {error}.") from None
         found = [np.concatenate([*first, own]) if first else own for (_, first), own in zip(scores, last, strict=True)]
-        if not all(np.isfinite(own).all() for own in found):
-            raise Zamba2Error("the model computed values that are not finite; the packed checkpoint is damaged: quantize it again.")
         for state, inner, row, old in zip(states, work, rows, before, strict=True):
             state.inner = inner
             state.before = None if old is None else (old, np.asarray(row.tokens, dtype=np.int32))
@@ -192,6 +202,11 @@ class NativeBackend:
         if not isinstance(state, NativeState) or state.backend is not self:
             raise ValueError("the state belongs to another backend")
         return state
+
+
+def border_in(position: int, length: int) -> bool:
+    """Whether a call of ``length`` tokens behind ``position`` others goes past a border of PREFILL_CHUNK."""
+    return position % PREFILL_CHUNK + length > PREFILL_CHUNK
 
 
 def fingerprint(file: TensorFile, config: Config, format: Format) -> str:
