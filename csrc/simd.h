@@ -95,7 +95,7 @@ ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
 #endif
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 // 32 bf16 weights of 16 rows, two inputs each: even and odd inputs as floats.
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
@@ -229,7 +229,7 @@ ZAMBA2_INLINE Sum4 dot(Sum4 acc, Codes codes, int32_t four) {
 }
 #define ZAMBA2_SUM4
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
   for (int i = 0; i < 2; ++i) {
@@ -328,7 +328,7 @@ ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
   return acc;
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
   for (int i = 0; i < 4; ++i) {
@@ -417,7 +417,7 @@ ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
   return acc;
 }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p); }
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
   for (int i = 0; i < 16; ++i) even.v[i] = F16::wide(p[2 * i]), odd.v[i] = F16::wide(p[2 * i + 1]);
