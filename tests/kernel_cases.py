@@ -58,7 +58,8 @@ class Near:
 class Case:
     """expected: arguments that change (arrays: equal to the bit, masked elements apart); every other one must not, but scratch.
 
-    with_units: what differs on tables with matrix units. shares: cases with the same value give the same bits for the same row.
+    with_units: what differs on tables with matrix units. Cases with the same ``shares`` give the same bits for the same row of y,
+    the first of which is ``first_row``.
     """
 
     kernel: str
@@ -68,6 +69,7 @@ class Case:
     with_units: dict[str, Array | Near] = field(default_factory=dict)
     scratch: tuple[str, ...] = ()
     shares: str = ""
+    first_row: int = 0
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.label}"

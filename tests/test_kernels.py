@@ -50,7 +50,7 @@ def other_bits(table: list[Case], found: list[dict[str, np.ndarray]]) -> list[Ca
             continue
         for i, row in enumerate(bits(result["y"])):
             for column in np.flatnonzero(~np.isnan(result["y"][i])):
-                if seen.setdefault((case.shares, case.arguments["row"] + i, int(column)), int(row[column])) != row[column]:
+                if seen.setdefault((case.shares, case.first_row + i, int(column)), int(row[column])) != row[column]:
                     differ.append(case)
     return differ
 
