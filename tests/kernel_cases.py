@@ -274,7 +274,12 @@ def multiply(rng: np.random.Generator) -> Iterator[Case]:
                     p.matrix | {"first": first, "last": last} | p.activations | {"row": row, "count": count, "y": before, "stride": stride}
                 )
                 yield Case(
-                    "multiply", f"{label}, {count} from {row}", arguments, {"y": replaced(before, slice(None), columns, part)}, shares=label
+                    "multiply",
+                    f"{label}, {count} from {row}",
+                    arguments,
+                    {"y": replaced(before, slice(None), columns, part)},
+                    shares=label,
+                    first_row=row,
                 )
 
 

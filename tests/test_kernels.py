@@ -10,10 +10,13 @@ from kernel_cases import KERNELS, TOLERANCE, Case, bits, cases, largest_error
 from kernel_runner import ROOT, Runner, build
 from native_cases import CONFIGS, as_twin, engine_arguments, error, twin
 from strategies import random_tokens
-from test_native import AFTER_FLIPS
 
 from zamba2 import _engine
 from zamba2.weights.formats import FORMATS
+
+# Relative error of a model's logits, by norm: where nothing is rounded on the way; where keys and values near a tie between two bf16
+# numbers may go either way (measured: 1.5e-3 at most); where int8 codes, or the bf16 inputs of matrix units, may (3e-2 at most).
+EXACT, AFTER_ROUNDING, AFTER_FLIPS = 1e-5, 5e-3, 0.1
 
 
 @pytest.fixture(scope="session")
