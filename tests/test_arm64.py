@@ -15,7 +15,7 @@ from test_kernels import AFTER_FLIPS, AFTER_ROUNDING, EXACT, check
 from zamba2.weights.formats import FORMATS
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-MISSING = [program for program in (COMPILER, EMULATOR, "cmake") if not shutil.which(program)]
+MISSING = [program for program in (COMPILER, EMULATOR) if not shutil.which(program)]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not found (Debian: g++-aarch64-linux-gnu, qemu-user)")
 
 # Processors by qemu's names, and the tables they have.
