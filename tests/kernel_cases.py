@@ -1,7 +1,7 @@
 """The cases that every kernel passes on every instruction set, their references in plain NumPy, and their tolerances.
 
 A case is a function of ``struct Kernels`` (csrc/kernels.h), its arguments in the function's own order, and what must stand in them
-afterwards. A ``const Matrix&`` is four arguments, a ``const Activations&`` seven (see tests/native/kernel_runner.cpp). References
+afterwards. A ``const Matrix&`` and a ``const Activations&`` are four arguments (see tests/native/kernel_runner.cpp). References
 are written from the comments of kernels.h, in fp64, and share nothing with the kernels.
 """
 
@@ -31,6 +31,7 @@ TOLERANCE = {
     "to_bf16": 0.0,
     "to_tiles": 0.0,
     "from_bf16": 0.0,
+    "finite": 0.0,
     "sum_of_squares": 5e-7,
     "scale_by": 2e-7,
     "add_scaled": 2e-7,
@@ -58,7 +59,8 @@ class Near:
 class Case:
     """expected: arguments that change (arrays: equal to the bit, masked elements apart); every other one must not, but scratch.
 
-    with_units: what differs on tables with matrix units. shares: cases with the same value give the same bits for the same row.
+    with_units: what differs on tables with matrix units. Cases with the same ``shares`` give the same bits for the same row of y,
+    the first of which is ``first_row``.
     """
 
     kernel: str
@@ -68,6 +70,7 @@ class Case:
     with_units: dict[str, Array | Near] = field(default_factory=dict)
     scratch: tuple[str, ...] = ()
     shares: str = ""
+    first_row: int = 0
 
     def __str__(self) -> str:
         return f"{self.kernel}-{self.label}"
@@ -154,33 +157,34 @@ def cases(kernel: str) -> list[Case]:
 # ---- products ---------------------------------------------------------------------------------------------------------------
 
 
-def codes_of(x: Array) -> tuple[Array, Array, Array]:
-    """Codes (rows, groups * 32), scales and sums (rows, groups) of fp32 activations (rows, cols), every step in fp32."""
+def codes_of(x: Array) -> tuple[Array, Array]:
+    """Codes (rows, groups, 32) and scales (rows, groups) of fp32 activations (rows, cols), every step in fp32."""
     rows, cols = x.shape
     grouped = np.zeros((rows, -(-cols // GROUP), GROUP), dtype=np.float32)
     grouped.reshape(rows, -1)[:, :cols] = x
     peak = np.abs(grouped).max(-1)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
-    codes = np.rint(grouped * inverse[..., None]).astype(np.int8)
-    return codes.reshape(rows, -1), peak / np.float32(127), codes.sum(-1, dtype=np.int32)
+    return np.rint(grouped * inverse[..., None]).astype(np.int8), peak / np.float32(127)
 
 
 def quantize(rng: np.random.Generator) -> Iterator[Case]:
     def case(label: str, x: Array) -> Case:
+        rows = int(rng.integers(1, 9))
+        row, format = int(rng.integers(rows)), FORMATS[("q4", "q8")[int(rng.integers(2))]]
         finite = np.isfinite(x)
-        codes, scales, sums = codes_of(np.where(finite, x, 0)[None])
-        groups = scales.size
+        (codes,), (scales,) = codes_of(np.where(finite, x, 0)[None])
+        groups = len(scales)
         bad = np.array([not finite[32 * g : 32 * g + 32].all() for g in range(groups)])
         arguments = {
-            "x": x, "cols": x.size,
-            "codes": poison(32 * groups, dtype=np.int8), "scales": poison(groups), "sums": poison(groups, dtype=np.int32),
+            "x": x, "cols": x.size, "weights": format.number, "row": row, "rows": rows, "codes": poison(groups, 8, rows, 4, dtype=np.int8),
+            "scales": poison(groups, rows), "starts": poison(groups, rows, dtype=np.int32),
         }  # fmt: skip
-        expected = {
-            "codes": np.ma.array(codes[0], mask=bad.repeat(32)),
-            "scales": near(np.where(bad, np.nan, scales[0])),
-            "sums": np.ma.array(sums[0], mask=bad),
-        }
-        return Case("quantize", label, arguments, expected)
+        expected = {name: np.ma.array(arguments[name]) for name in ("codes", "starts")}
+        expected["codes"][:, :, row] = np.ma.array(codes.reshape(groups, 8, 4), mask=bad.repeat(32))
+        # for q8 some tables take the offset off otherwise: the products show whether it is right
+        expected["starts"][:, row] = np.ma.array(-8 * codes.sum(-1, dtype=np.int32), mask=bad | (format.name == "q8"))
+        scale = replaced(arguments["scales"], slice(None), row, near(np.where(bad, np.nan, scales)))
+        return Case("quantize", f"{label}, row {row} of {rows}", arguments, expected | {"scales": scale})
 
     for cols in (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 2560):
         yield case(f"cols {cols}", normal(rng, cols))
@@ -199,34 +203,39 @@ def quantize(rng: np.random.Generator) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix and the activations that it meets, with the exact result of their rounded numbers."""
+    """A matrix and activations that it meets, with the exact result of their rounded numbers: (rows of x, rows of w)."""
 
     matrix: dict[str, Any]
-    activations: dict[str, Any]
-    short: Near  # (rows of x, rows of w), as short calls round
+    x: Array
+    short: Near  # as short calls round
     tiles: Near  # as matrix units round
 
 
 def product(format: str, data: Array, rows: int, cols: int, x: Array) -> Product:
     weights = unpack(data, rows, cols, FORMATS[format])
-    codes, scales, sums = codes_of(x)
-    count, groups = scales.shape
-    padded = np.zeros((count, 32 * groups), dtype=np.float32)
-    padded[:, :cols] = x
-    tiles = np.full((-(-count // 32) * 2, groups, 16, 32), 0x7FC0, dtype=np.uint16)  # NaN in rows that do not exist
-    for row in range(count):
-        tiles[row // 16, :, row % 16] = round_bf16(padded[row]).reshape(groups, 32)
 
     def exact(w: Array, a: Array) -> Near:
         w, a = w.astype(np.float64), a.astype(np.float64)
         return Near(a @ w.T, np.abs(a) @ np.abs(w).T)
 
-    rounded = (codes.reshape(count, groups, 32) * scales.astype(np.float64)[..., None]).reshape(count, -1)[:, :cols]
-    return Product(
-        {"w": data, "w.rows": rows, "w.cols": cols, "w.format": FORMATS[format].number},
-        {"x.rows": count, "x.cols": cols, "x.values": padded, "x.codes": codes, "x.scales": scales, "x.sums": sums, "x.halves": tiles},
-        exact(weights, x if format == "bf16" else rounded), exact(wide(round_bf16(weights)), wide(round_bf16(x))),
-    )  # fmt: skip
+    codes, scales = codes_of(x)
+    rounded = (codes * scales.astype(np.float64)[..., None]).reshape(len(x), -1)[:, :cols]
+    matrix = {"w": data, "w.rows": rows, "w.cols": cols, "w.format": FORMATS[format].number}
+    tiles = exact(wide(round_bf16(weights)), wide(round_bf16(x)))
+    return Product(matrix, x, exact(weights, x if format == "bf16" else rounded), tiles)
+
+
+def activations(x: Array) -> dict[str, Any]:
+    """fp32 rows (rows, cols) as the products take them. Rows of tiles that do not exist are NaN: they may touch nobody."""
+    (count, cols), groups = x.shape, -(-x.shape[1] // 32)
+    padded, tiles = (
+        np.zeros((count, 32 * groups), dtype=np.float32),
+        np.full((-(-count // 32) * 2, groups, 16, 32), 0x7FC0, dtype=np.uint16),
+    )
+    padded[:, :cols] = x
+    for row in range(count):
+        tiles[row // 16, :, row % 16] = round_bf16(padded[row]).reshape(groups, 32)
+    return {"x.rows": count, "x.cols": cols, "x.values": padded, "x.halves": tiles}
 
 
 def products(rng: np.random.Generator, shapes: list[tuple[int, int, int]]) -> Iterator[tuple[str, str, Product]]:
@@ -260,33 +269,31 @@ def products(rng: np.random.Generator, shapes: list[tuple[int, int, int]]) -> It
 def multiply(rng: np.random.Generator) -> Iterator[Case]:
     shapes = [(9, 1, 1), (9, 15, 31), (9, 16, 32), (9, 17, 33), (11, 33, 64), (9, 70, 100), (10, 40, 1000)]
     for _, label, p in products(rng, shapes):
-        rows, blocks = p.matrix["w.rows"], -(-p.matrix["w.rows"] // 16)
-        for count in range(1, 9):
-            for row in {0, p.activations["x.rows"] - count}:
-                first = (count + row) % blocks if count % 2 else 0
-                last = blocks if count < 6 else max(first + 1, blocks - 1)
-                columns, stride = slice(16 * first, min(16 * last, rows)), rows + count % 3
-                before = poison(count, stride)
-                part = Near(p.short.values[row : row + count, columns], p.short.magnitude[row : row + count, columns])
-                arguments = (
-                    p.matrix | {"first": first, "last": last} | p.activations | {"row": row, "count": count, "y": before, "stride": stride}
-                )
-                yield Case(
-                    "multiply", f"{label}, {count} from {row}", arguments, {"y": replaced(before, slice(None), columns, part)}, shares=label
-                )
+        rows, blocks, total = p.matrix["w.rows"], -(-p.matrix["w.rows"] // 16), len(p.x)
+        # (rows of x in the call, the tile's first one): all counts alone, at both ends, and what is left behind a full tile
+        calls = [(slice(start, start + count), 0) for count in range(1, 9) for start in sorted({0, total - count})]
+        for part, row in [*calls, (slice(0, total), 8)]:
+            x, count = p.x[part], part.stop - part.start - row
+            first = (count + part.start) % blocks if count % 2 else 0
+            last = blocks if count < 6 else max(first + 1, blocks - 1)
+            columns, stride, seen = slice(16 * first, min(16 * last, rows)), rows + count % 3, slice(part.start + row, part.stop)
+            before = poison(count, stride)
+            y = replaced(before, slice(None), columns, Near(p.short.values[seen, columns], p.short.magnitude[seen, columns]))
+            arguments = p.matrix | {"first": first, "last": last} | activations(x) | {"row": row, "y": before, "stride": stride}
+            yield Case("multiply", f"{label}, {count} from {seen.start}", arguments, {"y": y}, shares=label, first_row=seen.start)
 
 
 def multiply_many(rng: np.random.Generator) -> Iterator[Case]:
     shapes = [(9, 1, 1), (9, 16, 32), (16, 17, 33), (17, 33, 64), (32, 48, 31), (33, 70, 100), (70, 40, 200), (20, 36, 1100), (9, 1024, 40)]
     for _, label, p in products(rng, shapes):
         rows, groups, blocks = p.matrix["w.rows"], -(-p.matrix["w.cols"] // 32), -(-p.matrix["w.rows"] // 16)
-        for first, last in {(0, blocks), (0, (blocks + 1) // 2), (blocks // 2, blocks)}:
+        for first, last in sorted({(0, blocks), (0, (blocks + 1) // 2), (blocks // 2, blocks)}):
             columns, stride = slice(16 * first, min(16 * last, rows)), rows + first
-            before = poison(p.activations["x.rows"], stride)
+            before = poison(len(p.x), stride)
             parts = [Near(full.values[:, columns], full.magnitude[:, columns]) for full in (p.short, p.tiles)]
             short, tiles = (replaced(before, slice(None), columns, part) for part in parts)
             panel = np.zeros((last - first, groups, 512), dtype=np.uint16)
-            arguments = p.matrix | {"first": first, "last": last} | p.activations | {"y": before, "stride": stride, "panel": panel}
+            arguments = p.matrix | {"first": first, "last": last} | activations(p.x) | {"y": before, "stride": stride, "panel": panel}
             yield Case("multiply_many", f"{label}, blocks {first} to {last}", arguments, {"y": short}, {"y": tiles}, scratch=("panel",))
 
 
@@ -335,6 +342,15 @@ def from_bf16(rng: np.random.Generator) -> Iterator[Case]:
 
 
 # ---- element by element -------------------------------------------------------------------------------------------------------
+
+
+def finite(rng: np.random.Generator) -> Iterator[Case]:
+    for n in LENGTHS:
+        for value in (1.0, 0.0, 3.4e38, -3.4e38, np.nan, np.inf, -np.inf):
+            x = normal(rng, n, size=3e37 if np.isfinite(value) else 1)
+            x[rng.integers(n)] = value
+            result = np.array([np.isfinite(value)], dtype=np.uint8)
+            yield Case("finite", f"{n} with {value}", {"x": x, "n": n, "result": poison(1, dtype=np.uint8)}, {"result": result})
 
 
 def sum_of_squares(rng: np.random.Generator) -> Iterator[Case]:
@@ -514,7 +530,7 @@ def attend(rng: np.random.Generator) -> Iterator[Case]:
 MAKERS = {
     maker.__name__: maker
     for maker in (
-        quantize, multiply, multiply_many, to_bf16, to_tiles, from_bf16, sum_of_squares, scale_by, add_scaled, gated_norm, geglu,
+        quantize, multiply, multiply_many, to_bf16, to_tiles, from_bf16, finite, sum_of_squares, scale_by, add_scaled, gated_norm, geglu,
         convolve, step, chunk, chunk_scores, attend,
     )
 }  # fmt: skip

@@ -14,6 +14,10 @@ from strategies import random_tokens
 from zamba2 import _engine
 from zamba2.weights.formats import FORMATS
 
+# Relative error of a model's logits, by norm: where nothing is rounded on the way; where keys and values near a tie between two bf16
+# numbers may go either way (measured: 1.5e-3 at most); where int8 codes, or the bf16 inputs of matrix units, may (3e-2 at most).
+EXACT, AFTER_ROUNDING, AFTER_FLIPS = 1e-5, 5e-3, 0.1
+
 
 @pytest.fixture(scope="session")
 def runner() -> Runner:
@@ -49,7 +53,7 @@ def other_bits(table: list[Case], found: list[dict[str, np.ndarray]]) -> list[Ca
             continue
         for i, row in enumerate(bits(result["y"])):
             for column in np.flatnonzero(~np.isnan(result["y"][i])):
-                if seen.setdefault((case.shares, case.arguments["row"] + i, int(column)), int(row[column])) != row[column]:
+                if seen.setdefault((case.shares, case.first_row + i, int(column)), int(row[column])) != row[column]:
                     differ.append(case)
     return differ
 
@@ -70,8 +74,7 @@ def test_engine_with_software_tiles(runner: Runner, format: str) -> None:
         found = runner.call("amx_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70]))])[0]["logits"]
         with as_twin(format, units=True):
             expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
-        print(error(found, expected))
-        assert error(found, expected) <= 0.1
+        assert error(found, expected) <= AFTER_FLIPS
 
 
 @pytest.mark.slow

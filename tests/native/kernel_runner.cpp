@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -99,6 +100,8 @@ struct Case {
   std::string function;
   std::vector<Argument> arguments;
   size_t next = 0;
+  const Kernels* kernels = nullptr;
+  Format weights{};  // of the matrix among the arguments
 
   Argument& take(const char* type) {
     if (next == arguments.size()) fail("more arguments are needed than the case has");
@@ -127,30 +130,41 @@ template <>
 Matrix take<Matrix>(Case& c) {
   Matrix w{take<const uint8_t*>(c), take<int>(c), take<int>(c), take<Format>(c)};
   if (c.arguments[c.next - 4].bytes != w.bytes()) fail("the matrix has another size than its shape and format need");
+  c.weights = w.format;
   return w;
 }
 
+// rows, cols, values and halves; the codes are made by the table itself, as the engine does it.
 template <>
 Activations take<Activations>(Case& c) {
   Activations x;
   x.rows = take<int>(c);
   x.cols = take<int>(c);
   take_vector(c, x.values);
-  take_vector(c, x.codes);
-  take_vector(c, x.scales);
-  take_vector(c, x.sums);
   take_vector(c, x.halves);
+  const size_t rows = static_cast<size_t>(x.rows), line = static_cast<size_t>(x.stride()), groups = static_cast<size_t>(x.groups());
+  x.codes.resize(rows * line);
+  x.scales.resize(rows * groups);
+  x.starts.resize(rows * groups);
+  for (int r = 0; r < x.rows; ++r) {
+    const int tile = r / kMostRows * kMostRows;
+    const size_t at = static_cast<size_t>(tile);
+    c.kernels->quantize(x.values.data() + static_cast<size_t>(r) * line, x.cols, c.weights, r - tile, std::min(kMostRows, x.rows - tile),
+                        x.codes.data() + at * line, x.scales.data() + at * groups, x.starts.data() + at * groups);
+  }
   return x;
 }
 
 template <class R, class... A>
 void call(R (*f)(A...), Case& c) {
   std::tuple<std::decay_t<A>...> arguments{take<std::decay_t<A>>(c)...};  // in this order: within braces
-  float* result = nullptr;
-  if constexpr (!std::is_void_v<R>) result = take<float*>(c);
-  if (c.next != c.arguments.size()) fail("the case has more arguments than are needed");
-  if constexpr (std::is_void_v<R>) std::apply(f, arguments);
-  else *result = std::apply(f, arguments);
+  if constexpr (std::is_void_v<R>) {
+    if (c.next != c.arguments.size()) fail("the case has more arguments than are needed");
+    std::apply(f, arguments);
+  } else {
+    auto* result = take<std::conditional_t<std::is_same_v<R, bool>, uint8_t, R>*>(c);
+    *result = std::apply(f, arguments);
+  }
 }
 
 // A whole model: config, threads, then tensors by name, last tokens, the lengths of the calls and all their logits.
@@ -214,10 +228,10 @@ void engine(const Kernels& kernels, Case& c) {
 using Function = void (*)(const Kernels&, Case&);
 #define ZAMBA2_KERNEL(name) {#name, [](const Kernels& k, Case& c) { call(k.name, c); }}
 const std::pair<const char*, Function> kFunctions[] = {
-    ZAMBA2_KERNEL(quantize), ZAMBA2_KERNEL(multiply),       ZAMBA2_KERNEL(multiply_many), ZAMBA2_KERNEL(to_bf16),    ZAMBA2_KERNEL(to_tiles),
-    ZAMBA2_KERNEL(from_bf16), ZAMBA2_KERNEL(sum_of_squares), ZAMBA2_KERNEL(scale_by),      ZAMBA2_KERNEL(add_scaled), ZAMBA2_KERNEL(gated_norm),
-    ZAMBA2_KERNEL(geglu),     ZAMBA2_KERNEL(convolve),       ZAMBA2_KERNEL(step),          ZAMBA2_KERNEL(chunk),      ZAMBA2_KERNEL(chunk_scores),
-    ZAMBA2_KERNEL(attend),    {"engine", engine},
+    ZAMBA2_KERNEL(quantize), ZAMBA2_KERNEL(multiply), ZAMBA2_KERNEL(multiply_many), ZAMBA2_KERNEL(to_bf16), ZAMBA2_KERNEL(to_tiles),
+    ZAMBA2_KERNEL(from_bf16), ZAMBA2_KERNEL(finite), ZAMBA2_KERNEL(sum_of_squares), ZAMBA2_KERNEL(scale_by), ZAMBA2_KERNEL(add_scaled),
+    ZAMBA2_KERNEL(gated_norm), ZAMBA2_KERNEL(geglu), ZAMBA2_KERNEL(convolve), ZAMBA2_KERNEL(step), ZAMBA2_KERNEL(chunk),
+    ZAMBA2_KERNEL(chunk_scores), ZAMBA2_KERNEL(attend), {"engine", engine},
 };
 
 std::vector<const Kernels*> tables() {
@@ -268,6 +282,7 @@ void run(const Kernels& kernels, const char* cases, const char* results) {
     for (const auto& [name, f] : kFunctions)
       if (c.function == name) function = f;
     if (!function) fail("there is no such function");
+    c.kernels = &kernels;
     function(kernels, c);
     for (const Argument& a : c.arguments) out.write(reinterpret_cast<const char*>(a.data.get()), static_cast<std::streamsize>(a.bytes));
   }
