@@ -117,6 +117,22 @@ class Twin(Zamba2):
     def drop(self, prefix: str) -> None:
         self.get_submodule(prefix).to("meta")
 
+    def load_in_turn(self) -> None:
+        """Load each layer when it runs and drop it behind, shared blocks once: for models of true size."""
+        for prefix in ("embed_tokens.", "lm_head.", "final_layernorm."):
+            self.load(prefix)
+        here: set[int] = set()
+
+        def before(layer: Any, inputs: Any) -> None:
+            self.load(f"layers.{layer.layer.index}.")
+            if layer.layer.block is not None and layer.layer.block not in here:
+                self.load(f"shared_blocks.{layer.layer.block}.")
+                here.add(layer.layer.block)
+
+        for layer in self.layers:
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(lambda layer, inputs, output: self.drop(f"layers.{layer.layer.index}"))
+
 
 @functools.cache
 def twin(config: Config, format: str, seed: int = 1) -> Twin:

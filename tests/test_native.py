@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from torch import Tensor
 from zamba2 import _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Request, collect, run
 from zamba2.runtime.backend import Backend, Row
 from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState, default_threads
 from zamba2.weights import packed
@@ -225,6 +227,35 @@ def test_company_changes_no_bit(isa: str, format: str) -> None:
             assert same(logits.numpy(), logits_of(backend, prompts[i][:1], alone[i].copy()))
 
 
+lengths = st.one_of(st.integers(1, SHORT + 1), st.integers(1, 600))
+row_sizes = st.tuples(lengths, st.one_of(st.just(0), lengths), st.one_of(st.integers(0, 2), lengths))  # its tokens, before, logits
+
+
+@every
+@settings(max_examples=10)
+@given(
+    rows=st.lists(row_sizes, min_size=1, max_size=12), threads=st.integers(1, 4), name=st.sampled_from(["7b", "gqa", "tiny"]),
+    seed=st.integers(0, 1 << 16),
+)  # fmt: skip
+def test_any_batch(format: str, rows: list[tuple[int, int, int]], threads: int, name: str, seed: int) -> None:
+    """Rows of any lengths, behind any others, with any number of logits wanted, give on any number of threads the bits that each
+    gives alone on one; and so does what is read after them."""
+    config = TINY if name == "tiny" else CONFIGS[name]
+    one, many = native(config, format), native(config, format, threads=threads)
+    batch, expected, states = [], [], []
+    for i, (length, past, wanted) in enumerate(rows):
+        tokens, alone, together = ids(config, past + length, seed + i), one.new_state(), many.new_state()
+        for backend, state in ((one, alone), (many, together)):
+            if past:
+                logits_of(backend, tokens[:past], state, logits=0)
+        batch.append(Row(tokens[past:], together, min(wanted, length)))
+        expected.append(logits_of(one, tokens[past:], alone, logits=min(wanted, length)))
+        states.append(alone)
+    assert all(same(found.numpy(), own) for found, own in zip(many.forward(batch), expected, strict=True))
+    after = many.forward([Row(row.tokens[:1], row.state) for row in batch])
+    assert all(same(found.numpy(), logits_of(one, row.tokens[:1], own)) for found, row, own in zip(after, batch, states, strict=True))
+
+
 @pairs
 def test_threads_change_no_bit(isa: str, format: str) -> None:
     """1, 2 and 3 threads give the same bits, token by token, in short calls, in batches and in prompts."""
@@ -388,6 +419,35 @@ def test_keep_is_having_read_less(isa: str, format: str) -> None:
         recorded.keep(4)
 
 
+@pairs
+def test_greedy_generation(tmp_path: Path, isa: str, format: str) -> None:
+    """Greedy tokens are the likeliest after each token read one by one; streamed or folded, in a batch or alone, from a copied or a
+    saved and loaded state, they are the same."""
+    config = CONFIGS["7b"]
+    backend = native(config, format, isa)
+    prompts = [ids(config, length, length).tolist() for length in (1, 5, 40)]
+    alone = []
+    for prompt in prompts:
+        state, token, tokens = backend.new_state(), prompt[-1], []
+        if prompt[:-1]:
+            logits_of(backend, prompt[:-1], state, logits=0)
+        state.save(tmp_path / "state")
+        loaded = backend.new_state()
+        loaded.load(tmp_path / "state")
+        rest = Request(prompt[-1:], max_tokens=12, state=state)
+        for start in (state, state.copy(), loaded):
+            streamed = list(run(backend, [replace(rest, state=start)]))
+            assert [piece.token for piece in streamed] == collect(backend, [rest])[0].tokens
+        for _ in range(12):
+            token = int(logits_of(backend, [token], state).argmax())
+            tokens.append(token)
+        assert [piece.token for piece in streamed] == tokens
+        alone.append(collect(backend, [Request(prompt, max_tokens=12)])[0].tokens)
+        assert alone[-1] == tokens or len(prompt) > SHORT  # a long call may round otherwise than single tokens
+    together = collect(backend, [Request(prompt, max_tokens=12) for prompt in prompts])
+    assert [generation.tokens for generation in together] == alone
+
+
 def test_errors_leave_states_alone() -> None:
     """A call that is refused, for any of its rows, changes none of its states."""
     config = CONFIGS["1.2b"]
@@ -477,14 +537,21 @@ def test_instruction_set_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_threads() >= 1
 
 
+@every
 @pytest.mark.slow
-def test_twenty_thousand_tokens() -> None:
-    """A prompt of 20,000 tokens in one call gives the bits of the same read in two, and what follows it is finite."""
-    config = TINY
-    backend, tokens = native(config, "q4", threads=2), ids(config, 20_000)
-    whole, halves = backend.new_state(), backend.new_state()
-    expected = logits_of(backend, tokens, whole, logits=1)
-    logits_of(backend, tokens[: 20 * PREFILL_CHUNK], halves, logits=0)
-    assert same(logits_of(backend, tokens[20 * PREFILL_CHUNK :], halves, logits=1), expected)
-    assert whole.position == 20_000
-    assert same(one_by_one(backend, tokens[:5], whole), logits_of(backend, tokens[:5], halves))
+def test_twenty_thousand_tokens(format: str) -> None:
+    """A prompt of 20,000 tokens in one call gives the bits of the same read in three and on two threads, also in what follows; and
+    its last call is the twin's block by block, far-off keys and rotary angles included."""
+    config = replace(TINY, use_mem_rope=True)
+    backend, tokens = native(config, format), ids(config, 20_000)
+    results = []
+    for threads, cuts in ((1, []), (2, []), (2, [3 * PREFILL_CHUNK, 20 * PREFILL_CHUNK])):
+        own = native(config, format, threads=threads)
+        state = own.new_state()
+        *parts, last = np.split(tokens, cuts)
+        for part in parts:
+            logits_of(own, part, state, logits=0)
+        results.append(np.concatenate([logits_of(own, last, state, logits=1), one_by_one(own, tokens[:5], state)]))
+        assert state.position == 20_005
+    assert same(results[1], results[0]) and same(results[2], results[0])
+    hold(compare(backend, twin(config, format), tokens[-PREFILL_CHUNK:], past=tokens[:-PREFILL_CHUNK]))
