@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -32,15 +33,20 @@ PROMPT, DECODED = 40, 40  # bf16 beside transformers: tokens in one call, tokens
 
 
 def packed(format: str) -> Path:
-    """The checkpoint in a format, packed if it is not there."""
+    """The checkpoint in a format, packed anew if it is not there or was packed by another version."""
+    from zamba2.config import Config
+    from zamba2.errors import Zamba2Error
     from zamba2.weights.formats import FORMATS
-    from zamba2.weights.packed import quantize
+    from zamba2.weights.packed import open_packed, quantize
 
     folder = CHECKPOINT.parent / f"zamba2-2.7b-random-{format}"
-    if not folder.exists():
-        print(f"packing {folder}", file=sys.stderr, flush=True)
+    try:
+        open_packed(folder, Config.from_file(folder / "config.json"))
+    except Zamba2Error as error:
+        print(f"packing {folder}: {error}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
         quantize(CHECKPOINT, folder, FORMATS[format])
-    return folder
+    return folder.resolve()
 
 
 def engine_and_twin(format: str) -> tuple[Any, Any]:
@@ -55,6 +61,7 @@ def engine_and_twin(format: str) -> tuple[Any, Any]:
     config = Config.from_file(folder / "config.json")
     model = Twin(folder, config, format)
     model.load_in_turn()
+    print(f"weights of {folder}", file=sys.stderr, flush=True)
     return NativeBackend(folder, config, threads=2), model
 
 
