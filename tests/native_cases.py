@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 from op_cases import relative_error
-from strategies import MINIATURES, miniature, random_model
+from strategies import MINIATURES, miniature, random_model, random_tokens
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,8 +36,9 @@ from zamba2.weights.formats import FORMATS, unpack
 from zamba2.weights.packed import open_packed
 
 __all__ = [
-    "BACKBONE", "CONFIGS", "EXACT", "ISAS", "Check", "Twin", "as_twin", "compare", "engine_arguments", "error", "logits_of", "make_packed",
-    "multiply_as", "native", "observing", "packed_from", "twin", "uses_units",
+    "BACKBONE", "CONFIGS", "EXACT", "ISAS", "PERTURBATION", "Check", "Twin", "as_twin", "compare", "divergence", "engine_arguments",
+    "error", "logits_of", "make_packed", "multiply_as", "native", "observing", "packed_from", "perturbed", "twin", "uses_units",
+    "with_perturbed",
 ]  # fmt: skip
 
 ISAS = list(_engine.available())
@@ -116,6 +117,22 @@ class Twin(Zamba2):
     def drop(self, prefix: str) -> None:
         self.get_submodule(prefix).to("meta")
 
+    def load_in_turn(self) -> None:
+        """Load each layer when it runs and drop it behind, shared blocks once: for models of true size."""
+        for prefix in ("embed_tokens.", "lm_head.", "final_layernorm."):
+            self.load(prefix)
+        here: set[int] = set()
+
+        def before(layer: Any, inputs: Any) -> None:
+            self.load(f"layers.{layer.layer.index}.")
+            if layer.layer.block is not None and layer.layer.block not in here:
+                self.load(f"shared_blocks.{layer.layer.block}.")
+                here.add(layer.layer.block)
+
+        for layer in self.layers:
+            layer.register_forward_pre_hook(before)
+            layer.register_forward_hook(lambda layer, inputs, output: self.drop(f"layers.{layer.layer.index}"))
+
 
 @functools.cache
 def twin(config: Config, format: str, seed: int = 1) -> Twin:
@@ -187,6 +204,45 @@ def as_twin(format: str, *, units: bool = False) -> Iterator[None]:
         torch.no_grad(),
     ):
         yield
+
+
+# ---- end to end: what a tiny change of the embeddings does ------------------------------------------------------------------
+
+PERTURBATION = 1e-6  # relative, of every number of every embedding
+
+
+def divergence(expected: np.ndarray | Tensor, found: np.ndarray | Tensor) -> Tensor:
+    """KL(expected || found) of next-token distributions given as logits (..., V), in nats, (...)."""
+    true, other = (torch.as_tensor(scores).double().log_softmax(-1) for scores in (expected, found))
+    return (true.exp() * (true - other)).sum(-1)
+
+
+def with_perturbed(x: Tensor, draws: int, seed: int) -> Tensor:
+    """Embeddings (T, H) and behind them ``draws`` perturbed copies, (1 + draws, T, H)."""
+    noise = torch.randn(draws, *x.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([x[None], x * (1 + PERTURBATION * noise)])
+
+
+@dataclass
+class Perturbed:
+    """Texts (S, T), the twin's logits (S, T, V), and the divergence that perturbing its embeddings brings, (S, T)."""
+
+    tokens: Tensor
+    logits: Tensor
+    divergence: Tensor
+
+
+@functools.cache
+def perturbed(config: Config, format: str, units: bool, texts: int = 2, length: int = 300, draws: int = 3) -> Perturbed:
+    """The yardstick for whatever may round numbers the other way."""
+    model, tokens = twin(config, format), random_tokens(config, 5, texts, length)
+    logits, kl = [], []
+    for seed, own in enumerate(tokens):
+        with as_twin(format, units=units):
+            scores = model(inputs_embeds=with_perturbed(model.embed_tokens(own), draws, seed), state=model.new_state())
+        logits.append(scores[0])
+        kl.append(divergence(scores[:1], scores[1:]).mean(0))
+    return Perturbed(tokens, torch.stack(logits), torch.stack(kl))
 
 
 # ---- block by block -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from native_cases import (
     EXACT,
     ISAS,
     Check,
-    as_twin,
     compare,
+    divergence,
     error,
     logits_of,
     make_packed,
@@ -24,14 +25,17 @@ from native_cases import (
     native,
     observing,
     packed_from,
+    perturbed,
     twin,
     uses_units,
 )
 from strategies import configs, miniature, random_model, random_tokens
+from torch import Tensor
 
 from zamba2 import _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Request, collect, run
 from zamba2.runtime.backend import Backend, Row
 from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState, default_threads
 from zamba2.weights import packed
@@ -105,29 +109,34 @@ def test_inputs_of_products(isa: str, format: str) -> None:
 
 # ---- the numbers: end to end ----------------------------------------------------------------------------------------------
 
-# Relative error of all logits, by norm. Without hybrid layers bf16 weights leave no rounding at all. With them, keys and
-# values near a tie between two bf16 numbers go either way (measured: 6e-4 at most). A flipped int8 code moves all that follows it
-# (measured: 3.5e-2 at most, 1e-7 where none flips). Matrix units round every input to bf16 (measured: 0.04, 0.11 with int8's twin).
-BACKBONE_ALONE, AFTER_ROUNDING, AFTER_FLIPS = 1e-5, 2e-3, 0.1
-
-
 @pairs
 @pytest.mark.parametrize("name", ALL)
 def test_end_to_end(name: str, isa: str, format: str) -> None:
-    """Token by token and in one call of 300, logits are the twin's, as near as what is rounded on the way allows."""
-    config = ALL[name]
-    backend, model = native(config, format, isa), twin(config, format)
-    long = ids(config, 300)
-    with as_twin(format, units=uses_units(isa)):
-        prefilled = model(torch.from_numpy(long)[None].long(), state=model.new_state())[0]
-    with as_twin(format):
-        state = model.new_state()
-        steps = torch.cat([model(torch.tensor([[int(token)]]), state=state) for token in long[:20]], dim=1)[0]
-    own = backend.new_state()
-    decoded = np.concatenate([logits_of(backend, [token], own) for token in long[:20]])
-    bound = (BACKBONE_ALONE if name == "backbone" else AFTER_ROUNDING) if format == "bf16" else AFTER_FLIPS
-    assert error(decoded, steps) <= bound
-    assert error(logits_of(backend, long), prefilled) <= (AFTER_FLIPS if uses_units(isa) else bound)
+    """In one call, cut anywhere into calls, and token by token, logits diverge from the twin's, and from one another, at most
+    twice as far as the twin's own do when its embeddings change by 1e-6: averages over positions, texts and changes."""
+    backend, units = native(ALL[name], format, isa), uses_units(isa)
+    long, short = perturbed(ALL[name], format, units), perturbed(ALL[name], format, False)
+    decoded, whole, split = [], [], []
+    for tokens in long.tokens.numpy():
+        state = backend.new_state()
+        decoded.append(one_by_one(backend, tokens[:60], state))
+        whole.append(logits_of(backend, tokens))
+        # matrix units round the inputs of long calls alone, so there the parts are long ones
+        cuts = [37, 37 + SHORT + 1, 200] if units else [1, 4, 37, 37 + SHORT + 1, 200, 200 + SHORT]
+        state = backend.new_state()
+        split.append(np.concatenate([logits_of(backend, part, state) for part in np.split(tokens, cuts)]))
+    near(short.logits[:, :60], decoded, short.divergence[:, :60])
+    near(long.logits, whole, long.divergence)
+    near(long.logits, split, long.divergence)
+    near(np.stack(whole), split, long.divergence)
+    if not units:
+        near(np.stack(decoded), [scores[:60] for scores in whole], long.divergence[:, :60])
+
+
+def near(expected: np.ndarray | Tensor, found: list[np.ndarray], yardstick: Tensor) -> None:
+    """Whether the mean divergence is at most twice the yardstick's."""
+    mean, bound = float(divergence(expected, np.stack(found)).mean()), 2 * float(yardstick.mean())
+    assert mean <= bound, f"KL divergence {mean:.1e}; {bound:.1e} is allowed"
 
 
 @everywhere
@@ -192,6 +201,35 @@ def test_company_changes_no_bit(isa: str, format: str) -> None:
             assert same(logits.numpy(), logits_of(backend, prompts[i][:1], alone[i].copy()))
 
 
+lengths = st.one_of(st.integers(1, SHORT + 1), st.integers(1, 600))
+row_sizes = st.tuples(lengths, st.one_of(st.just(0), lengths), st.one_of(st.integers(0, 2), lengths))  # its tokens, before, logits
+
+
+@every
+@settings(max_examples=10)
+@given(
+    rows=st.lists(row_sizes, min_size=1, max_size=12), threads=st.integers(1, 4), name=st.sampled_from(["7b", "gqa", "tiny"]),
+    seed=st.integers(0, 1 << 16),
+)  # fmt: skip
+def test_any_batch(format: str, rows: list[tuple[int, int, int]], threads: int, name: str, seed: int) -> None:
+    """Rows of any lengths, behind any others, with any number of logits wanted, give on any number of threads the bits that each
+    gives alone on one; and so does what is read after them."""
+    config = TINY if name == "tiny" else CONFIGS[name]
+    one, many = native(config, format), native(config, format, threads=threads)
+    batch, expected, states = [], [], []
+    for i, (length, past, wanted) in enumerate(rows):
+        tokens, alone, together = ids(config, past + length, seed + i), one.new_state(), many.new_state()
+        for backend, state in ((one, alone), (many, together)):
+            if past:
+                logits_of(backend, tokens[:past], state, logits=0)
+        batch.append(Row(tokens[past:], together, min(wanted, length)))
+        expected.append(logits_of(one, tokens[past:], alone, logits=min(wanted, length)))
+        states.append(alone)
+    assert all(same(found.numpy(), own) for found, own in zip(many.forward(batch), expected, strict=True))
+    after = many.forward([Row(row.tokens[:1], row.state) for row in batch])
+    assert all(same(found.numpy(), logits_of(one, row.tokens[:1], own)) for found, row, own in zip(after, batch, states, strict=True))
+
+
 @pairs
 def test_threads_change_no_bit(isa: str, format: str) -> None:
     """1, 2 and 3 threads give the same bits, token by token, in short calls, in batches and in prompts."""
@@ -207,7 +245,7 @@ def test_threads_change_no_bit(isa: str, format: str) -> None:
 
 @pairs
 def test_chunks_lie_at_fixed_places(isa: str, format: str) -> None:
-    """A long prompt cut at multiples of 512, behind any first cut, gives the same bits; cut elsewhere it stays within rounding."""
+    """A long prompt cut at multiples of 512, behind any first cut, gives the same bits."""
     config = TINY
     backend, tokens = native(config, format, isa), ids(config, 2 * PREFILL_CHUNK + 40)
     whole = logits_of(backend, tokens, logits=1)
@@ -222,7 +260,6 @@ def test_chunks_lie_at_fixed_places(isa: str, format: str) -> None:
             assert state.position == len(tokens)
         assert all(same(other, found[0]) for other in found[1:])
         assert same(found[0], whole) or first
-        assert error(found[0], whole) <= (AFTER_ROUNDING if format == "bf16" and not uses_units(isa) else AFTER_FLIPS)
 
 
 @pairs
@@ -239,9 +276,11 @@ def test_logits_wanted_change_no_bit(isa: str, format: str) -> None:
             assert logits.shape == (wanted, config.vocab_size)
             results.append((logits[-1:], logits_of(backend, tokens[:1], state)))
         assert all(same(after, results[0][1]) for _, after in results)
-        if not uses_units(isa):
-            assert all(same(last, results[0][0]) for last, _ in results if len(last))
-        assert all(error(last, results[0][0]) <= AFTER_FLIPS for last, _ in results if len(last))
+        lasts = [last for last, _ in results if len(last)]
+        if uses_units(isa):  # the head rounds up to 8 rows to int8 and more to bf16
+            assert all(error(last, lasts[0]) <= 0.1 for last in lasts)
+        else:
+            assert all(same(last, lasts[0]) for last in lasts)
 
 
 @pairs
@@ -354,6 +393,35 @@ def test_keep_is_having_read_less(isa: str, format: str) -> None:
         recorded.keep(4)
 
 
+@pairs
+def test_greedy_generation(tmp_path: Path, isa: str, format: str) -> None:
+    """Greedy tokens are the likeliest after each token read one by one; streamed or folded, in a batch or alone, from a copied or a
+    saved and loaded state, they are the same."""
+    config = CONFIGS["7b"]
+    backend = native(config, format, isa)
+    prompts = [ids(config, length, length).tolist() for length in (1, 5, 40)]
+    alone = []
+    for prompt in prompts:
+        state, token, tokens = backend.new_state(), prompt[-1], []
+        if prompt[:-1]:
+            logits_of(backend, prompt[:-1], state, logits=0)
+        state.save(tmp_path / "state")
+        loaded = backend.new_state()
+        loaded.load(tmp_path / "state")
+        rest = Request(prompt[-1:], max_tokens=12, state=state)
+        for start in (state, state.copy(), loaded):
+            streamed = list(run(backend, [replace(rest, state=start)]))
+            assert [piece.token for piece in streamed] == collect(backend, [rest])[0].tokens
+        for _ in range(12):
+            token = int(logits_of(backend, [token], state).argmax())
+            tokens.append(token)
+        assert [piece.token for piece in streamed] == tokens
+        alone.append(collect(backend, [Request(prompt, max_tokens=12)])[0].tokens)
+        assert alone[-1] == tokens or len(prompt) > SHORT  # a long call may round otherwise than single tokens
+    together = collect(backend, [Request(prompt, max_tokens=12) for prompt in prompts])
+    assert [generation.tokens for generation in together] == alone
+
+
 def test_errors_leave_states_alone() -> None:
     """A call that is refused, for any of its rows, changes none of its states."""
     config = CONFIGS["1.2b"]
@@ -451,14 +519,21 @@ def test_instruction_set_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_threads() >= 1
 
 
+@every
 @pytest.mark.slow
-def test_twenty_thousand_tokens() -> None:
-    """A prompt of 20,000 tokens in one call gives the bits of the same read in two, and what follows it is finite."""
-    config = TINY
-    backend, tokens = native(config, "q4", threads=2), ids(config, 20_000)
-    whole, halves = backend.new_state(), backend.new_state()
-    expected = logits_of(backend, tokens, whole, logits=1)
-    logits_of(backend, tokens[: 20 * PREFILL_CHUNK], halves, logits=0)
-    assert same(logits_of(backend, tokens[20 * PREFILL_CHUNK :], halves, logits=1), expected)
-    assert whole.position == 20_000
-    assert same(one_by_one(backend, tokens[:5], whole), logits_of(backend, tokens[:5], halves))
+def test_twenty_thousand_tokens(format: str) -> None:
+    """A prompt of 20,000 tokens in one call gives the bits of the same read in three and on two threads, also in what follows; and
+    its last call is the twin's block by block, far-off keys and rotary angles included."""
+    config = replace(TINY, use_mem_rope=True)
+    backend, tokens = native(config, format), ids(config, 20_000)
+    results = []
+    for threads, cuts in ((1, []), (2, []), (2, [3 * PREFILL_CHUNK, 20 * PREFILL_CHUNK])):
+        own = native(config, format, threads=threads)
+        state = own.new_state()
+        *parts, last = np.split(tokens, cuts)
+        for part in parts:
+            logits_of(own, part, state, logits=0)
+        results.append(np.concatenate([logits_of(own, last, state, logits=1), one_by_one(own, tokens[:5], state)]))
+        assert state.position == 20_005
+    assert same(results[1], results[0]) and same(results[2], results[0])
+    hold(compare(backend, twin(config, format), tokens[-PREFILL_CHUNK:], past=tokens[:-PREFILL_CHUNK]))

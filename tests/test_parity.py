@@ -15,8 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from native_cases import ISAS, error
+from native_cases import logits_of as native_logits
 from op_cases import MODEL, logits_error, relative_error
 from safetensors.torch import load_file, save_file
 from strategies import MINIATURES, miniature, random_model, random_tokens
@@ -25,7 +28,10 @@ from torch import Tensor
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Zamba2
+from zamba2.runtime.native import NativeBackend
+from zamba2.weights import packed
 from zamba2.weights.checkpoint import load_model, read_config, save_checkpoint
+from zamba2.weights.formats import FORMATS
 from zamba2.weights.names import hub_names, standalone_names
 
 transformers = pytest.importorskip("transformers", minversion="5.23.0")
@@ -126,6 +132,28 @@ def test_cached_decoding(name: str, tmp_path: Path) -> None:
     for token in rest.split(1, dim=1):
         expected = theirs(token, past_key_values=cache, use_cache=True).logits
         close(ours(token, state=state), expected, f"token {state.position}")
+
+
+@pytest.mark.parametrize("name", ["1.2b", "2.7b", "7b", "grouped-keys", "untied"])
+@torch.no_grad()
+def test_native_engine_in_bf16(name: str, tmp_path: Path) -> None:
+    """With bf16 weights the native engine is at most 1.5 times as far from fp32 as transformers is in bf16: norms of the errors
+    of all logits, of a prompt of 300 tokens in one call and of 60 tokens read one by one."""
+    hub_model(CONFIGS[name], 4).bfloat16().save_pretrained(tmp_path / "hub")
+    theirs = without_floor(transformers.Zamba2ForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.bfloat16).eval())
+    truth = load_model(tmp_path / "hub", dtype=FP32)
+    packed.quantize(tmp_path / "hub", tmp_path / "packed", FORMATS["bf16"])
+    tokens = random_tokens(truth.config, 4, 1, 300)
+    expected, cache = truth(tokens)[0], transformers.DynamicCache(config=theirs.config)
+    steps = [theirs(token, past_key_values=cache, use_cache=True).logits[0] for token in tokens[:, :60].split(1, dim=1)]
+    in_one_call = 1.5 * relative_error(theirs(tokens).logits[0], expected)
+    one_by_one = 1.5 * relative_error(torch.cat(steps), expected[:60])
+    for isa in ISAS:
+        backend = NativeBackend(tmp_path / "packed", truth.config, threads=1, isa=isa)
+        state = backend.new_state()
+        decoded = np.concatenate([native_logits(backend, [int(token)], state) for token in tokens[0, :60]])
+        assert error(native_logits(backend, tokens[0].numpy()), expected) <= in_one_call
+        assert error(decoded, expected[:60]) <= one_by_one
 
 
 @pytest.mark.parametrize("name", ["1.2b", "2.7b", "7b", "odd", "grouped-keys"])
