@@ -206,6 +206,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Measured rounds, after one to warm up.")] = 5,
     threads: Annotated[Optional[int], typer.Option(help="Threads; all processors that this process may use if not given.")] = None,
     compare: Annotated[Optional[list[str]], typer.Option(help="Measure beside it: transformers, llama.cpp; repeatable.")] = None,
+    startup: Annotated[bool, typer.Option("--startup", help="Also time zamba2 generate, start to first token, step by step.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Also write the JSON document to this file.")] = None,
 ) -> None:
@@ -224,7 +225,7 @@ def bench(
     """
     from zamba2.commands.bench import main
 
-    main(shape, model, format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], as_json, out)
+    main(shape, model, format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out)
 
 
 def version(wanted: bool) -> None:

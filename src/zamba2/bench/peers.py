@@ -17,7 +17,7 @@ from zamba2.config import Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.weights.files import replacing
 
-__all__ = ["PEERS", "Worker", "cache_folder", "need_disk"]
+__all__ = ["PEERS", "Worker", "cache_folder", "llama_cpp_folder", "llama_cpp_python", "need_disk"]
 
 TRANSFORMERS = "5.23.0"
 
@@ -111,17 +111,26 @@ def random_checkpoint(config: Config) -> Path:
     return cache_folder().with_name("zamba2-baselines") / f"zamba2-{name}-random-bfloat16"
 
 
+def llama_cpp_folder() -> Path:
+    """Where scripts/llama_cpp.py builds llama.cpp and where its model is kept."""
+    return cache_folder() / "llama.cpp"
+
+
+def llama_cpp_python() -> Path | None:
+    """The interpreter that has llama.cpp, or None."""
+    environment = llama_cpp_folder() / "venv"
+    return environment / "bin" / "python" if any(environment.glob("lib/python*/site-packages/llama_cpp/__init__.py")) else None
+
+
 def prepare_llama_cpp(config: Config, checkpoint: Path | None) -> list[str | Path]:
-    folder = cache_folder() / "llama.cpp"
-    python = folder / "venv" / "bin" / "python"
-    built = [*folder.glob("venv/lib/python*/site-packages/llama_cpp")]
-    if not python.exists() or not built:
+    python = llama_cpp_python()
+    if python is None:
         raise Zamba2Error("llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install")
     weights = config.weights_per_token(hoisted=False)
-    model = folder / f"dense-{weights / 1e9:.3f}G-q4_0.gguf"
+    model = llama_cpp_folder() / f"dense-{weights / 1e9:.3f}G-q4_0.gguf"
     if not model.exists():
-        need_disk(model, 0.6 * weights)
-        notice(f"writing a dense model of {weights / 1e9:.2f} G random weights in Q4_0 into {model}, once.")
+        need_disk(model, 0.6 * weights + 1e8)  # 4.5 bits each, and the embeddings
+        notice(f"writing a dense model of {weights / 1e9:.2f} G random weights per token in Q4_0 into {model}, once.")
         with replacing(model) as temporary:
             subprocess.run([python, llama_cpp_peer.__file__, "write", str(weights), temporary], check=True, stdout=sys.stderr)
     return [python, llama_cpp_peer.__file__, "run", model]

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from zamba2.api import packed_copy, read_config
 from zamba2.bench.peers import PEERS, Worker, cache_folder, need_disk
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
+from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.native import default_threads
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import Format, format_named
@@ -27,12 +30,13 @@ __all__ = ["main"]
 
 RATES = ("decode_tokens_per_second", "prefill_tokens_per_second")
 MEDIANS = (*RATES, "ttft_seconds")
+STARTUP_TOKENS = 20
 ROOM = 1 << 30  # bytes beside the weights: buffers, state, the interpreter
 
 
 def main(
     shape: str | None, model: str | None, format: str | None, prompt_tokens: int, new_tokens: int, batch: int, repeats: int,
-    threads: int | None, compare: Sequence[str], as_json: bool, out: Path | None,
+    threads: int | None, compare: Sequence[str], startup: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Measure, then print a table and, on the last line, one JSON document. Raises Zamba2Error."""
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens), ("--batch", batch), ("--repeats", repeats)):
@@ -68,6 +72,8 @@ def main(
         "shape": shape, "model": model, "weights": "synthetic" if model is None else "checkpoint", "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens, "batch": batch, "repeats": repeats, "machine": machine(),
     }  # fmt: skip
+    if startup:
+        result["startup"] = start_to_first_token(path, threads, repeats)
     if out is not None:
         with replacing(out) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -146,6 +152,28 @@ def measure(path: Path, commands: Mapping[str, list[str | Path]], request: dict[
     result = summary(ours.ready, runs["zamba2"], limits, batch)
     result["rivals"] = {name: rival(workers[name].ready, runs[name], result) for name in commands}
     return result
+
+
+def start_to_first_token(path: Path, threads: int, repeats: int) -> dict[str, Any]:
+    """Medians of the steps of ``zamba2 generate`` in fresh processes, after one to warm the file cache. Raises Zamba2Error."""
+    if not (path / "tokenizer.json").exists():
+        raise Zamba2Error(f"{path} has no tokenizer, and --startup runs zamba2 generate on a text; leave it out.")
+    tokenizer = Tokenizer.from_folder(path)
+    prompt = "The"
+    while len(tokenizer.encode(prompt)) < STARTUP_TOKENS:
+        prompt += " sea"
+    runs = []
+    for turn in range(repeats + 1):
+        say(f"start, {f'round {turn} of {repeats}' if turn else 'warm-up'}")
+        command = [sys.executable, "-m", "zamba2.bench.startup", str(time.monotonic()), prompt, "--model", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ZAMBA2_THREADS": str(threads)})
+        if done.returncode:
+            raise Zamba2Error(f"zamba2 generate failed: {done.stderr.strip().removeprefix('zamba2: ')}")
+        if turn:
+            runs.append([json.loads(line) for line in done.stdout.splitlines()[-2:]])
+    say("")
+    steps = {f"{step}_seconds": statistics.median(marks[step] for _, marks in runs) for step in runs[0][1]}
+    return {"prompt_tokens": runs[0][0]["usage"]["prompt_tokens"]} | steps
 
 
 def say(text: str) -> None:
@@ -236,6 +264,11 @@ def print_tables(result: dict[str, Any]) -> None:
     table = Table(box=box.SIMPLE, show_header=False, title=f"{title}\n{result['machine']}", title_justify="left")
     for name, value in rows:
         table.add_row(name, value)
+    if "startup" in result:
+        found = result["startup"]
+        steps = ", ".join(f"{step} {found[step + '_seconds']:.2f}" for step in ("interpreter", "imports", "load", "prompt"))
+        name = f"zamba2 generate, {found['prompt_tokens']} tokens"
+        table.add_row(name, f"{found['total_seconds']:.2f} s from start to first token: {steps}")
     console = Console()
     console.print(table)
     if not result["rivals"]:

@@ -6,7 +6,7 @@ activations stay of normal size through all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from zamba2.config import Config
-from zamba2.weights.formats import BLOCK, GROUP, Format
+from zamba2.weights.formats import BLOCK, GROUP, Format, round_bf16
+from zamba2.weights.hub import DEFAULT
 from zamba2.weights.packed import Part, parts, write_packed
 
 __all__ = ["packed_bytes", "write_synthetic"]
@@ -29,23 +30,19 @@ def packed_bytes(config: Config, format: Format) -> int:
     return sum(format.nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in parts(config))
 
 
-def write_synthetic(config: Config, format: Format, target: Path, *, seed: int = 0, progress: Callable[[int], None] | None = None) -> None:
-    """Write a packed checkpoint folder with random weights; progress: called with the bytes made so far. Raises Zamba2Error.
+def write_synthetic(config: Config, format: Format, target: Path, *, seed: int = 0) -> None:
+    """Write a packed checkpoint folder with random weights, and the embedded model's tokenizer if it fits. Raises Zamba2Error.
 
     A_log is log(1 .. heads), dt_bias uniform in [-4, -1], norms and D are 1, convolution weights uniform, its bias 0.
     """
     random = np.random.Generator(np.random.SFC64(seed))
-    made = 0
 
     def pieces(part: Part) -> Iterator[memoryview]:
-        nonlocal made
         for piece in matrix(part, format, random) if part.is_matrix else [vector(part, config, random)]:
             yield piece.data
-            made += piece.nbytes
-            if progress is not None:
-                progress(made)
 
-    write_packed(target, config, format, lambda part: partial(pieces, part), {"zamba2_random": "true"})
+    tokenizer = DEFAULT.glob("tokenizer*") if config.vocab_size >= Config.from_file(DEFAULT / "config.json").vocab_size else ()
+    write_packed(target, config, format, lambda part: partial(pieces, part), {"zamba2_random": "true"}, tokenizer)
 
 
 def matrix(part: Part, format: Format, random: np.random.Generator) -> Iterator[Bytes]:
@@ -85,8 +82,6 @@ def vector(part: Part, config: Config, random: np.random.Generator) -> Bytes:
 
 def _normal_table() -> npt.NDArray[np.uint16]:
     """65536 draws of a normal distribution in bf16: one for every 16 random bits."""
-    from zamba2.weights.formats import round_bf16
-
     draws = np.random.default_rng(0).normal(0.0, SPREAD, 1 << 16).astype(np.float32)
     return round_bf16(draws)
 
