@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import venv
-from pathlib import Path
 
 from zamba2.bench.peers import llama_cpp_folder, llama_cpp_python
 
