@@ -4,6 +4,7 @@
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "engine.h"
@@ -147,8 +148,8 @@ NB_MODULE(_engine, m) {
     check_threads(threads);
     nb::gil_scoped_release release;
     const Reading best = read_bandwidth(k, data.data(), data.size(), threads);
-    return std::pair(best.bytes_per_second, best.pattern);
-  }, nb::arg("data"), nb::arg("threads"), nb::arg("isa") = "", "Best bytes per second of streaming over memory, and how it was read.");
+    return std::tuple(best.bytes_per_second, best.pattern, best.sum);
+  }, nb::arg("data"), nb::arg("threads"), nb::arg("isa") = "", "Best bytes per second of streaming over memory, how it was read, and the XOR of its words of 8 bytes.");
   m.def("product_rates", [](int threads, const std::string& isa) {
     const Kernels& k = kernels_named(isa);
     check_threads(threads);

@@ -20,19 +20,21 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 
 Reading read_bandwidth(const Kernels& kernels, const uint8_t* data, size_t bytes, int threads) {
   Pool pool(threads);
-  std::atomic<uint64_t> sink{0};
-  Reading best{0, ""};
+  std::atomic<uint64_t> sum{0};
+  Reading best{0, "", 0};
   for (const int streams : {1, 2, 4})
     for (const size_t ahead : {0, 512, 1024, 2048, 4096, 8192}) {
       int passes = 1;
       for (int timing = 0; timing < kTimings;) {
         const Clock::time_point start = Clock::now();
-        for (int pass = 0; pass < passes; ++pass)
+        for (int pass = 0; pass < passes; ++pass) {
+          sum = 0;
           pool.share(threads, [&](int first, int last, int) {  // a piece for each thread
             const size_t from = bytes / static_cast<size_t>(threads) * static_cast<size_t>(first) / 64 * 64;
             const size_t to = last == threads ? bytes : bytes / static_cast<size_t>(threads) * static_cast<size_t>(last) / 64 * 64;
-            sink ^= kernels.probes->read(data + from, to - from, streams, ahead);
+            sum ^= kernels.probes->read(data + from, to - from, streams, ahead);
           });
+        }
         const double seconds = seconds_since(start);
         if (seconds < kShortest) {
           passes *= 2;
@@ -40,7 +42,7 @@ Reading read_bandwidth(const Kernels& kernels, const uint8_t* data, size_t bytes
         }
         ++timing;
         const double rate = static_cast<double>(bytes) * passes / seconds;
-        if (rate > best.bytes_per_second) best = {rate, std::to_string(streams) + " streams a thread, prefetched " + std::to_string(ahead) + " bytes ahead"};
+        if (rate > best.bytes_per_second) best = {rate, std::to_string(streams) + " streams a thread, prefetched " + std::to_string(ahead) + " bytes ahead", sum};
       }
     }
   return best;

@@ -11,6 +11,7 @@ namespace zamba2 {
 struct Reading {
   double bytes_per_second;
   std::string pattern;  // how the best of them read
+  uint64_t sum;         // XOR of the bytes in words of 8, which shows that all were read
 };
 
 // The best rate at which all threads together stream over the bytes, of several patterns and prefetch distances.

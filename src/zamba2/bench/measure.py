@@ -88,7 +88,7 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     texts = prompts(config, batch, prompt_tokens)
     for line in sys.stdin:
         if line.strip() == "limits":
-            rate, pattern = _engine.read_bandwidth(np.frombuffer(backend.file.map(), dtype=np.uint8), threads, backend.isa)
+            rate, pattern, _ = _engine.read_bandwidth(np.frombuffer(backend.file.map(), dtype=np.uint8), threads, backend.isa)
             yield {"read_bandwidth": rate, "read_pattern": pattern, "product_rates": dict(_engine.product_rates(threads, backend.isa))}
         else:
             yield repeat(backend, texts, new_tokens)

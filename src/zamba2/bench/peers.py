@@ -45,7 +45,11 @@ class Worker:
         self.name = name
         variables = os.environ | (environment or {})
         self._process = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
-        self.ready = self._answer()
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, line: str) -> dict[str, Any]:
         """Send one line; returns its answer. Raises Zamba2Error if the process fails."""
@@ -95,9 +99,16 @@ def prepare_transformers(config: Config, checkpoint: Path | None) -> list[str | 
         if not (checkpoint / "config.json").exists():
             need_disk(checkpoint, 2.02 * config.num_parameters)
             notice(f"writing random bf16 weights for transformers into {checkpoint}, once.")
-            with replacing(checkpoint) as temporary:  # by a child, whose memory is gone afterwards
-                subprocess.run([*module, "write", json.dumps(config.to_dict()), temporary], check=True, stdout=sys.stderr)
+            with replacing(checkpoint) as temporary:
+                write_by([*module, "write", json.dumps(config.to_dict()), temporary])
     return [*module, "run", checkpoint]
+
+
+def write_by(command: Sequence[str | Path]) -> None:
+    """Run a child that writes weights; its memory is gone afterwards. Raises Zamba2Error."""
+    code = subprocess.run(command, stdout=2).returncode  # what it prints is no result
+    if code:
+        raise Zamba2Error(f"a rival's random weights could not be written (exit code {code}); what went wrong is above.")
 
 
 def random_checkpoint(config: Config) -> Path:
@@ -132,7 +143,7 @@ def prepare_llama_cpp(config: Config, checkpoint: Path | None) -> list[str | Pat
         need_disk(model, 0.6 * weights + 1e8)  # 4.5 bits each, and the embeddings
         notice(f"writing a dense model of {weights / 1e9:.2f} G random weights per token in Q4_0 into {model}, once.")
         with replacing(model) as temporary:
-            subprocess.run([python, llama_cpp_peer.__file__, "write", str(weights), temporary], check=True, stdout=sys.stderr)
+            write_by([python, llama_cpp_peer.__file__, "write", str(weights), temporary])
     return [python, llama_cpp_peer.__file__, "run", model]
 
 
