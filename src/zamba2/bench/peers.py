@@ -17,7 +17,7 @@ from zamba2.config import Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.weights.files import replacing
 
-__all__ = ["PEERS", "Worker", "cache_folder", "llama_cpp_folder", "llama_cpp_python", "need_disk"]
+__all__ = ["PEERS", "Worker", "cache_folder", "llama_cpp_folder", "llama_cpp_python", "need_disk", "random_checkpoint"]
 
 TRANSFORMERS = "5.23.0"
 
