@@ -2,10 +2,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "engine.h"
+#include "probe.h"
 
 namespace nb = nanobind;
 using namespace zamba2;
@@ -21,6 +24,16 @@ Matrix2 owned(std::unique_ptr<float[]> data, size_t rows, size_t cols) {
   float* raw = data.release();
   nb::capsule owner(raw, [](void* p) noexcept { delete[] static_cast<float*>(p); });
   return Matrix2(raw, {rows, cols}, owner);
+}
+
+const Kernels& kernels_named(const std::string& isa) {
+  const Kernels* k = isa.empty() ? &kernels() : find_kernels(isa.c_str());
+  if (!k) throw std::invalid_argument("this machine has no instruction set " + isa);
+  return *k;
+}
+
+void check_threads(int threads) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("the number of threads must lie between 1 and 1024");
 }
 
 Config config_of(const nb::dict& d) {
@@ -130,6 +143,20 @@ NB_MODULE(_engine, m) {
   }, "Instruction sets that this machine and build have, the best last.");
   m.def("chosen", [] { return std::string(kernels().name); }, "The instruction set in use: the best, or what ZAMBA2_ISA names.");
 
+  m.def("read_bandwidth", [](Bytes data, int threads, const std::string& isa) {
+    const Kernels& k = kernels_named(isa);
+    check_threads(threads);
+    nb::gil_scoped_release release;
+    const Reading best = read_bandwidth(k, data.data(), data.size(), threads);
+    return std::tuple(best.bytes_per_second, best.pattern, best.sum);
+  }, nb::arg("data"), nb::arg("threads"), nb::arg("isa") = "", "Best bytes per second of streaming over memory, how it was read, and the XOR of its words of 8 bytes.");
+  m.def("product_rates", [](int threads, const std::string& isa) {
+    const Kernels& k = kernels_named(isa);
+    check_threads(threads);
+    nb::gil_scoped_release release;
+    return product_rates(k, threads);
+  }, nb::arg("threads"), nb::arg("isa") = "", "Operations per second of each kind of product, in loops that stay in registers.");
+
   nb::class_<State>(m, "State")
       .def_ro("position", &State::position)
       .def_prop_ro("nbytes", &State::bytes)
@@ -137,10 +164,9 @@ NB_MODULE(_engine, m) {
 
   nb::class_<Engine>(m, "Engine")
       .def("__init__", [](Engine* self, const nb::dict& config, int threads, const std::string& isa) {
-        const Kernels* k = isa.empty() ? &kernels() : find_kernels(isa.c_str());
-        if (!k) throw std::invalid_argument("this machine has no instruction set " + isa);
-        if (threads < 1 || threads > 1024) throw std::invalid_argument("the number of threads must lie between 1 and 1024");
-        new (self) Engine(config_of(config), threads, *k);
+        const Kernels& k = kernels_named(isa);
+        check_threads(threads);
+        new (self) Engine(config_of(config), threads, k);
       }, nb::arg("config"), nb::arg("threads"), nb::arg("isa") = "")
       .def("set_matrix", [](Engine& e, const std::string& name, int format, Bytes data) {
         if (format < 0 || format > 2) throw std::invalid_argument("there is no such format");

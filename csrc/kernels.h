@@ -44,8 +44,18 @@ inline size_t chunk_scratch(int P, int N) { return kChunk * kChunk + static_cast
 inline constexpr int kMostPanelBlocks = 64;  // that multiply_many takes at once
 inline constexpr int kMostRows = 8;  // rows that one pass over the weights serves
 
+// Bare loops that bound the kernels (probe.inc).
+struct Probes {
+  uint64_t (*read)(const uint8_t* data, size_t bytes, int streams, size_t ahead);
+  struct Loop {
+    const char* kind;
+    double (*run)(int64_t rounds, volatile float* sink);  // returns the operations done
+  } loops[3];  // a null kind ends them
+};
+
 struct Kernels {
   const char* name;
+  const Probes* probes;
   bool matrix_units;  // whether multiply_many exists
   // int8 codes per group of 32: scale = largest / 127, ties to even. x: (cols), padded with zeros; row of `rows` in its tile.
   void (*quantize)(const float* x, int cols, Format weights, int row, int rows, int8_t* codes, float* scales, int32_t* starts);

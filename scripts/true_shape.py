@@ -5,7 +5,7 @@
     python scripts/true_shape.py speed     # prefill of 512 tokens, decode, peak memory, in bf16
     python scripts/true_shape.py all --rounds 3 --out docs/measurements/true_shape.json
 
-The checkpoint is written once by transformers' own save_pretrained (through the rival's script, --rival). Needs the
+The checkpoint and the rival's measurement are those of ``zamba2 bench --compare transformers``. Needs the
 [hf] extra, 5.3 GB of disk and 16 GB of memory. The last line of standard output is one JSON document.
 """
 
@@ -25,9 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from zamba2.bench.peers import PEERS, Worker, random_checkpoint
+from zamba2.config import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-CHECKPOINT = Path.home() / ".cache" / "zamba2-baselines" / "zamba2-2.7b-random-bfloat16"
+CHECKPOINT = random_checkpoint(PRESETS["2.7b"])
 TEXT = SHARED / "data" / "text" / "pg1342_pride_and_prejudice.txt"
 TOKENIZER = SHARED / "data" / "tokenizer" / "mistral_v1_tokenizer.json"
 LENGTH = 600  # tokens of text for parity: more than two chunks of 256
@@ -125,11 +128,6 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {platform.system()}, torch {version('torch')}, transformers {version('transformers')}"
 
 
-def write_checkpoint(rival: Path) -> None:
-    if not (CHECKPOINT / "config.json").exists():
-        subprocess.run([sys.executable, rival, "--shape", "2.7b", "--write-only", "--folder", CHECKPOINT.parent], check=True)
-
-
 def parity() -> dict[str, Any]:
     """Error norm, mean KL divergence and worst relative logit of each side against transformers in fp32."""
     import numpy as np
@@ -159,11 +157,22 @@ def parity() -> dict[str, Any]:
     return results
 
 
-def speed(rival: Path, rounds: int) -> dict[str, Any]:
+def rival(command: list[str | Path], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """transformers in a process of its own: medians of three after one to warm up."""
+    request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": 2}
+    worker = Worker("transformers", [*command, json.dumps(request)])
+    try:
+        _, *runs = [worker.ask("repeat") for _ in range(4)]
+    finally:
+        worker.close()
+    return worker.ready | {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def speed(command: list[str | Path], rounds: int) -> dict[str, Any]:
     """Medians over interleaved rounds; ratios are ours over theirs."""
     ours, theirs = [], []
     for _ in range(rounds):
-        theirs.append(run(sys.executable, rival, "--shape", "2.7b", "--new-tokens", "16", "--folder", CHECKPOINT.parent))
+        theirs.append(rival(command, 512, 16))
         ours.append(run(sys.executable, __file__, "speed-worker", "512", "16"))
     keys = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_rss_bytes")
     sides = {"zamba2": ours, "transformers": theirs}
@@ -175,7 +184,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["parity", "speed", "all", "logits", "speed-worker"])
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--rival", type=Path, default=SHARED / "baselines" / "transformers_zamba2.py")
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repeats of the speed measurement")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     arguments = parser.parse_args()
@@ -185,12 +193,12 @@ def main() -> None:
     if arguments.command == "speed-worker":
         speed_worker(*map(int, arguments.rest))
         return
-    write_checkpoint(arguments.rival)
+    command = PEERS["transformers"].prepare(PRESETS["2.7b"], None)
     measured: dict[str, Any] = {"machine": machine()}
     if arguments.command in ("parity", "all"):
         measured["parity"] = parity()
     if arguments.command in ("speed", "all"):
-        measured["speed"] = speed(arguments.rival, arguments.rounds)
+        measured["speed"] = speed(command, arguments.rounds)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(measured))

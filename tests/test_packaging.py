@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zamba2.runtime",),  # backends
     ("zamba2.language",),  # language
     ("zamba2", "zamba2.api", "zamba2.hf"),  # interfaces
-    ("zamba2.cli", "zamba2.commands", "zamba2.__main__"),  # commands
+    ("zamba2.cli", "zamba2.commands", "zamba2.bench", "zamba2.__main__"),  # commands
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -152,6 +152,11 @@ class NativeBackend:
         self.fingerprint = fingerprint(self._file, config, self.format)
 
     @property
+    def file(self) -> TensorFile:
+        """The packed file, whose mapping the engine reads."""
+        return self._file
+
+    @property
     def isa(self) -> str:
         """The instruction set in use."""
         return str(self.engine.isa)

@@ -122,10 +122,12 @@ class TensorFile:
             done += got
         return target
 
-    def map(self, name: str) -> memoryview:
-        """One tensor's bytes, mapped: copied by the system only if written to, never written back."""
+    def map(self, name: str | None = None) -> memoryview:
+        """One tensor's bytes, or all of the file's, mapped: copied by the system only if written to, never written back."""
         if self._map is None:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        if name is None:
+            return memoryview(self._map)
         entry = self.entries[name]
         return memoryview(self._map)[entry.start : entry.start + entry.nbytes]
 

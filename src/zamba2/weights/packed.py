@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from zamba2.weights.files import TensorFile, replacing, write_tensors
 from zamba2.weights.formats import BLOCK, Format, format_named, pack
 from zamba2.weights.hub_files import HubFiles
 
-__all__ = ["Part", "is_packed", "open_packed", "parts", "quantize"]
+__all__ = ["VERSION", "Part", "is_packed", "open_packed", "parts", "quantize", "write_packed"]
 
 VERSION = 1
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
@@ -170,16 +170,23 @@ def quantize(source: Path, target: Path, format: Format, *, progress: Progress |
                 if progress is not None:
                     progress(done, total)
 
-    entries = [(part.name, *_layout(part, format), partial(pieces, part)) for part in plan]
+    small = [file for pattern in SMALL_FILES for file in source.glob(pattern)]
+    write_packed(target, config, format, lambda part: partial(pieces, part), _random_mark(source), small)
+
+
+def write_packed(
+    target: Path, config: Config, format: Format, pieces: Callable[[Part], Callable[[], Iterable[memoryview]]],
+    metadata: Mapping[str, str], small_files: Iterable[Path] = (),
+) -> None:  # fmt: skip
+    """Write a packed checkpoint folder, complete or not at all; pieces: what yields a part's bytes. Raises Zamba2Error."""
+    entries = [(part.name, *_layout(part, format), pieces(part)) for part in parts(config)]
     about = {"kind": "weights", "version": VERSION, "format": format.name, "config": config.to_dict()}
     with replacing(target) as temporary:
         temporary.mkdir()
-        for pattern in SMALL_FILES:
-            for file in source.glob(pattern):
-                shutil.copyfile(file, temporary / file.name)
+        for file in small_files:
+            shutil.copyfile(file, temporary / file.name)
         (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        metadata = {"format": "zamba2", "zamba2": json.dumps(about)}
-        write_tensors(temporary / "model.safetensors", entries, metadata | _random_mark(source))
+        write_tensors(temporary / "model.safetensors", entries, {"format": "zamba2", "zamba2": json.dumps(about), **metadata})
 
 
 def _layout(part: Part, format: Format) -> tuple[str, tuple[int, ...]]:

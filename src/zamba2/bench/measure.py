@@ -1,0 +1,126 @@
+"""What a user's process measures of itself: the engine over a packed checkpoint, beside what the machine gives at best.
+
+Runs as a child, so that its memory is that of a user's run: ``python -m zamba2.bench.measure REQUEST``, the request in JSON.
+It says one JSON line when the model is ready, then one for every line that it reads ("repeat", "limits").
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import zamba2._engine as _engine
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+from zamba2.runtime.backend import Row
+from zamba2.weights.files import TensorFile
+from zamba2.weights.packed import parts
+
+__all__ = ["decode_bytes", "memory", "prefill_operations", "prompts"]
+
+SEED = 1  # of the prompts
+
+
+def prompts(config: Config, count: int, length: int) -> list[npt.NDArray[np.int32]]:
+    """``count`` random prompts, int32 [length], the same ones each time; without the ids of special tokens."""
+    random = np.random.default_rng(SEED)
+    return [random.integers(min(3, config.vocab_size - 1), config.vocab_size, length, dtype=np.int32) for _ in range(count)]
+
+
+def decode_bytes(file: TensorFile, config: Config, context: float) -> dict[str, float]:
+    """Bytes that one decode step moves: weights read (once for the whole batch); per sequence, the state read and written, and the
+    keys and values of ``context`` tokens read. A shared block's weights count at each of its positions, the hoisted halves once."""
+    weights = 0
+    for part in parts(config):
+        if part.name == "embed_tokens.weight" and not config.tie_word_embeddings:
+            continue  # one row of it
+        owner = part.name.split(".")
+        repeated = owner[0] == "shared_blocks" and "right" not in owner and not any("adapter_list" in name for name in owner)
+        uses = sum(layer.block == int(owner[1]) for layer in config.layers) if repeated else 1
+        weights += uses * file.entries[part.name].nbytes
+    return {
+        "weights": weights,
+        "state": 2 * (config.ssm_state_bytes + config.conv_state_bytes()),
+        "keys_and_values": config.kv_bytes_per_token() * context,
+    }
+
+
+def prefill_operations(config: Config, length: int) -> float:
+    """Operations of the products with weights that reading a prompt takes, two per weight; lm_head for one position. What attention
+    and the scan take is not counted."""
+    head = config.vocab_size * config.hidden_size
+    return 2.0 * ((config.weights_per_token() - head) * length + head)
+
+
+def memory() -> dict[str, int]:
+    """Bytes: the peak of this process, pages of mapped files included, and where the system says it, what of it is mapped now."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    # not ru_maxrss: that starts with the peak of the process that started this one
+    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("peak_rss_bytes", "VmHWM"), ("mapped_rss_bytes", "RssFile"))}
+
+
+def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Answers, one for each line of standard input, the first without one."""
+    import zamba2
+
+    prompt_tokens, new_tokens, batch = request["prompt_tokens"], request["new_tokens"], request["batch"]
+    start = time.perf_counter()
+    backend: Any = zamba2.load(request["path"], backend="native").backend
+    load_seconds = time.perf_counter() - start
+    config, threads = backend.config, backend.engine.threads
+    bytes_moved = decode_bytes(backend.file, config, prompt_tokens + (new_tokens + 1) / 2)
+    yield {
+        "load_seconds": load_seconds, "isa": backend.isa, "threads": threads, "format": backend.format.name, "decode_bytes": bytes_moved,
+        "prefill_operations": prefill_operations(config, prompt_tokens),
+        "kind": product_kind(backend.isa, backend.format.name),
+    }  # fmt: skip
+    texts = prompts(config, batch, prompt_tokens)
+    for line in sys.stdin:
+        if line.strip() == "limits":
+            rate, pattern, _ = _engine.read_bandwidth(np.frombuffer(backend.file.map(), dtype=np.uint8), threads, backend.isa)
+            yield {"read_bandwidth": rate, "read_pattern": pattern, "product_rates": dict(_engine.product_rates(threads, backend.isa))}
+        else:
+            yield repeat(backend, texts, new_tokens)
+
+
+def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) -> dict[str, Any]:
+    """Read the prompts into new states, then decode greedily, all sequences together."""
+    start = time.perf_counter()
+    states = [backend.new_state() for _ in texts]
+    rows = [Row(text, state) for text, state in zip(texts, states, strict=True)]
+    scores = backend.forward(rows)
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        tokens = [own.numpy()[-1:].argmax(-1).astype(np.int32) for own in scores]
+        scores = backend.forward([Row(token, state) for token, state in zip(tokens, states, strict=True)])
+    end = time.perf_counter()
+    return {
+        "ttft_seconds": first - start,
+        "prefill_tokens_per_second": sum(map(len, texts)) / (first - start),
+        "decode_tokens_per_second": len(texts) * new_tokens / (end - first),
+        "state_bytes": sum(state.nbytes for state in states),
+    } | memory()
+
+
+def product_kind(isa: str, format: str) -> str:
+    """The kind of product, as the engine's probes name them, that long prompts go through."""
+    return "bf16 tiles" if isa == "amx" else "fp32 multiply-adds" if format == "bf16" else "int8 dot products"
+
+
+if __name__ == "__main__":
+    try:
+        for answer in serve(json.loads(sys.argv[1])):
+            print(json.dumps(answer), flush=True)
+    except Zamba2Error as error:
+        print(json.dumps({"error": str(error)}), flush=True)

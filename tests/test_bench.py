@@ -1,0 +1,185 @@
+"""The benchmark on tiny shapes: what it prints, what it counts, what bounds it, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from native_cases import CONFIGS, ISAS
+
+from zamba2 import _engine
+from zamba2.bench import llama_cpp_peer, measure
+from zamba2.bench.peers import Worker, need_disk
+from zamba2.cli import run
+from zamba2.commands.bench import need_memory
+from zamba2.config import PRESETS
+from zamba2.errors import Zamba2Error
+from zamba2.runtime.backend import Row
+from zamba2.runtime.native import NativeBackend
+from zamba2.weights.formats import FORMATS, unpack
+from zamba2.weights.packed import parts
+from zamba2.weights.synthetic import packed_bytes, write_synthetic
+
+KEYS = (
+    "decode_tokens_per_second", "prefill_tokens_per_second", "ttft_seconds", "load_seconds", "peak_rss_bytes", "bytes_per_token",
+    "read_bandwidth_bytes_per_second", "decode_bandwidth_fraction", "prefill_matrix_fraction",
+)  # fmt: skip
+QUICK = ("bench", "--shape", "default", "--prompt-tokens", "20", "--new-tokens", "2", "--repeats", "1", "--threads", "1")
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], list[str]]:
+    """The JSON document of a quick run, and the lines before it."""
+    assert run([*QUICK, *arguments]) == 0, capsys.readouterr().err
+    *before, last = capsys.readouterr().out.splitlines()
+    return json.loads(last), before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_json_alone_and_complete(capsys: pytest.CaptureFixture[str], format: str) -> None:
+    """Every figure is there and finite; the fractions are what the others say they are, and lie between 0 and 1.2."""
+    result, before = bench(capsys, "--json", "--format", format)
+    assert before == [] and result["format"] == format and result["rivals"] == {}
+    assert all(math.isfinite(result[key]) and result[key] > 0 for key in KEYS)
+    read = result["decode_tokens_per_second"] * result["bytes_per_token"]
+    assert result["decode_bandwidth_fraction"] == pytest.approx(read / result["read_bandwidth_bytes_per_second"])
+    assert 0 < result["decode_bandwidth_fraction"] < 1.2 and 0 < result["prefill_matrix_fraction"] < 1.2
+    assert result["matrix_kind"] in result["product_rates"]
+    assert {"machine", "isa", "threads", "spreads"} <= set(result)
+
+
+def test_table_then_json_and_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Without --json a table comes first; --out holds the same document; weights are made once; start to first token adds up."""
+    result, before = bench(capsys, "--out", str(tmp_path / "bench.json"), "--startup")
+    assert any("decode" in line for line in before)
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+    steps = result["startup"]
+    assert steps["prompt_tokens"] == 20
+    shares = sum(steps[f"{name}_seconds"] for name in ("interpreter", "imports", "load", "prompt"))
+    assert shares == pytest.approx(steps["total_seconds"])
+    assert run([*QUICK, "--json"]) == 0 and "writing" not in capsys.readouterr().err
+
+
+def test_a_batch_shares_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """With B sequences a token's share of the weights is a B-th; its state and keys and values are its own."""
+    one, three = bench(capsys, "--json")[0], bench(capsys, "--json", "--batch", "3")[0]
+    assert three["weight_bytes_per_token"] == pytest.approx(one["weight_bytes_per_token"] / 3)
+    assert (three["state_bytes_per_token"], three["kv_bytes_per_token"]) == (one["state_bytes_per_token"], one["kv_bytes_per_token"])
+    assert three["sequence_bytes"] == one["sequence_bytes"]
+
+
+def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    """--model packs a checkpoint as the user's own load does, and measures that."""
+    options = ("--prompt-tokens", "9", "--new-tokens", "1", "--repeats", "1", "--json")
+    assert run(["bench", "--model", "default", "--format", "q8", *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["weights"], result["format"], result["model"]) == ("checkpoint", "q8", "default")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "3b"], "there is no shape '3b'; there are 1.2b, 2.7b, 7b"),
+        (["--format", "q5"], "there is no format 'q5'"),
+        (["--batch", "0"], "--batch is 0; at least 1 is needed"),
+        (["--repeats", "-1"], "--repeats is -1; at least 1 is needed"),
+        (["--threads", "0"], "--threads is 0; a whole number from 1 to 1024 is needed"),
+        (["--compare", "ollama"], "--compare is 'ollama'; there are transformers, llama.cpp"),
+        (["--compare", "llama.cpp"], "llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install"),
+        (["--compare", "llama.cpp", "--batch", "2"], "--compare measures one sequence"),
+        (["--model", "default"], "--shape and --model were both given"),
+    ],
+)
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    """What cannot be measured is refused with exit code 2, before anything runs."""
+    assert run([*QUICK, *arguments]) == 2
+    found = capsys.readouterr()
+    assert found.out == "" and said in found.err.splitlines()[-1]
+
+
+def test_too_little_room_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Disk and memory are asked for before anything is written or loaded."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    with pytest.raises(Zamba2Error, match=r"needs 5\.3 GB and .* has 1\.0 GB free"):
+        need_disk(tmp_path / "not" / "there", 5.3e9)
+    with pytest.raises(Zamba2Error, match=r"needs 1000000000\.0 GB of memory"):
+        need_memory(1e18)
+
+
+def test_a_rival_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sentence says what to install."""
+    monkeypatch.setattr("zamba2.bench.peers.find_spec", lambda _: None)
+    assert run([*QUICK, "--compare", "transformers"]) == 2
+    assert "pip install 'zamba2[hf]'" in capsys.readouterr().err
+
+
+def test_transformers_beside_us(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rival runs the same shape in a child of its own; ratios are ours over its own."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    result, _ = bench(capsys, "--json", "--compare", "transformers")
+    rival = result["rivals"]["transformers"]
+    for key, ratio in rival["ratios"].items():
+        assert rival[key] > 0 and ratio == pytest.approx(result[key] / rival[key])
+    assert set(rival["ratios"]) == {"decode_tokens_per_second", "prefill_tokens_per_second", "ttft_seconds", "peak_rss_bytes"}
+
+
+def test_a_child_that_ends_is_a_sentence() -> None:
+    """A worker that fails, or says why it cannot go on, ends the run with one line."""
+    with pytest.raises(Zamba2Error, match="the process that measures x ended with exit code 3"):
+        Worker("x", [sys.executable, "-c", "import sys; print('noise'); sys.exit(3)"])
+    with pytest.raises(Zamba2Error, match="no room"):
+        Worker("x", [sys.executable, "-c", """print('{"error": "no room"}')"""])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_probes(isa: str) -> None:
+    """Every instruction set's probes give rates above zero, and the reading one has read every byte."""
+    data = np.random.default_rng(0).integers(0, 256, 3 * 256 * 40, dtype=np.uint8)
+    rate, pattern, total = _engine.read_bandwidth(data, 3, isa)
+    assert 0 < rate < math.inf and pattern
+    assert total == int(np.bitwise_xor.reduce(data.view(np.uint64)))
+    rates = dict(_engine.product_rates(1, isa))
+    assert all(0 < value < math.inf for value in rates.values())
+    for format in FORMATS:
+        assert measure.product_kind(isa, format) in rates
+
+
+@pytest.mark.parametrize("shape", PRESETS)
+def test_bytes_of_a_token(shape: str) -> None:
+    """The weights counted are those that the config's own formula says a token applies; the rest are the state's sizes."""
+    config = PRESETS[shape]
+    counts: Any = SimpleNamespace(entries={part.name: SimpleNamespace(nbytes=part.count) for part in parts(config)})
+    found = measure.decode_bytes(counts, config, 100.0)
+    assert found["weights"] == config.weights_per_token()
+    assert found["state"] == 2 * (config.ssm_state_bytes + config.conv_state_bytes())
+    assert found["keys_and_values"] == 100 * config.kv_bytes_per_token()
+
+
+def test_the_stand_in_has_as_many_weights() -> None:
+    """llama.cpp's dense model applies to a token what 2.7B applies, within 0.1 %."""
+    layers, mlp = llama_cpp_peer.stand_in(PRESETS["2.7b"].weights_per_token(hoisted=False))
+    hidden, kv = llama_cpp_peer.HIDDEN, llama_cpp_peer.HIDDEN // llama_cpp_peer.HEADS * llama_cpp_peer.KV_HEADS
+    weights = llama_cpp_peer.VOCABULARY * hidden + layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * mlp)
+    assert weights == pytest.approx(PRESETS["2.7b"].weights_per_token(hoisted=False), rel=1e-3)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["aligned", "odd"])
+def test_synthetic_weights(tmp_path: Path, name: str, format: str) -> None:
+    """They load by the user's own path, have mean 0 and a spread of 0.02, and give logits of normal size."""
+    config = CONFIGS[name]
+    write_synthetic(config, FORMATS[format], tmp_path / "packed")
+    backend = NativeBackend(tmp_path / "packed", config, threads=1)
+    total = sum(entry.nbytes for entry in backend.file.entries.values())
+    assert total == packed_bytes(config, FORMATS[format])
+    part = max((part for part in parts(config) if part.is_matrix), key=lambda part: part.count)
+    weights = unpack(np.frombuffer(backend.file.read(part.name), dtype=np.uint8), *part.shape, FORMATS[format])
+    assert weights.std() == pytest.approx(0.02, rel=0.1) and abs(weights.mean()) < 0.002
+    row = Row(np.arange(9, dtype=np.int32), backend.new_state(), logits=9)
+    logits = backend.forward([row])[0].numpy()
+    assert 0.01 < logits.std() < 10
