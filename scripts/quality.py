@@ -10,16 +10,20 @@ Everything is compared with the bf16 checkpoint computed in fp32 by the PyTorch 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,13 +31,16 @@ from torch.nn import functional as F
 from zamba2.config import Config
 from zamba2.model import model as model_module
 from zamba2.model.model import Zamba2
+from zamba2.runtime.backend import Row
+from zamba2.runtime.calibrate import second_moments
+from zamba2.runtime.native import NativeBackend
+from zamba2.weights.calibration import Moments
 from zamba2.weights.checkpoint import load_model, save_checkpoint
-from zamba2.weights.formats import unpack
-from zamba2.weights.packed import open_packed
+from zamba2.weights.packed import Packing, quantize
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from native_cases import as_codes  # noqa: E402  (the tests' twin of the engine's rounding)
+from native_cases import Twin, round_int8  # noqa: E402  (the tests' PyTorch model of what the engine computes)
 
 SHARED = ROOT.parent / "shared" / "data"
 TOKENIZER = SHARED / "tokenizer" / "mistral_v1_tokenizer.json"  # the real one
@@ -42,6 +49,8 @@ TRAINED_ON = (
     "pg514_little_women.latin1.txt", "pg1342_pride_and_prejudice.txt", "pg1661_sherlock_holmes.latin1.txt", "pg120_treasure_island.txt",
 )  # fmt: skip
 CALIBRATED_ON, MEASURED_ON = "pg120_treasure_island.txt", "pg113_secret_garden.txt"
+
+Ints = npt.NDArray[np.int32]
 
 SMALL = Config(
     hidden_size=256, num_hidden_layers=6, vocab_size=1024, hybrid_layer_ids=(1, 3, 5), num_mem_blocks=2, mamba_d_state=32,
@@ -165,7 +174,7 @@ def log_probabilities(model: Zamba2, tokens: Tensor, multiply: Callable[[Tensor,
 
 def with_codes(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T with x as int8 codes per group of 32, as the engine takes it."""
-    return F.linear(as_codes(x), weight)
+    return F.linear(round_int8(x)[1], weight)
 
 
 def with_halves(x: Tensor, weight: Tensor) -> Tensor:
@@ -182,48 +191,109 @@ def distance(reference: Tensor, found: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()} | {"top1_agreement": float(agreement)}
 
 
-def copy_of(model: Zamba2) -> Zamba2:
-    copy = Zamba2(model.config).requires_grad_(False)
-    copy.load_state_dict(model.state_dict())
-    return copy
-
-
-def unpacked(model: Zamba2, folder: Path) -> Zamba2:
-    """A copy of the model with the weights that a packed checkpoint holds."""
-    copy = copy_of(model)
-    file, packing, plan = open_packed(folder, model.config)
-    for part in plan:
-        if part.is_matrix:
-            values = torch.from_numpy(unpack(np.frombuffer(file.read(part.name), np.uint8), *part.shape, packing.of(part)))
-            for name in part.sources:
-                parameter = copy.get_parameter(name).data
-                own, values = values[: len(parameter)], values[len(parameter) :]
-                (parameter if part.half is None else parameter.chunk(2, dim=1)[part.half]).copy_(own)
-    return copy
+def unpacked(config: Config, folder: Path) -> Zamba2:
+    """The model with the weights that a packed checkpoint holds."""
+    model = Twin(folder, config)
+    model.load()
+    return model
 
 
 def rounded_by_ggml(model: Zamba2, kind: str, embeddings: str) -> Zamba2:
     """A copy of the model with each matrix rounded as llama.cpp's Q4_0 or Q8_0 does it (the gguf package's own functions)."""
     import gguf
 
-    copy = copy_of(model)
+    copy = Zamba2(model.config).requires_grad_(False)
+    copy.load_state_dict(model.state_dict())
     for name, parameter in copy.named_parameters():
         if parameter.ndim == 2:
             type = gguf.GGMLQuantizationType[embeddings if name in ("embed_tokens.weight", "lm_head.weight") else kind]
-            stored = gguf.quants.quantize(parameter.numpy(), type)
-            parameter.data.copy_(torch.from_numpy(gguf.quants.dequantize(stored, type)))
+            cols = parameter.shape[1]
+            whole = F.pad(parameter, (0, -cols % 32)).numpy()  # of groups; an adapter's rank may be less
+            stored = gguf.quants.dequantize(gguf.quants.quantize(whole, type), type)
+            parameter.data.copy_(torch.from_numpy(stored[:, :cols]))
     return copy
+
+
+def measure(model: Zamba2, folder: Path, tokens: Ints, calibration: Ints, *, threads: int | None = None) -> dict[str, Any]:
+    """All figures of one model, whose weights are bf16 numbers, on ``tokens``. folder: an empty one for its packed checkpoints."""
+    read = torch.from_numpy(tokens).long()
+    reference = log_probabilities(model, read)
+    save_checkpoint(model, folder / "hub", dtype=torch.bfloat16)
+
+    def packed(name: str, format: str, embeddings: str | None = None, moments: dict[str, Moments] | None = None) -> Path:
+        packing = Packing.named(format, embeddings)
+        quantize(folder / "hub", folder / name, packing.format, embeddings=packing.embeddings, moments=moments)
+        return folder / name
+
+    files = {
+        "q8": packed("q8", "q8"), "q4": packed("q4", "q4"), "q4, embeddings q4": packed("q4-q4", "q4", "q4"),
+        "q4, embeddings bf16": packed("q4-bf16", "q4", "bf16"),
+    }  # fmt: skip
+    for format in ("q8", "q4"):
+        seen = second_moments(NativeBackend(files[format], model.config, threads=threads), calibration)
+        files[f"{format} calibrated"] = packed(f"{format}-calibrated", format, moments=seen)
+    sides: dict[str, tuple[Zamba2, Path | None]] = {name: (unpacked(model.config, path), path) for name, path in files.items()}
+    for name, kinds in {"Q8_0": ("Q8_0", "Q8_0"), "Q4_0": ("Q4_0", "Q8_0"), "Q4_0, embeddings Q4_0": ("Q4_0", "Q4_0")}.items():
+        sides[name] = (rounded_by_ggml(model, *kinds), None)
+
+    loss = -reference[:-1].gather(1, read[1:, None]).mean()
+    found: dict[str, Any] = {
+        "tokens": len(tokens), "entropy": float(-(reference.exp() * reference).sum(-1).mean()), "loss": float(loss),
+        "int8 activations alone": distance(reference, log_probabilities(model, read, with_codes)),
+        "bf16 matrix units alone": distance(reference, log_probabilities(model, read, with_halves)),
+        "formats": {},
+    }  # fmt: skip
+    for name, (own, path) in sides.items():
+        with_int8 = log_probabilities(own, read, with_codes)
+        row: dict[str, Any] = {
+            "weights": distance(reference, log_probabilities(own, read)), "weights and int8 activations": distance(reference, with_int8),
+        }  # fmt: skip
+        if path is not None:
+            backend = NativeBackend(path, model.config, threads=threads)
+            logits = backend.forward([Row(tokens, backend.new_state(), len(tokens))])[0].numpy()
+            row["engine"] = distance(reference, torch.from_numpy(logits).log_softmax(-1))
+            row["bytes"] = (path / "model.safetensors").stat().st_size
+            row["between int8 and matrix units"] = distance(with_int8, log_probabilities(own, read, with_halves))
+        found["formats"][name] = row
+        print(f"{name:24}", *(f"{part} {row[part]['kl_mean']:.5f} " for part in row if part != "bytes"), file=sys.stderr, flush=True)
+    kl = {name: row["weights"]["kl_mean"] for name, row in found["formats"].items()}
+    found["ratios"] = {
+        "q8 / Q8_0": kl["q8"] / kl["Q8_0"], "q4 / Q4_0": kl["q4"] / kl["Q4_0"],
+        "q4 / Q4_0, embeddings in the same format": kl["q4, embeddings q4"] / kl["Q4_0, embeddings Q4_0"],
+        "q4 calibrated / q4": kl["q4 calibrated"] / kl["q4"], "embeddings q8 / q4": kl["q4"] / kl["q4, embeddings q4"],
+    }  # fmt: skip
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train")
+    training = commands.add_parser("train", help="train a small model on novels")
     training.add_argument("folder", type=Path)
     training.add_argument("--minutes", type=float, default=8)
+    measuring = commands.add_parser("measure", help="measure the synthetic model and, with --model, others")
+    measuring.add_argument("--model", type=Path, action="append", default=[], help="folder of a checkpoint with its tokenizer; repeatable")
+    measuring.add_argument("--tokens", type=int, default=768)
+    measuring.add_argument("--calibrate-tokens", type=int, default=4096)
+    measuring.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "train":
-        train(arguments.folder, arguments.minutes)
+        return train(arguments.folder, arguments.minutes)
+    result: dict[str, Any] = {
+        "measured_on": MEASURED_ON, "calibrated_on": CALIBRATED_ON, "calibration_tokens": arguments.calibrate_tokens, "models": {},
+    }  # fmt: skip
+    for source in (None, *arguments.model):
+        name, tokenizer = ("synthetic", TOKENIZER) if source is None else (source.name, source / "tokenizer.json")
+        model = synthetic(SYNTHETIC) if source is None else load_model(source, dtype=torch.float32)
+        print(f"# {name}", file=sys.stderr)
+        tokens = np.array(tokens_of(novel(MEASURED_ON), tokenizer)[: arguments.tokens], dtype=np.int32)
+        calibration = np.array(tokens_of(novel(CALIBRATED_ON), tokenizer)[: arguments.calibrate_tokens], dtype=np.int32)
+        with tempfile.TemporaryDirectory() as folder:
+            result["models"][name] = measure(model, Path(folder), tokens, calibration)
+    text = json.dumps(result, indent=1)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

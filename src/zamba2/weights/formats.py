@@ -169,7 +169,8 @@ def rounded(columns: Floats, scales: npt.NDArray[np.float16], format: Format) ->
     wide = scales.astype(np.float32)
     codes = columns * np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0)
     np.rint(codes, out=codes)
-    return np.clip(codes, format.smallest, format.largest, out=codes)
+    np.clip(codes, format.smallest, format.largest, out=codes)
+    return codes
 
 
 def _stored(scales: Floats, format: Format) -> npt.NDArray[np.float16]:

@@ -24,11 +24,12 @@ import numpy.typing as npt
 
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
+from zamba2.weights.calibration import Moments
 from zamba2.weights.files import TensorFile, replacing, write_tensors
-from zamba2.weights.formats import BLOCK, Format, Rounding, format_named, pack
+from zamba2.weights.formats import BLOCK, Format, format_named, pack
 from zamba2.weights.hub_files import HubFiles
 
-__all__ = ["VERSION", "Packing", "Part", "is_packed", "open_packed", "parts", "quantize"]
+__all__ = ["VERSION", "Packing", "Part", "check_target", "is_packed", "open_packed", "parts", "quantize"]
 
 VERSION = 2
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
@@ -160,19 +161,24 @@ def _about(file: TensorFile) -> Mapping[str, Any]:
     return about
 
 
+def check_target(target: Path) -> None:
+    """Raises Zamba2Error if there is something at ``target`` that packing would replace."""
+    if target.exists() and (not target.is_dir() or os.listdir(target)):
+        raise Zamba2Error(f"{target} exists and is not an empty folder; choose another place for the packed checkpoint.")
+
+
 def quantize(
-    source: Path, target: Path, format: Format, *, embeddings: Format | None = None, roundings: Mapping[str, Rounding] | None = None,
+    source: Path, target: Path, format: Format, *, embeddings: Format | None = None, moments: Mapping[str, Moments] | None = None,
     progress: Progress | None = None,
 ) -> None:  # fmt: skip
     """Pack the checkpoint folder ``source`` (the Hub's layout) into the new folder ``target``.
 
-    embeddings: format of the embedding table and lm_head (default: see ``Packing``). roundings: how to round, by a
-    part's name, what is not to be rounded to the nearest (``calibration``). Holds one weight in fp32 at a time.
-    Raises Zamba2Error; the target appears complete or not at all.
+    embeddings: format of the embedding table and lm_head (default: see ``Packing``). moments: of the inputs of the
+    matrices, by name, that calibration corrects; all others are rounded to the nearest. Holds one weight in fp32 at a
+    time. Raises Zamba2Error; the target appears complete or not at all.
     """
     packing = Packing(format, embeddings or Packing.named(format.name).embeddings)
-    if target.exists() and (not target.is_dir() or os.listdir(target)):
-        raise Zamba2Error(f"{target} exists and is not an empty folder; choose another place for the packed checkpoint.")
+    check_target(target)
     config = Config.from_file(source / "config.json")
     files, plan = HubFiles(source, config), parts(config)
     total, done = sum(part.count for part in plan if part.is_matrix), 0
@@ -182,7 +188,7 @@ def quantize(
         if not part.is_matrix:
             yield _values(files, part.sources[0]).reshape(-1).data.cast("B")
             return
-        own, rounding = packing.of(part), (roundings or {}).get(part.name)
+        own, rounding = packing.of(part), moments[part.name].rounding() if moments and part.name in moments else None
         carried = np.empty((0, part.shape[1]), dtype=np.float32)  # rows of q that do not fill a block go with those of k
         for parameter in part.sources:
             values = _values(files, parameter)
@@ -201,7 +207,7 @@ def quantize(
     entries = [(part.name, *_layout(part, packing), partial(pieces, part)) for part in plan]
     about = {
         "kind": "weights", "version": VERSION, "format": packing.format.name, "embeddings": packing.embeddings.name,
-        "calibrated": roundings is not None, "config": config.to_dict(),
+        "calibrated": moments is not None, "config": config.to_dict(),
     }  # fmt: skip
     pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
     try:
