@@ -21,9 +21,9 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.native import default_threads
 from zamba2.weights.files import replacing
-from zamba2.weights.formats import Format, format_named
+from zamba2.weights.formats import format_named
 from zamba2.weights.hub import DEFAULT, resolve
-from zamba2.weights.packed import VERSION, is_packed
+from zamba2.weights.packed import VERSION, Packing, is_packed, open_packed
 from zamba2.weights.synthetic import packed_bytes, write_synthetic
 
 __all__ = ["main"]
@@ -55,7 +55,7 @@ def main(
     if model is None:
         shape = shape or "2.7b"
         config, original = config_of(shape), None
-        path = synthetic(shape, config, format_named(format or "q4"))
+        path = synthetic(shape, config, Packing.named(format or "q4"))
     else:
         found = resolve(model)
         config, original = read_config(found), None if is_packed(found) else found
@@ -92,25 +92,23 @@ def config_of(shape: str) -> Config:
     return Config.from_file(folder / "config.json")
 
 
-def synthetic(shape: str, config: Config, format: Format) -> Path:
+def synthetic(shape: str, config: Config, packing: Packing) -> Path:
     """The packed checkpoint with random weights of a shape, in the user's cache, made on first use."""
     mark = hashlib.sha256(json.dumps([VERSION, config.to_dict()]).encode()).hexdigest()[:12]
-    target = cache_folder() / "synthetic" / f"{Path(shape).name.lower()}-{format.name}-{mark}"
+    target = cache_folder() / "synthetic" / f"{Path(shape).name.lower()}-{packing.format.name}-{mark}"
     if is_packed(target):
         return target
-    total = packed_bytes(config, format)
+    total = packed_bytes(config, packing)
     need_disk(target, total + (1 << 20))
     notice(f"writing {total / 1e9:.2f} GB of random weights into {target}, once.")
-    write_synthetic(config, format, target)
+    write_synthetic(config, packing, target)
     return target
 
 
 def check_format(path: Path, format: str) -> None:
-    from zamba2.weights.packed import open_packed
-
     _, found, _ = open_packed(path, read_config(path))
-    if found.name != format_named(format).name:
-        raise Zamba2Error(f"{path} is packed as {found.name}, not {format}; leave --format out, or give the original checkpoint.")
+    if found.format.name != format_named(format).name:
+        raise Zamba2Error(f"{path} is packed as {found.format.name}, not {format}; leave --format out, or give the original checkpoint.")
 
 
 def need_memory(nbytes: float) -> None:

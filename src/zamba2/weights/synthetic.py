@@ -16,7 +16,7 @@ import numpy.typing as npt
 from zamba2.config import Config
 from zamba2.weights.formats import BLOCK, GROUP, Format, round_bf16
 from zamba2.weights.hub import DEFAULT
-from zamba2.weights.packed import Part, parts, write_packed
+from zamba2.weights.packed import Packing, Part, parts, write_packed
 
 __all__ = ["packed_bytes", "write_synthetic"]
 
@@ -25,12 +25,12 @@ BLOCKS_AT_ONCE = 512
 Bytes = npt.NDArray[np.uint8]
 
 
-def packed_bytes(config: Config, format: Format) -> int:
+def packed_bytes(config: Config, packing: Packing) -> int:
     """Bytes of all tensors of a packed checkpoint."""
-    return sum(format.nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in parts(config))
+    return sum(packing.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in parts(config))
 
 
-def write_synthetic(config: Config, format: Format, target: Path, *, seed: int = 0) -> None:
+def write_synthetic(config: Config, packing: Packing, target: Path, *, seed: int = 0) -> None:
     """Write a packed checkpoint folder with random weights, and the embedded model's tokenizer if it fits. Raises Zamba2Error.
 
     A_log is log(1 .. heads), dt_bias uniform in [-4, -1], norms and D are 1, convolution weights uniform, its bias 0.
@@ -38,11 +38,11 @@ def write_synthetic(config: Config, format: Format, target: Path, *, seed: int =
     random = np.random.Generator(np.random.SFC64(seed))
 
     def pieces(part: Part) -> Iterator[memoryview]:
-        for piece in matrix(part, format, random) if part.is_matrix else [vector(part, config, random)]:
+        for piece in matrix(part, packing.of(part), random) if part.is_matrix else [vector(part, config, random)]:
             yield piece.data
 
     tokenizer = DEFAULT.glob("tokenizer*") if config.vocab_size >= Config.from_file(DEFAULT / "config.json").vocab_size else ()
-    write_packed(target, config, format, lambda part: partial(pieces, part), {"zamba2_random": "true"}, tokenizer)
+    write_packed(target, config, packing, lambda part: partial(pieces, part), {"zamba2_random": "true"}, tokenizer)
 
 
 def matrix(part: Part, format: Format, random: np.random.Generator) -> Iterator[Bytes]:
