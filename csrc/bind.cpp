@@ -7,6 +7,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <climits>
+
 #include "engine.h"
 #include "probe.h"
 
@@ -37,7 +39,11 @@ void check_threads(int threads) {
 }
 
 Config config_of(const nb::dict& d) {
-  auto whole = [&](const char* key) { return nb::cast<int>(d[key]); };
+  auto whole = [&](const char* key) {
+    const int64_t value = nb::cast<int64_t>(d[key]);
+    if (value < 0 || value > kWidest) throw std::invalid_argument(std::string(key) + " is " + std::to_string(value) + "; at most " + std::to_string(kWidest) + " is possible");
+    return static_cast<int>(value);
+  };
   Config c;
   c.hidden_size = whole("hidden_size");
   c.num_hidden_layers = whole("num_hidden_layers");
@@ -98,7 +104,7 @@ State import_state(const Engine& engine, int position, Floats conv, Floats ssm, 
   State state = engine.new_state();
   const size_t layers = static_cast<size_t>(c.num_hidden_layers), dim = static_cast<size_t>(c.attention_head_dim), heads = static_cast<size_t>(c.num_key_value_heads);
   const size_t length = static_cast<size_t>(position);
-  if (position < 1 || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state ||
+  if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state ||
       kv.size() != 2 * state.caches.size())
     throw std::invalid_argument("the saved state does not fit the model");
   state.position = position;
@@ -135,6 +141,8 @@ NB_MODULE(_engine, m) {
       PyErr_SetString(PyExc_ArithmeticError, error.what());
     }
   });
+  nb::set_leak_warnings(false);  // an observer that knows its engine is a circle that lives to the end: no news to users
+  nb::exception<OutOfMemory>(m, "OutOfMemory", PyExc_MemoryError);
   m.doc() = "Zamba2 on a CPU: packed weights, one state per sequence.";
   m.def("available", [] {
     nb::list names;
@@ -163,11 +171,12 @@ NB_MODULE(_engine, m) {
       .def("copy", [](const State& s) { return State(s); });
 
   nb::class_<Engine>(m, "Engine")
-      .def("__init__", [](Engine* self, const nb::dict& config, int threads, const std::string& isa) {
+      .def("__init__", [](Engine* self, const nb::dict& config, int threads, const std::string& isa, const std::vector<int>& processors) {
         const Kernels& k = kernels_named(isa);
         check_threads(threads);
-        new (self) Engine(config_of(config), threads, k);
-      }, nb::arg("config"), nb::arg("threads"), nb::arg("isa") = "")
+        if (!processors.empty() && processors.size() != static_cast<size_t>(threads)) throw std::invalid_argument("one processor for each thread is needed");
+        new (self) Engine(config_of(config), threads, k, processors);
+      }, nb::arg("config"), nb::arg("threads"), nb::arg("isa") = "", nb::arg("processors") = std::vector<int>())
       .def("set_matrix", [](Engine& e, const std::string& name, int format, Bytes data) {
         if (format < 0 || format > 2) throw std::invalid_argument("there is no such format");
         e.set_matrix(name, static_cast<Format>(format), data.data(), data.size());
@@ -186,7 +195,7 @@ NB_MODULE(_engine, m) {
         std::vector<Call> calls;
         size_t rows = 0;
         for (size_t i = 0; i < states.size(); ++i) {
-          const int length = static_cast<int>(tokens[i].size());
+          const int length = static_cast<int>(std::min<size_t>(tokens[i].size(), INT_MAX));  // which forward refuses
           if (!states[i] || length < 1 || wanted[i] < 0 || wanted[i] > length) throw std::invalid_argument("a call needs a state, tokens and 0 to all of their logits");
           if (states[i]->caches.size() != e.config.hybrid_layer_ids.size()) throw std::invalid_argument("the state belongs to another model");
           for (int t = 0; t < length; ++t)
@@ -194,7 +203,8 @@ NB_MODULE(_engine, m) {
           calls.push_back({states[i], tokens[i].data(), length, wanted[i]});
           rows += static_cast<size_t>(wanted[i]);
         }
-        auto logits = std::make_unique<float[]>(rows * static_cast<size_t>(e.config.vocab_size));
+        std::unique_ptr<float[]> logits(new (std::nothrow) float[rows * static_cast<size_t>(e.config.vocab_size)]);
+        if (!logits) throw OutOfMemory(std::to_string(4 * rows * static_cast<size_t>(e.config.vocab_size)) + " bytes of logits are needed");
         {
           nb::gil_scoped_release release;
           e.forward(calls, logits.get());

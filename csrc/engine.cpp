@@ -1,8 +1,11 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
+
+#include "mapped.h"
 
 namespace zamba2 {
 
@@ -46,6 +49,30 @@ void read_row(const Matrix& w, int row, float* out) {
   }
 }
 
+// A config whose sizes the code below can compute with: positive, of one piece, and no product of ints too large.
+const Config& checked(const Config& c) {
+  auto need = [](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(std::string("the config's sizes do not fit each other or are too large: ") + what);
+  };
+  const int positive[] = {c.hidden_size, c.num_hidden_layers, c.vocab_size, c.num_mem_blocks, c.mamba_d_state, c.n_mamba_heads, c.mamba_headdim, c.mamba_ngroups,
+                          c.d_inner, c.conv_dim, c.in_proj_dim, c.num_attention_heads, c.num_key_value_heads, c.attention_head_dim, c.intermediate_size, c.adapter_rank};
+  for (int size : positive) need(size > 0 && size <= kWidest, "every size must lie between 1 and 2097152");
+  auto times = [](int a, int b) { return static_cast<int64_t>(a) * b; };
+  need(c.num_hidden_layers <= 4096, "num_hidden_layers");
+  need(c.mamba_d_conv > 1 && times(c.conv_dim, c.mamba_d_conv) < INT_MAX, "mamba_d_conv");
+  need(times(c.n_mamba_heads, c.mamba_headdim) == c.d_inner && times(c.mamba_headdim, c.mamba_d_state) < INT_MAX / 2, "the Mamba2 heads");
+  need(c.n_mamba_heads % c.mamba_ngroups == 0 && c.conv_dim == c.d_inner + 2 * times(c.mamba_ngroups, c.mamba_d_state), "conv_dim");
+  need(c.in_proj_dim == c.d_inner + c.conv_dim + c.n_mamba_heads, "in_proj_dim");
+  need(times(c.num_attention_heads, c.attention_head_dim) == 2 * c.hidden_size && c.num_attention_heads % c.num_key_value_heads == 0, "the attention heads");
+  need(c.q_rows() + 2 * times(c.num_key_value_heads, c.attention_head_dim) <= kWidest && 2 * times(c.intermediate_size, 1) <= kWidest, "the shared blocks");
+  int last = -1;
+  for (int id : c.hybrid_layer_ids) {
+    need(id > last && id < c.num_hidden_layers, "hybrid_layer_ids");
+    last = id;
+  }
+  return c;
+}
+
 }  // namespace
 
 struct Engine::Buffers {
@@ -63,7 +90,8 @@ size_t State::bytes() const {
   return total;
 }
 
-Engine::Engine(const Config& c, int threads, const Kernels& k) : config(c), kernels(k), pool_(threads), b_(std::make_unique<Buffers>()) {
+Engine::Engine(const Config& c, int threads, const Kernels& k, const std::vector<int>& processors)
+    : config(checked(c)), kernels(k), pool_(threads, processors), b_(std::make_unique<Buffers>()) {
   panels_.resize(static_cast<size_t>(pool_.size()));
   scratch_.assign(static_cast<size_t>(pool_.size()), std::vector<float>(chunk_scratch(c.mamba_headdim, c.mamba_d_state)));
   const int hidden = c.hidden_size, wide = 2 * hidden, positions = static_cast<int>(c.hybrid_layer_ids.size());
@@ -132,6 +160,8 @@ void Engine::set_matrix(const std::string& name, Format format, const uint8_t* d
     throw std::invalid_argument("matrix " + name + " has " + std::to_string(bytes) + " bytes; its shape and format need " + std::to_string(m.bytes()));
   m.data = data;
   *found->second = m;
+  if (!lowest_ || data < lowest_) lowest_ = data;
+  if (!highest_ || data + bytes > highest_) highest_ = data + bytes;
   if (name == "embed_tokens.weight" && config.tie_word_embeddings) head_ = m;
   seen_[name] = true;
 }
@@ -187,8 +217,38 @@ void Engine::observe_input(const Matrix& w, const float* x, size_t stride, int r
   input_observer(found == matrices_.end() ? "embed_tokens.weight" : found->first, inputs.data(), rows, w.cols);  // a tied head is a copy
 }
 
+// What the calls need in memory: their states, keys and values, and about what `run` works in.
+std::string Engine::needs(const std::vector<Call>& calls) const {
+  const Config& c = config;
+  const size_t widths = 12 * static_cast<size_t>(c.hidden_size) + 4 * static_cast<size_t>(c.q_rows() + c.kv_rows()) + 6 * static_cast<size_t>(c.intermediate_size) +
+                        static_cast<size_t>(c.in_proj_dim) + static_cast<size_t>(c.conv_dim) + 2 * static_cast<size_t>(c.d_inner);
+  const size_t state = 4 * static_cast<size_t>(c.num_hidden_layers) * (static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim + static_cast<size_t>(c.d_inner) * c.mamba_d_state);
+  size_t caches = 0, rows = std::min<size_t>(64, calls.size() * kMostRows);
+  for (const Call& call : calls) {
+    caches += 4 * static_cast<size_t>(c.kv_rows()) * static_cast<size_t>(capacity_for(call.state->position + call.length)) * call.state->caches.size();
+    rows = std::max(rows, static_cast<size_t>(call.length));
+  }
+  return std::to_string(state * calls.size()) + " bytes of state, " + std::to_string(caches) + " of keys and values and about " + std::to_string(4 * widths * rows) + " to work in are needed";
+}
+
 void Engine::forward(const std::vector<Call>& calls, float* logits) {
+  const std::lock_guard<std::mutex> alone(one_at_a_time_);
+  const int widest = std::max({config.vocab_size, config.in_proj_dim, config.q_rows() + 2 * config.kv_rows(), 2 * config.intermediate_size, 2 * config.hidden_size});
+  for (const Call& call : calls) {
+    if (call.length > INT_MAX / widest) throw std::invalid_argument("a call of " + std::to_string(call.length) + " tokens is too long for this model; read them in parts");
+    if (call.length > kMostTokens - call.state->position) throw std::invalid_argument("a state holds at most " + std::to_string(kMostTokens) + " tokens");
+  }
+  const GuardMapped guard(lowest_, highest_);
+  const Pinned pinned(pool_.processors());
   const NoDenormals plain;
+  try {
+    read(calls, logits);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(needs(calls));
+  }
+}
+
+void Engine::read(const std::vector<Call>& calls, float* logits) {
   // Short calls together, in groups that one pass over the weights serves; long ones each by itself. What a token's
   // arithmetic is depends on its own call's length alone, never on its company.
   std::vector<float*> outputs;
@@ -259,8 +319,10 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
     const int per_panel = std::max(2, static_cast<int>(kPanelBytes / block_bytes) / 2 * 2);
     const int fair = (w.blocks() + 4 * pool_.size() - 1) / (4 * pool_.size());
     const int step = std::clamp(std::min(per_panel, (fair + 1) / 2 * 2), 2, kMostPanelBlocks);
+    const size_t values = static_cast<size_t>(step) * static_cast<size_t>(w.groups()) * 512;
+    for (int thread = 0; thread < pool_.size(); ++thread) panel(thread, values);  // here, since a worker that throws ends the program
     pool_.take((w.blocks() + step - 1) / step, [&](int item, int thread) {
-      uint16_t* room = panel(thread, static_cast<size_t>(step) * static_cast<size_t>(w.groups()) * 512);
+      uint16_t* room = panel(thread, values);
       kernels.multiply_many(w, item * step, std::min(w.blocks(), (item + 1) * step), a, y, static_cast<size_t>(w.rows), room);
     });
     return;
@@ -435,12 +497,15 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
   observe(name, b.t.data(), rows, hidden);
 }
 
+// Tokens that keys and values get room for when they must hold `length`.
+int Engine::capacity_for(int length) { return std::max(256, length + length / 4); }
+
 void Engine::append(Cache& cache, int length, const float* k, const float* v, size_t stride) {
   const size_t d = static_cast<size_t>(config.attention_head_dim), heads = static_cast<size_t>(config.num_key_value_heads);
   const int end = cache.length + length;
   if (!cache.buffer || cache.buffer->used != cache.length || cache.buffer->capacity < end) {
     auto grown = std::make_shared<Buffer>();
-    grown->capacity = std::max(256, end + end / 4);
+    grown->capacity = capacity_for(end);
     grown->keys.resize(heads * static_cast<size_t>(grown->capacity) * d);
     grown->values.resize(grown->keys.size());
     if (cache.buffer)

@@ -2,6 +2,8 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -51,11 +53,25 @@ struct Call {
   int logits;  // trailing positions wanted
 };
 
+inline constexpr int kWidest = 1 << 21;      // of any row of weights or activations, 60 times what the 7B model needs: with
+inline constexpr int kMostTokens = 1 << 30;  // this many tokens of a state, no int below overflows
+
+// Not enough memory for a call; says how much was needed and for what.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string what) : what_(std::move(what)) {}
+  const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
+
 using Observer = std::function<void(const std::string&, const float*, int, int)>;  // name, data (rows, cols)
 
 class Engine {
  public:
-  Engine(const Config& config, int threads, const Kernels& kernels);
+  // Throws std::invalid_argument for sizes that do not belong together or are too large. processors: see Pool.
+  Engine(const Config& config, int threads, const Kernels& kernels, const std::vector<int>& processors = {});
 
   // Bytes must stay valid; a size that does not fit the config is refused. format is used for matrices only.
   void set_matrix(const std::string& name, Format format, const uint8_t* data, size_t bytes);
@@ -64,7 +80,8 @@ class Engine {
 
   State new_state() const;
   // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other. States are updated in place:
-  // an exception leaves those of the call broken. Throws std::domain_error if a logit is not finite.
+  // an exception leaves those of the call broken. Throws std::domain_error if a logit is not finite, std::invalid_argument
+  // for calls that are too long, OutOfMemory. One thread at a time, others wait.
   void forward(const std::vector<Call>& calls, float* logits);
 
   const Config config;
@@ -98,12 +115,15 @@ class Engine {
   };
   struct Buffers;
 
+  void read(const std::vector<Call>& calls, float* logits);
+  std::string needs(const std::vector<Call>& calls) const;
   void run(const std::vector<Segment>& segments, const int32_t* tokens, int rows, bool many, const std::vector<int>& wanted, float* logits);
   void shared_block(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void attention(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void mixer(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y);
   void norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y);
+  static int capacity_for(int length);
   void append(Cache& cache, int length, const float* k, const float* v, size_t stride);
   void observe(const std::string& name, const float* data, int rows, int cols);
   void observe_input(const Matrix& w, const float* x, size_t stride, int rows);
@@ -117,6 +137,8 @@ class Engine {
   std::unordered_map<std::string, Matrix*> matrices_;
   std::unordered_map<std::string, std::pair<std::vector<float>*, size_t>> vectors_;
   std::unordered_map<std::string, bool> seen_;
+  const uint8_t *lowest_ = nullptr, *highest_ = nullptr;  // of the matrices' bytes
+  std::mutex one_at_a_time_;
   Pool pool_;
   std::unique_ptr<Buffers> b_;
   Activations activations_;

@@ -383,12 +383,12 @@ struct F16 {
   friend F16 min(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
   friend F16 abs(F16 a) { ZAMBA2_EACH(std::fabs(a.v[i])); }
   friend F16 round(F16 a) { ZAMBA2_EACH(std::nearbyintf(a.v[i])); }
-  friend F16 pow2(F16 n) { ZAMBA2_EACH(std::ldexp(1.0f, static_cast<int>(n.v[i]))); }
+  friend F16 pow2(F16 n) { ZAMBA2_EACH(std::ldexp(1.0f, n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0)); }
   friend F16 copysign(F16 a, F16 s) { ZAMBA2_EACH(std::copysign(a.v[i], s.v[i])); }
   friend F16 where_at_least(F16 x, F16 bound, F16 a) { ZAMBA2_EACH(x.v[i] < bound.v[i] ? 0.0f : a.v[i]); }
   friend float sum(F16 a) { for (int w = 8; w; w /= 2) for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w]; return a.v[0]; }
   friend float largest(F16 a) { for (int i = 1; i < 16; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0]; return a.v[0]; }
-  void store_i8(int8_t* p) const { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(std::nearbyintf(v[i])); }
+  void store_i8(int8_t* p) const { for (int i = 0; i < 16; ++i) p[i] = v[i] == v[i] ? static_cast<int8_t>(std::nearbyintf(v[i])) : 0; }
 };
 
 struct I16 {
@@ -432,7 +432,7 @@ using Sum4 = I16;
 // e^x within 2 ulp; 0 below -87, where fp32 would be denormal. Cephes' polynomial for the remainder after powers of two.
 ZAMBA2_INLINE F16 exp(F16 x) {
   const F16 low = F16::set1(-87.0f);
-  const F16 clipped = max(min(x, F16::set1(88.0f)), low);
+  const F16 clipped = max(low, min(F16::set1(88.0f), x));  // in this order NaN stays NaN
   const F16 n = round(clipped * F16::set1(1.44269504088896341f));
   F16 r = fma(n, F16::set1(-0.693359375f), clipped);
   r = fma(n, F16::set1(2.12194440e-4f), r);

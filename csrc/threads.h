@@ -2,8 +2,15 @@
 #pragma once
 #include <atomic>
 #include <functional>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,23 +47,60 @@ class NoDenormals {
 #endif
 };
 
+// Keeps the calling thread on one processor (Linux; elsewhere, or for -1, does nothing); false if the system refuses.
+inline bool pin([[maybe_unused]] int processor) {
+#if defined(__linux__)
+  if (processor < 0 || processor >= CPU_SETSIZE) return processor < 0;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(processor, &set);
+  return sched_setaffinity(0, sizeof set, &set) == 0;
+#else
+  return true;
+#endif
+}
+
+// While it lives, this thread stays on the first of the processors, if there are any; then its own setting is restored.
+class Pinned {
+ public:
+#if defined(__linux__)
+  explicit Pinned(const std::vector<int>& processors) : held_(!processors.empty() && sched_getaffinity(0, sizeof before_, &before_) == 0 && pin(processors[0])) {}
+  ~Pinned() {
+    if (held_) sched_setaffinity(0, sizeof before_, &before_);
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+  cpu_set_t before_;
+  bool held_;
+#else
+  explicit Pinned(const std::vector<int>&) {}
+#endif
+};
+
 class Pool {
   static constexpr int kSpins = 2000;  // about 0.1 ms: longer than the gap between two regions, short where cores are busy
 
  public:
-  explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  // processors: one for each thread to stay on, the first for the caller's (see Pinned), or none. Throws std::runtime_error
+  // if the system gives no more threads.
+  explicit Pool(int threads, const std::vector<int>& processors = {}) : processors_(processors) {
+    try {
+      workers_.reserve(static_cast<size_t>(threads - 1));
+      for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error& error) {
+      const std::string count = std::to_string(size());
+      stop();
+      throw std::runtime_error("the system gives " + count + " of " + std::to_string(threads) + " threads (" + error.code().message() + ")");
+    }
   }
-  ~Pool() {
-    stop_.store(true);
-    turn_.fetch_add(1);
-    turn_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
+  ~Pool() { stop(); }
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
+  const std::vector<int>& processors() const { return processors_; }
 
   // Calls f(first, last, thread) on contiguous shares of [0, count), on all threads; returns when all are done.
   template <class F>
@@ -93,8 +137,16 @@ class Pool {
       else std::this_thread::yield();
   }
 
+  void stop() {
+    stop_.store(true);
+    turn_.fetch_add(1);
+    turn_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
   void work(int i) {
     const NoDenormals plain;
+    if (!processors_.empty()) pin(processors_[static_cast<size_t>(i)]);
     uint64_t seen = 0;
     for (;;) {
       for (int spins = 0; turn_.load(std::memory_order_acquire) == seen; ++spins) {
@@ -108,6 +160,7 @@ class Pool {
     }
   }
 
+  const std::vector<int> processors_;
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> turn_{0};
   std::atomic<int> left_{0};

@@ -37,7 +37,8 @@ from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Request, collect, run
 from zamba2.runtime.backend import Backend, Row
-from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState, default_threads
+from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState
+from zamba2.runtime.processors import default_threads
 from zamba2.weights import packed
 from zamba2.weights.formats import FORMATS
 

@@ -19,7 +19,7 @@ from zamba2.bench.peers import PEERS, Worker, cache_folder, need_disk
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.runtime.native import default_threads
+from zamba2.runtime.processors import default_threads
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named
 from zamba2.weights.hub import DEFAULT, resolve

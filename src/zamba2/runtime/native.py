@@ -16,12 +16,13 @@ import zamba2._engine as _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Logits, Row, State, check_row
+from zamba2.runtime.processors import MOST_THREADS, default_threads, processors_for
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format
 from zamba2.weights.packed import Packing, open_packed
 
-__all__ = ["NativeBackend", "NativeState", "default_threads"]
+__all__ = ["NativeBackend", "NativeState"]
 
 PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence
 SHORT = 8  # tokens of a call up to which each token's arithmetic is that of a call of its own (kMostRows in csrc/kernels.h)
@@ -31,22 +32,6 @@ ENGINE_KEYS = (
     "attention_head_dim", "intermediate_size", "adapter_rank", "rms_norm_eps", "attention_scale", "rope_base", "use_mem_rope",
     "use_shared_attention_adapter", "tie_word_embeddings",
 )  # fmt: skip
-
-
-def default_threads() -> int:
-    """Processors this process may use, a container's CPU quota included; ZAMBA2_THREADS overrides."""
-    wanted = os.environ.get("ZAMBA2_THREADS")
-    if wanted:
-        if not wanted.isdecimal() or not 0 < int(wanted) <= 1024:
-            raise Zamba2Error(f"ZAMBA2_THREADS is {wanted!r}; a whole number from 1 to 1024 is needed.")
-        return int(wanted)
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no quota, or none that can be read
-        pass
-    return count
 
 
 class NativeLogits:
@@ -86,7 +71,7 @@ class NativeState:
         inner, tokens = self.before
         if n:
             left, _ = self.backend._stretches(inner, tokens[:n], 0)
-            self.backend.engine.forward([inner], [tokens[n - left : n]], [0])
+            self.backend._read([inner], [tokens[n - left : n]], [0])
         self.inner, self.before = inner, None
 
     def save(self, path: Path, *, note: str = "") -> None:
@@ -94,6 +79,8 @@ class NativeState:
             tensors = self.backend.engine.export_state(self.inner)
         except ValueError as error:
             raise Zamba2Error(f"the state cannot be saved: {error}.") from None
+        except MemoryError:
+            raise Zamba2Error(f"there is not enough memory to save the state; {self.nbytes} bytes are needed.") from None
         entries = [
             (name, "F32" if t.dtype == np.float32 else "BF16", (t.size,), lambda t=t: [t.reshape(-1).view(np.uint8).data])
             for name, t in tensors.items()
@@ -125,30 +112,40 @@ class NativeState:
             if not finite:
                 raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
             arrays[name] = array
-        return engine.import_state(position, arrays["conv"], arrays["ssm"], [arrays[name] for name in caches])
+        try:
+            return engine.import_state(position, arrays["conv"], arrays["ssm"], [arrays[name] for name in caches])
+        except MemoryError:
+            needed = sum(array.nbytes for array in arrays.values())
+            raise Zamba2Error(f"{path}: there is not enough memory for the state; {needed} bytes are needed.") from None
+        except ValueError as error:
+            raise Zamba2Error(f"{path}: {error}.") from None
 
 
 class NativeBackend:
     """``Backend`` over the native engine and a packed checkpoint folder."""
 
-    def __init__(self, path: Path, config: Config, *, threads: int | None = None, isa: str = "") -> None:
+    def __init__(self, path: Path, config: Config, *, threads: int | None = None, pin: bool | None = None, isa: str = "") -> None:
         self.config = config
         self._file, self.packing, plan = open_packed(path, config)
+        settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
         try:
-            settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
-            self.engine = _engine.Engine(settings, default_threads() if threads is None else threads, isa)
-        except (RuntimeError, ValueError) as error:
-            raise Zamba2Error(f"the native engine cannot start: {error}.") from None
-        for part in plan:
-            data = np.frombuffer(self._file.map(part.name), dtype=np.uint8)
-            if part.is_matrix:
-                self.engine.set_matrix(part.name, self.packing.of(part).number, data)
-            else:
+            count, processors = chosen_threads(threads, pin)
+            self.engine = _engine.Engine(settings, count, isa, processors)
+            for part in plan:
+                data = np.frombuffer(self._file.map(part.name), dtype=np.uint8)
+                if part.is_matrix:
+                    self.engine.set_matrix(part.name, self.packing.of(part).number, data)
+                    continue
                 values = data.view(np.float32).copy()
                 if not np.isfinite(values).all():  # int8 codes would hide it
                     raise Zamba2Error(f"{path}: tensor {part.name} has values that are not finite; quantize the checkpoint again.")
                 self.engine.set_vector(part.name, values)
-        self.engine.check_complete()
+            self.engine.check_complete()
+        except (RuntimeError, ValueError) as error:
+            raise Zamba2Error(f"the native engine cannot start: {error}.") from None
+        except MemoryError:
+            needed = sum(4 * part.count for part in plan if not part.is_matrix)
+            raise Zamba2Error(f"{path}: there is not enough memory to start; {needed} bytes are needed beside the mapped file.") from None
         self.fingerprint = fingerprint(self._file, config, self.packing)
 
     @property
@@ -182,17 +179,16 @@ class NativeBackend:
             for state, own, row in zip(states, tokens, rows, strict=True)
         ]
         before = [state.inner if row.record else None for row, state in zip(rows, states, strict=True)]
+        # a prompt's stretches first, then what is left of every row in one call
+        scores = [self._stretches(inner, own, row.logits) for inner, own, row in zip(work, tokens, rows, strict=True)]
+        rest = [own[len(own) - left :] for own, (left, _) in zip(tokens, scores, strict=True)]
+        wanted = [min(row.logits, len(own)) for row, own in zip(rows, rest, strict=True)]
+        last = np.split(self._read(work, rest, wanted), np.cumsum(wanted)[:-1]) if rows else []
         try:
-            # a prompt's stretches first, then what is left of every row in one call
-            scores = [self._stretches(inner, own, row.logits) for inner, own, row in zip(work, tokens, rows, strict=True)]
-            rest = [own[len(own) - left :] for own, (left, _) in zip(tokens, scores, strict=True)]
-            wanted = [min(row.logits, len(own)) for row, own in zip(rows, rest, strict=True)]
-            last = np.split(self.engine.forward(work, rest, wanted), np.cumsum(wanted)[:-1]) if rows else []
-        except ArithmeticError:
-            raise Zamba2Error("the model computed values that are not finite; the packed checkpoint is damaged: quantize again.") from None
-        except ValueError as error:
-            raise Zamba2Error(f"the native engine cannot go on: {error}.") from None
-        found = [np.concatenate([*first, own]) if first else own for (_, first), own in zip(scores, last, strict=True)]
+            found = [np.concatenate([*first, own]) if first else own for (_, first), own in zip(scores, last, strict=True)]
+        except MemoryError:
+            needed = 4 * self.config.vocab_size * sum(row.logits for row in rows)
+            raise Zamba2Error(f"there is not enough memory for this; {needed} bytes of logits are needed.") from None
         for state, inner, row, old in zip(states, work, rows, before, strict=True):
             state.inner = inner
             state.before = None if old is None else (old, np.asarray(row.tokens, dtype=np.int32))
@@ -202,11 +198,25 @@ class NativeBackend:
         """Read tokens up to the last border before their end; returns how many are left, and the logits wanted before them."""
         found = []
         while (step := PREFILL_CHUNK - inner.position % PREFILL_CHUNK) < len(tokens):
-            scores = self.engine.forward([inner], [tokens[:step]], [max(0, wanted - len(tokens) + step)])
+            scores = self._read([inner], [tokens[:step]], [max(0, wanted - len(tokens) + step)])
             if len(scores):
                 found.append(scores)
             tokens = tokens[step:]
         return len(tokens), found
+
+    def _read(self, states: list[Any], tokens: list[npt.NDArray[np.int32]], wanted: list[int]) -> Any:
+        """The engine's forward: logits (sum of wanted, V). Raises Zamba2Error; the states are unusable then."""
+        self._file.check_size()
+        try:
+            scores = self.engine.forward(states, tokens, wanted)
+        except MemoryError as error:
+            raise Zamba2Error(f"there is not enough memory for this: {error}; use a smaller model or a shorter text.") from None
+        except ArithmeticError:
+            raise Zamba2Error("the model computed values that are not finite; the checkpoint is damaged: quantize it again.") from None
+        except ValueError as error:
+            raise Zamba2Error(f"the native engine cannot go on: {error}.") from None
+        self._file.check_size()  # what lies behind the end of the file, in its last page, reads as zeros
+        return scores
 
     def _own(self, state: State) -> NativeState:
         if not isinstance(state, NativeState) or state.backend is not self:
@@ -217,6 +227,23 @@ class NativeBackend:
 def border_in(position: int, length: int) -> bool:
     """Whether a call of ``length`` tokens behind ``position`` others goes past a border of PREFILL_CHUNK."""
     return position % PREFILL_CHUNK + length > PREFILL_CHUNK
+
+
+def chosen_threads(threads: int | None, pin: bool | None) -> tuple[int, list[int]]:
+    """Thread count and the processors they are pinned to, none by default. Raises Zamba2Error.
+
+    threads: None for ``default_threads``; pin: None for what ZAMBA2_PIN says.
+    """
+    if threads is None:
+        threads = default_threads()
+    elif not 0 < threads <= MOST_THREADS:
+        raise Zamba2Error(f"threads is {threads}; a whole number from 1 to {MOST_THREADS} is needed.")
+    if pin is None:
+        setting = os.environ.get("ZAMBA2_PIN", "")
+        if setting not in ("", "0", "1"):
+            raise Zamba2Error(f"ZAMBA2_PIN is {setting!r}; 1 pins threads to processors, 0 does not.")
+        pin = setting == "1"
+    return threads, processors_for(threads) if pin else []
 
 
 def fingerprint(file: TensorFile, config: Config, packing: Packing) -> str:

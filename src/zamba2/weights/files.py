@@ -46,6 +46,7 @@ class TensorFile:
         except OSError as error:
             raise Zamba2Error(f"{path} cannot be opened ({error.strerror}); a safetensors file is needed.") from None
         self._map: mmap.mmap | None = None
+        self._size = 0
         try:
             self.entries, self.metadata = self._parse()
         except BaseException:
@@ -62,7 +63,7 @@ class TensorFile:
 
     def _parse(self) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
-            size = os.fstat(self._fd).st_size
+            size = self._size = os.fstat(self._fd).st_size
             prefix = os.pread(self._fd, 8, 0)
         except OSError as error:
             raise Zamba2Error(f"{self.path} cannot be read ({error.strerror}); a safetensors file is needed.") from None
@@ -107,10 +108,19 @@ class TensorFile:
             raise self._bad(f"tensor {name} ends at byte {data + end} and the file has {size}")
         return Entry(dtype, tuple(shape), data + start, end - start)
 
+    def check_size(self) -> None:
+        """Raises Zamba2Error if the file has become shorter since it was opened: mapped bytes may be gone."""
+        size = os.fstat(self._fd).st_size
+        if size < self._size:
+            raise Zamba2Error(f"{self.path} shrank from {self._size} to {size} bytes while in use; write or download it again.")
+
     def read(self, name: str) -> bytearray:
         """A copy of one tensor's bytes."""
         entry = self.entries[name]
-        target = bytearray(entry.nbytes)
+        try:
+            target = bytearray(entry.nbytes)
+        except MemoryError:
+            raise Zamba2Error(f"{self.path}: there is not enough memory for tensor {name}; {entry.nbytes} bytes are needed.") from None
         view, done = memoryview(target), 0
         while done < entry.nbytes:
             try:
@@ -125,7 +135,10 @@ class TensorFile:
     def map(self, name: str | None = None) -> memoryview:
         """One tensor's bytes, or all of the file's, mapped: copied by the system only if written to, never written back."""
         if self._map is None:
-            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+            try:
+                self._map = mmap.mmap(self._fd, self._size, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise Zamba2Error(f"{self.path} cannot be mapped, {self._size} bytes of address space are needed ({error}).") from None
         if name is None:
             return memoryview(self._map)
         entry = self.entries[name]
@@ -136,14 +149,21 @@ class TensorFile:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block succeeds and vanishes if it does not.
 
-    Works for a file and for a folder (created here, when the target is missing or an empty folder).
+    Works for a file and for a folder (created here, when the target is missing or an empty folder). In the main thread
+    Ctrl-C raises KeyboardInterrupt meanwhile, whatever it does elsewhere, so that nothing is left behind.
     Raises Zamba2Error when the system refuses to write (disk full, no permission).
     """
     import shutil
+    import signal
+    import threading
 
     if not path.name or "\0" in path.name:
         raise Zamba2Error(f"{path} is not a name to write to; choose another place.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    ours = callable(on_interrupt) and threading.current_thread() is threading.main_thread()  # not where it is ignored
+    if ours:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -156,6 +176,8 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             with suppress(OSError):
                 temporary.unlink()
+        if ours:
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 def write_tensors(

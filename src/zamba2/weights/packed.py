@@ -32,6 +32,7 @@ from zamba2.weights.hub_files import HubFiles
 __all__ = ["VERSION", "Packing", "Part", "check_target", "is_packed", "open_packed", "parts", "quantize", "write_packed"]
 
 VERSION = 2
+ALIGNMENT = 64  # of a matrix in the file, and so in memory
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 ROWS_AT_ONCE = 1024  # of one matrix, so that quantizing needs little memory
 MOST_THREADS = 4  # that round; each holds ROWS_AT_ONCE rows several times
@@ -80,7 +81,7 @@ EMBEDDINGS = {"q4": "q8"}  # docs/log.md: KL divergence against bytes
 
 
 def parts(config: Config) -> list[Part]:
-    """All tensors of the engine for a config, in file order."""
+    """All tensors of the engine for a config, in file order: matrices first, so that all of these are aligned."""
     hidden, wide = config.hidden_size, config.attention_hidden_size
     found = [Part("embed_tokens.weight", (config.vocab_size, hidden), ("embed_tokens.weight",))]
     if not config.tie_word_embeddings:
@@ -121,13 +122,16 @@ def parts(config: Config) -> list[Part]:
                 add(f"{attention}.linear_{letter}_adapter_list.{layer.position}.1.weight", wide, config.adapter_rank)
             add(f"{mlp}.gate_up_proj_adapter_list.{layer.position}.0.weight", config.adapter_rank, hidden)
             add(f"{mlp}.gate_up_proj_adapter_list.{layer.position}.1.weight", 2 * config.intermediate_size, config.adapter_rank)
-    return found
+    return sorted(found, key=lambda part: not part.is_matrix)
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a folder holds a packed checkpoint."""
+    """Whether a folder holds a packed checkpoint. A file that cannot be read is none: who reads it says what is wrong with it."""
     file = path / "model.safetensors"
-    return path.is_dir() and file.exists() and "zamba2" in TensorFile(file).metadata
+    try:
+        return path.is_dir() and file.exists() and "zamba2" in TensorFile(file).metadata
+    except Zamba2Error:
+        return False
 
 
 def open_packed(path: Path, config: Config) -> tuple[TensorFile, Packing, list[Part]]:
@@ -146,6 +150,8 @@ def open_packed(path: Path, config: Config) -> tuple[TensorFile, Packing, list[P
         if (entry.dtype, entry.shape) != wanted:
             found = f"{entry.dtype} {list(entry.shape)}"
             raise Zamba2Error(f"{file.path}: tensor {part.name} is {found}; {wanted[0]} {list(wanted[1])} is needed.")
+        if part.is_matrix and entry.start % ALIGNMENT:
+            raise Zamba2Error(f"{file.path}: tensor {part.name} starts at byte {entry.start}, no multiple of {ALIGNMENT}; quantize again.")
     return file, packing, plan
 
 

@@ -1,0 +1,92 @@
+"""How many threads a computation on this machine should have, and on which processors."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from zamba2.errors import Zamba2Error
+
+__all__ = ["MOST_THREADS", "cores", "default_threads", "processors_for", "quota"]
+
+MOST_THREADS = 1024
+SYSTEM = Path("/sys")
+CGROUPS = Path("/proc/self/cgroup")
+
+
+def default_threads() -> int:
+    """ZAMBA2_THREADS, else one thread for each physical core this process may use, within its container's CPU quota.
+
+    Two hyper-threads of a core share its multipliers and its way to memory, so a second one only waits. A quota that is no
+    whole number is rounded to the nearest: with 1.5 processors two threads are held back a quarter of the time, but one
+    thread would leave a third of the quota unused. Raises Zamba2Error for a ZAMBA2_THREADS that is no count.
+    """
+    wanted = os.environ.get("ZAMBA2_THREADS")
+    if wanted:
+        if not (wanted.isascii() and wanted.isdecimal() and 0 < int(wanted) <= MOST_THREADS):
+            raise Zamba2Error(f"ZAMBA2_THREADS is {wanted!r}; a whole number from 1 to {MOST_THREADS} is needed.")
+        return int(wanted)
+    limit = quota()
+    count = len(cores())
+    return min(MOST_THREADS, count if limit is None else max(1, min(count, int(limit + 0.5))))
+
+
+def processors_for(threads: int) -> list[int]:
+    """One processor for each thread to be pinned to: a hyper-thread of each core first. Raises Zamba2Error."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise Zamba2Error(f"threads cannot be pinned on {platform.system()}; leave the option out: this is possible on Linux only.")
+    by_core = cores()
+    order = [group[i] for i in range(max(map(len, by_core))) for group in by_core if i < len(group)]
+    if threads > len(order):
+        raise Zamba2Error(f"{threads} threads cannot be pinned to the {len(order)} processors of this process; take fewer threads.")
+    return order[:threads]
+
+
+def cores() -> list[list[int]]:
+    """The processors this process may use, grouped by physical core."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [[i] for i in range(os.cpu_count() or 1)]  # Apple's processors have one thread a core
+    groups: dict[str, list[int]] = {}
+    for processor in sorted(os.sched_getaffinity(0)):
+        siblings = SYSTEM / f"devices/system/cpu/cpu{processor}/topology/thread_siblings_list"
+        groups.setdefault(_text(siblings) or str(processor), []).append(processor)
+    return list(groups.values())
+
+
+def quota() -> float | None:
+    """Processors that this process's control groups (version 1 or 2, each with those around it) let it keep busy; None for no limit."""
+    found = [quota / period for quota, period in _limits() if quota > 0 and period > 0]
+    return min(found, default=None)
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """(quota, period) in microseconds of every group that holds this process and can be seen from inside its container."""
+    mounted = SYSTEM / "fs" / "cgroup"
+    for line in _text(CGROUPS).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if number == "0" and not controllers:
+            root = mounted
+        elif "cpu" in controllers.split(","):
+            root = next((root for root in (mounted / controllers, mounted / "cpu") if root.is_dir()), mounted)
+        else:
+            continue
+        inner = root / group.strip("/")
+        # A container may show the host's path, which does not exist inside; its own group is then the root.
+        for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(root):
+                break
+            text = _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+            numbers = text.split()
+            if len(numbers) == 2 and all(number.isdecimal() for number in numbers):  # not "max", not -1: no limit
+                yield int(numbers[0]), int(numbers[1])
+
+
+def _text(path: Path) -> str:
+    """A small file of the system's, without the line's end; "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
