@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from zamba2 import _engine
 from zamba2.cli import run
-from zamba2.commands.info import draw
+from zamba2.commands.info import bytes_per_token, draw
 from zamba2.config import PRESETS, Config
+from zamba2.weights.formats import FORMATS
 from zamba2.weights.hub import DEFAULT
+from zamba2.weights.packed import parts, quantize
 
 PARAMETERS = {"1.2b": 1_215_064_704, "2.7b": 2_662_214_560, "7b": 7_356_749_648}  # of the published checkpoints (FACTS 2)
 
@@ -37,6 +40,8 @@ def test_json_numbers_are_the_configs(name: str, capsys: pytest.CaptureFixture[s
     """Every number of the document is computed by Config, and the document's config is that Config."""
     data, config = document(capsys, name), PRESETS[name]
     assert Config.from_dict(data.pop("config")) == config
+    assert data.pop("machine").keys() == {"native_engine", "instruction_sets", "instruction_set", "threads"}
+    assert data.pop("runs").keys() == {"backend", "format", "weight_bytes_per_token"}
     layers = data.pop("layers")
     assert [(layer["index"], layer["position"], layer["block"]) for layer in layers] == [
         (layer.index, layer.position, layer.block) for layer in config.layers
@@ -124,3 +129,47 @@ def test_a_folder_wins_over_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     shutil.copytree(DEFAULT, tmp_path / "2.7b")
     assert document(capsys, "2.7b")["config"]["hidden_size"] == 64
+
+
+# Weights that a token applies are at 4.5, 8.5 or 16 bits, but for vectors in fp32 and what blocks of 16 rows and 32 inputs add.
+@pytest.mark.parametrize("name", PRESETS)
+def test_bytes_per_token(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A published shape would run on the native engine in q4: its weights per token at 4.5 bits, but for the embeddings' 8.5."""
+    runs, config = document(capsys, name)["runs"], PRESETS[name]
+    assert (runs["backend"], runs["format"]) == ("native", "q4")
+    expected = (config.weights_per_token() * 4.5 + config.vocab_size * config.hidden_size * 4) / 8
+    assert runs["weight_bytes_per_token"] == pytest.approx(expected, rel=5e-3)
+    assert "the native engine, q4" in info(capsys, name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_matrix_is_counted_as_often_as_it_is_read(tied: bool) -> None:
+    """With one byte a weight, bytes per token are the config's weights per token; an untied embedding is not read."""
+    config = Config.from_dict(PRESETS["1.2b"].to_dict() | {"num_mem_blocks": 2, "tie_word_embeddings": tied})
+    assert bytes_per_token(config, {part.name: part.count for part in parts(config)}) == config.weights_per_token()
+
+
+def test_machine_is_what_the_engine_finds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Instruction sets, the one in use and threads are the engine's, ZAMBA2_ISA and ZAMBA2_THREADS included; bad ones are refused."""
+    monkeypatch.setenv("ZAMBA2_ISA", "scalar")
+    monkeypatch.setenv("ZAMBA2_THREADS", "3")
+    machine = document(capsys, "2.7b")["machine"]
+    assert machine == {
+        "native_engine": "installed", "instruction_sets": _engine.available(), "instruction_set": "scalar", "threads": 3,
+    }  # fmt: skip
+    assert f"scalar (here: {', '.join(_engine.available())})" in info(capsys, "2.7b")
+    monkeypatch.setenv("ZAMBA2_ISA", "sse")
+    assert run(["info", "2.7b"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "ZAMBA2_ISA is 'sse'" in err
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_checkpoint(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A packed checkpoint's format and bytes per token are told, the latter from its own file."""
+    quantize(DEFAULT, tmp_path / "packed", FORMATS[format])
+    runs = document(capsys, str(tmp_path / "packed"))["runs"]
+    assert (runs["backend"], runs["format"]) == ("native", format)
+    config = Config.from_file(DEFAULT / "config.json")
+    assert runs["weight_bytes_per_token"] == pytest.approx(config.weights_per_token() * FORMATS[format].bits / 8, rel=0.3)
+    assert f"read per token in {format}" in info(capsys, str(tmp_path / "packed"))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_hub import FakeHub
 
 import zamba2
+from zamba2 import api
 from zamba2.cli import run
 from zamba2.errors import Zamba2Error
 from zamba2.language.model import LanguageModel
@@ -112,8 +117,118 @@ def test_format_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         packings.append("packing" in capsys.readouterr().err)
     assert counts == [1, 1, 2, 2, 3]
     assert packings == [True, False, True, False, True]
-    assert type(zamba2.load(source).backend).__name__ == "TorchBackend"
-    assert zamba2.load(source, backend="native").backend.format.name == "q8"  # type: ignore[attr-defined]
+
+
+def test_default_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU a checkpoint runs on the native engine: a small one as bf16 and without a trace, a larger one as q4, packed
+    into the cache once, which a notice explains. A device or dtype, and backend="torch", give PyTorch, without packing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    small = zamba2.load(DEFAULT)
+    assert isinstance(small.backend, NativeBackend) and small.backend.format.name == "bf16"
+    assert list(tmp_path.iterdir()) == []
+    assert small.generate("hi", max_tokens=3).tokens == zamba2.load(DEFAULT, format="bf16").generate("hi", max_tokens=3).tokens
+    capsys.readouterr()
+    monkeypatch.setattr(api, "SMALL", 1000)
+    for first in (True, False):
+        large = zamba2.load(DEFAULT)
+        assert isinstance(large.backend, NativeBackend) and large.backend.format.name == "q4"
+        assert bool(re.search("packing .* as q4 .*format q8 or bf16", capsys.readouterr().err)) is first
+    kept = sorted((tmp_path / "cache").rglob("*"))
+    for options in ({"device": "cpu"}, {"dtype": "float32"}, {"backend": "torch"}):
+        assert type(zamba2.load(DEFAULT, **options).backend).__name__ == "TorchBackend"
+    with pytest.raises(Zamba2Error, match="for the native engine"):
+        zamba2.load(DEFAULT, dtype="float32", threads=2)
+    assert sorted((tmp_path / "cache").rglob("*")) == kept
+
+
+def test_thread_options(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--threads and --pin change no word; a count that is none, and either for PyTorch, is refused in one line."""
+    line = ["generate", "hi", "-n", "3", "--model", str(packed)]
+    expected = told(capsys, *line)[1]
+    for options in (["--threads", "2"], ["--threads", "1", "--pin"]):
+        assert told(capsys, *line, *options)[:2] == (0, expected)
+    for options in (["--threads", "0"], ["--threads", "many"], ["--threads", "1025"], ["--threads", "1", "--dtype", "float32"]):
+        code, out, err = told(capsys, *line, *options)
+        assert (code, out, len(err)) == (2, "", 1), err
+    code, _, err = told(capsys, "generate", "hi", "--threads", "2", "--dtype", "float32")
+    assert code == 2 and "for the native engine" in err[0]
+
+
+@pytest.mark.parametrize(("driver", "finds", "backend"), [(True, True, "torch"), (True, False, "native"), (False, True, "native")])
+def test_default_with_a_gpu(driver: bool, finds: bool, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch is the default where a GPU's driver is there and PyTorch can use it; it is not asked where there is no driver."""
+    import torch
+
+    monkeypatch.setattr(api, "GPU_DRIVERS", (str(tmp_path if driver else tmp_path / "none"),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: finds)
+    assert api.backend_for(DEFAULT) == backend
+    assert api.backend_for(None) == backend
+
+
+def test_packed_repository_on_the_hub(packed: Path, tmp_path: Path) -> None:
+    """A packed folder uploaded to the Hub runs from there: its files alone are fetched, and nothing is packed."""
+    upload = tmp_path / "upload"
+    shutil.copytree(packed, upload)
+    (upload / "README.md").write_text("a card")
+    (upload / "original.pt").write_bytes(bytes(100))
+    with FakeHub({"me/zamba2-q4": {"main": upload}}) as server:
+        environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "zamba2", "generate", "hi", "-n", "3", "--model", "me/zamba2-q4"]
+        environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+        fetched = {line.rpartition("/")[2] for line in server.requests if line.startswith("GET") and "/resolve/" in line}
+    assert (done.returncode, done.stdout) == (0, zamba2.load(packed).generate("hi", max_tokens=3).text + "\n"), done.stderr
+    assert fetched == {path.name for path in packed.iterdir()}
+    assert "packing" not in done.stderr and not (tmp_path / "cache").exists()
+
+
+SLOWLY = """
+import os, signal, sys, time
+from zamba2.weights import packed
+before = packed.pack
+def slowly(*arguments):
+    print("packing", flush=True)
+    time.sleep(0.2)
+    return before(*arguments)
+packed.pack = slowly
+from zamba2 import __main__, api
+api.SMALL = 1
+sys.argv = ["zamba2", *sys.argv[1:]]
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("command", [["quantize", "default", "TARGET"], ["generate", "hi"], ["chat"]])
+def test_interrupted_packing_leaves_nothing(command: list[str], tmp_path: Path) -> None:
+    """Ctrl-C while a checkpoint is packed, by hand or on first use, ends the program with one line and leaves no file behind."""
+    program = [sys.executable, "-c", SLOWLY, *[str(tmp_path / "target") if word == "TARGET" else word for word in command]]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(program, text=True, env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)}, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == "packing\n"
+        assert [path for path in tmp_path.rglob("*") if path.is_file()]
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert [line for line in err.splitlines() if not line.startswith(NOTICES)] == ["zamba2: interrupted."]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name.endswith(".partial")] == []
+
+
+def test_full_disk_while_packing_leaves_nothing(tmp_path: Path) -> None:
+    """A disk that is full while a checkpoint is packed on first use gives one line, exit code 2, and no file."""
+    code = (
+        "import resource, signal, sys; from zamba2 import api; from zamba2.cli import run; api.SMALL = 1\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(run(['generate', 'hi']))"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(NOTICES)]
+    assert done.returncode == 2 and len(lines) == 1 and "cannot be written" in lines[0], done.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_streams_and_conversations(packed: Path, tmp_path: Path) -> None:

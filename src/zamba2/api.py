@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ from zamba2.runtime.backend import Backend
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format, format_named
 from zamba2.weights.hub import resolve
+from zamba2.weights.hub_files import HubFiles
 from zamba2.weights.packed import VERSION, is_packed, quantize
 
 if TYPE_CHECKING:
@@ -26,11 +30,14 @@ __all__ = ["load", "read_config"]
 
 BACKENDS = ("torch", "native")
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
+SMALL = 1 << 25  # parameters; 64 MB in bf16
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' for its Linux, AMD's
 
 
 def load(
     source: str | Path, *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
-    format: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
+    format: str | None = None, threads: int | None = None, pin: bool | None = None, adapter: str | None = None,
+    revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """See ``zamba2.load``."""
     if adapter is not None:
@@ -41,21 +48,20 @@ def load(
     config = read_config(path)
     tokenizer = tokenizer_of(path, config)
     random = is_random(path)
-    if not is_packed(path):
-        if format is None and backend is None and device in (None, "cpu") and find_spec("torch") is None:
-            format = "bf16"  # the checkpoint's own precision
-            notice("PyTorch is not installed: running on the CPU through the native engine.")
-        if format is not None or backend == "native":
-            if backend == "torch":
-                raise Zamba2Error(f"format is {format!r}; PyTorch runs the checkpoint as it is: leave the format or the backend out.")
-            refuse_torch_options(device, dtype)
-            path = packed_copy(path, format_named(format or "q8"))
     chosen: Backend
     if backend is not None and not isinstance(backend, str):
         chosen = backend
-    elif is_packed(path):
-        chosen = native_backend(path, config, format, backend, device, dtype)
+    elif (backend or backend_for(path, device=device, dtype=dtype, format=format)) == "native":
+        refuse_torch_options(device, dtype)
+        with packed_folder(path, config, format) as packed:
+            chosen = native_backend(packed, config, format, threads, pin)
     else:
+        if is_packed(path):
+            raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
+        if format is not None:
+            raise Zamba2Error(f"format is {format!r}; PyTorch runs the checkpoint as it is: leave the format or the backend out.")
+        if threads is not None or pin:
+            raise Zamba2Error("threads and pin are for the native engine; for PyTorch set OMP_NUM_THREADS, or leave device and dtype out.")
         chosen = torch_backend()(path, config=config, device=device, dtype=dtype)
     model = LanguageModel(chosen, tokenizer, name=str(source), is_random=random)
     if model.is_random:
@@ -63,21 +69,31 @@ def load(
     return model
 
 
-def native_backend(
-    path: Path, config: Config, format: str | None, backend: str | None, device: str | None, dtype: str | None
-) -> NativeBackend:
-    """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
-    if backend == "torch":
-        raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
-    refuse_torch_options(device, dtype)
-    try:
-        from zamba2.runtime.native import NativeBackend
-    except ImportError as error:
-        raise Zamba2Error(f"the native engine is not installed ({error}); install the package with a C++ compiler present.") from None
-    native = NativeBackend(path, config)
-    if format is not None and native.format.name != format:
-        raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
-    return native
+def backend_for(path: Path | None, *, device: str | None = None, dtype: str | None = None, format: str | None = None) -> str:
+    """The backend that runs a checkpoint if none is asked for.
+
+    The native engine for packed checkpoints, for a format, and on machines without a GPU that PyTorch can use; PyTorch
+    where there is one, for a device or dtype, and for standalone files, which it alone reads. path: None for any checkpoint
+    that is not packed.
+    """
+    if format is not None or (path is not None and is_packed(path)):
+        return "native"
+    standalone = path is not None and path.is_file()
+    return "torch" if standalone or device is not None or dtype is not None or has_gpu() else "native"
+
+
+def has_gpu() -> bool:
+    """Whether PyTorch is installed and finds a CUDA or ROCm GPU; it is imported only where a driver is present."""
+    if find_spec("torch") is None or not any(os.path.exists(driver) for driver in GPU_DRIVERS):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def default_format(config: Config) -> str:
+    """The packed format if none is asked for: bf16, exact, for small models; else q4, the fastest and smallest."""
+    return "bf16" if config.num_parameters <= SMALL else "q4"
 
 
 def refuse_torch_options(device: str | None, dtype: str | None) -> None:
@@ -88,18 +104,54 @@ def refuse_torch_options(device: str | None, dtype: str | None) -> None:
         raise Zamba2Error(f"dtype is {dtype!r}; a packed checkpoint has its format: leave it out.")
 
 
-def packed_copy(path: Path, format: Format) -> Path:
-    """A packed copy of a checkpoint folder in the user's cache, made on first use. Raises Zamba2Error."""
+def packed_folder(path: Path, config: Config, format: str | None) -> AbstractContextManager[Path]:
+    """The checkpoint packed: itself, a small model's own for this run alone, or a copy in the user's cache. Raises Zamba2Error."""
+    if is_packed(path):
+        return nullcontext(path)
     if path.is_file():
         raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it for the native engine.")
+    if format is None and default_format(config) == "bf16":
+        return packed_for_now(path)
+    chosen = format_named(format or default_format(config))
+    HubFiles(path, config)  # complain about what is missing before anything is said or written
+    return nullcontext(packed_copy(path, chosen, explain=format is None))
+
+
+@contextmanager
+def packed_for_now(path: Path) -> Iterator[Path]:
+    """A small checkpoint packed as bf16 in a folder that is gone behind the block: what is mapped by then stays."""
+    with tempfile.TemporaryDirectory(prefix="zamba2-") as folder:
+        quantize(path, Path(folder) / "packed", format_named("bf16"))
+        yield Path(folder) / "packed"
+
+
+def native_backend(path: Path, config: Config, format: str | None, threads: int | None, pin: bool | None) -> NativeBackend:
+    """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
+    try:
+        from zamba2.runtime.native import NativeBackend
+    except ImportError as error:
+        raise Zamba2Error(f"the native engine is not installed ({error}); install the package with a C++ compiler present.") from None
+    native = NativeBackend(path, config, threads=threads, pin=pin)
+    if format is not None and native.format.name != format:
+        raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
+    return native
+
+
+def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
+    """A packed copy of a checkpoint folder in the user's cache, made on first use. Raises Zamba2Error."""
     files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
     marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.sha256(json.dumps([VERSION, format.name, marks]).encode()).hexdigest()[:20]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     target = Path(base) / "zamba2" / "packed" / f"{format.name}-{name}"
     if not is_packed(target):
-        notice(f"packing {path} as {format.name} into {target}, once.")
-        quantize(path, target, format)
+        why = " (the fastest on a CPU; format q8 or bf16 is nearer to the original)" if explain else ""
+        notice(f"packing {path} as {format.name}{why} into {target}, once.")
+        try:
+            quantize(path, target, format)
+        except Zamba2Error:
+            if not is_packed(target):  # another program that packed the same was faster
+                raise
     return target
 
 

@@ -27,9 +27,11 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", "-m", help="Alias (2.7b-instruct, 1.2b, 7b, ...), Hub id, folder or .pt file.")]
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already downloaded.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; chosen by itself if not given.")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
-FormatName = Annotated[Optional[str], typer.Option("--format", help="q4, q8 or bf16: run packed on the CPU, packing on first use.")]
+Device = Annotated[Optional[str], typer.Option(help="Run with PyTorch on cpu, cuda, cuda:1 or mps; without: a GPU or the native engine.")]
+Dtype = Annotated[Optional[str], typer.Option(help="Run with PyTorch in float32, bfloat16 or float16.")]
+FormatName = Annotated[Optional[str], typer.Option("--format", help="q4 (the default on CPUs), q8 or bf16: packed weights, on the CPU.")]
+Threads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads of the native engine; one per core if not given.")]
+Pin = Annotated[Optional[bool], typer.Option("--pin", help="Keep each of these threads on a processor of its own (Linux).")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")]
@@ -69,6 +71,8 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     format: FormatName = None,
+    threads: Threads = None,
+    pin: Pin = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -91,7 +95,9 @@ def generate(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
     )  # fmt: skip
-    where = {"device": device, "dtype": dtype, "format": format, "revision": revision, "offline": offline}
+    where = {
+        "device": device, "dtype": dtype, "format": format, "threads": threads, "pin": pin, "revision": revision, "offline": offline,
+    }  # fmt: skip
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
 
@@ -113,6 +119,8 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     format: FormatName = None,
+    threads: Threads = None,
+    pin: Pin = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -131,7 +139,10 @@ def chat(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop,
     )  # fmt: skip
-    main(model, {"device": device, "dtype": dtype, "format": format, "revision": revision, "offline": offline}, system, options)
+    where = {
+        "device": device, "dtype": dtype, "format": format, "threads": threads, "pin": pin, "revision": revision, "offline": offline,
+    }  # fmt: skip
+    main(model, where, system, options)
 
 
 @app.command()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zamba2.api import MODEL_FILES, read_config
+from zamba2.api import MODEL_FILES, backend_for, default_format, read_config
 from zamba2.config import PRESETS, Config
+from zamba2.errors import Zamba2Error
 from zamba2.weights.hub import resolve
+from zamba2.weights.packed import Packing, is_packed, open_packed, parts
 
 __all__ = ["main"]
 
@@ -28,6 +31,8 @@ def main(model: str, *, revision: str | None, offline: bool, as_json: bool) -> N
     if path is not None:
         files = files_of(path)
         data["checkpoint"] = {"path": str(path), "files": sorted(f.name for f in files), "bytes": sum(f.stat().st_size for f in files)}
+    data["machine"] = machine()
+    data["runs"] = runs(config, path)
     if as_json:
         print(json.dumps(data))
         return
@@ -53,6 +58,51 @@ def describe(config: Config) -> dict[str, Any]:
         "conv_state_bytes_float32": config.conv_state_bytes(),
         "layers": [{"index": layer.index, "position": layer.position, "block": layer.block} for layer in config.layers],
     }
+
+
+def machine() -> dict[str, Any]:
+    """What the native engine finds here: instruction sets (the best last, and the one it takes), threads."""
+    from zamba2.runtime.processors import default_threads
+
+    try:
+        from zamba2 import _engine
+    except ImportError as error:
+        return {"native_engine": f"not installed ({error})", "instruction_sets": [], "instruction_set": None, "threads": default_threads()}
+    try:
+        chosen = _engine.chosen()
+    except RuntimeError as error:
+        raise Zamba2Error(f"{error}.") from None
+    return {
+        "native_engine": "installed", "instruction_sets": _engine.available(), "instruction_set": chosen, "threads": default_threads(),
+    }  # fmt: skip
+
+
+def runs(config: Config, path: Path | None) -> dict[str, Any]:
+    """What ``generate`` and ``chat`` run the model with if nothing is asked for; bytes of weights for each decoded token."""
+    backend = backend_for(path)
+    if backend == "torch":
+        return {"backend": backend, "format": None, "weight_bytes_per_token": None}
+    if path is not None and is_packed(path):
+        file, packing, plan = open_packed(path, config)
+        sizes = {part.name: file.entries[part.name].nbytes for part in plan}
+    else:
+        packing, plan = Packing.named(default_format(config)), parts(config)
+        sizes = {part.name: packing.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in plan}
+    return {"backend": backend, "format": packing.format.name, "weight_bytes_per_token": bytes_per_token(config, sizes)}
+
+
+def bytes_per_token(config: Config, sizes: Mapping[str, int]) -> int:
+    """Bytes of weights that a decoded token reads, from the bytes of each of the engine's tensors: all of them once, a shared
+    block's at each of its positions (its embedding half and each position's own adapters once), an untied embedding not at all."""
+    total = 0
+    for name, size in sizes.items():
+        times = 1
+        if name.startswith("shared_blocks.") and ".right." not in name and "_adapter_list." not in name:
+            times = sum(layer.block == int(name.split(".")[1]) for layer in config.layers)
+        if name == "embed_tokens.weight" and not config.tie_word_embeddings:
+            times = 0  # one row of it
+        total += times * size
+    return total
 
 
 def print_tables(model: str, config: Config, data: dict[str, Any]) -> None:
@@ -87,11 +137,21 @@ def print_tables(model: str, config: Config, data: dict[str, Any]) -> None:
     ]
     if "checkpoint" in data:
         rows.append(("checkpoint", f"{data['checkpoint']['path']} ({data['checkpoint']['bytes'] / 1e9:.2f} GB)"))
+    here, run = data["machine"], data["runs"]
+    rows += [("", ""), ("runs with", run_line(run))]
+    if run["weight_bytes_per_token"] is not None:
+        rows.append((f"read per token in {run['format']}", f"{run['weight_bytes_per_token'] / 1e9:.3g} GB"))
+    sets = f"{here['instruction_set']} (here: {', '.join(here['instruction_sets'])})"
+    rows += [("instruction set", sets if here["instruction_sets"] else here["native_engine"]), ("threads", str(here["threads"]))]
     table = Table(box=box.SIMPLE, show_header=False, title=f"Zamba2 {model}", title_justify="left")
     for name, value in rows:
         table.add_row(name, value)
     console.print(table)
     console.print(draw(config), highlight=False)
+
+
+def run_line(run: dict[str, Any]) -> str:
+    return "PyTorch" if run["backend"] == "torch" else f"the native engine, {run['format']}"
 
 
 def draw(config: Config) -> str:
