@@ -18,6 +18,8 @@ from zamba2.weights.formats import FORMATS
 # numbers may go either way (measured: 1.5e-3 at most); where int8 codes, or the bf16 inputs of matrix units, may (3e-2 at most).
 EXACT, AFTER_ROUNDING, AFTER_FLIPS = 1e-5, 5e-3, 0.1
 
+pytestmark = pytest.mark.timeout(1200)  # the first test builds the program
+
 
 @pytest.fixture(scope="session")
 def runner() -> Runner:
