@@ -16,7 +16,10 @@ from zamba2.weights.formats import FORMATS
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 MISSING = [program for program in (COMPILER, EMULATOR) if not shutil.which(program)]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not found (Debian: g++-aarch64-linux-gnu, qemu-user)")
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"{' and '.join(MISSING)} not found (Debian: g++-aarch64-linux-gnu, qemu-user)"),
+    pytest.mark.timeout(1200),  # the first test builds the program
+]
 
 # Processors by qemu's names, and the tables they have.
 PROCESSORS = {
