@@ -100,7 +100,8 @@ class Twin(Zamba2):
             if not part.name.startswith(prefix):
                 continue
             data = np.frombuffer(self.file.read(part.name), dtype=np.uint8)
-            values = torch.from_numpy(unpack(data, *part.shape, self.packing.of(part)) if part.is_matrix else data.view(np.float32)).double()
+            floats = unpack(data, *part.shape, self.packing.of(part)) if part.is_matrix else data.view(np.float32)
+            values = torch.from_numpy(floats).double()
             if part.half is not None:
                 halves.setdefault(part.name.split(".qkv_proj.")[0], []).append(values)
                 continue
