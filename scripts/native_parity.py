@@ -22,7 +22,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from true_shape import CHECKPOINT, ROOT, SHARED, machine, peak_bytes, run, text_tokens, write_checkpoint
+from true_shape import CHECKPOINT, ROOT, machine, peak_bytes, run, text_tokens
+
+from zamba2.bench.peers import PEERS
+from zamba2.config import PRESETS
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -59,7 +62,7 @@ def engine_and_twin(format: str) -> tuple[Any, Any]:
     torch.set_num_threads(2)
     folder = packed(format)
     config = Config.from_file(folder / "config.json")
-    model = Twin(folder, config, format)
+    model = Twin(folder, config)
     model.load_in_turn()
     print(f"weights of {folder}", file=sys.stderr, flush=True)
     return NativeBackend(folder, config, threads=2), model
@@ -174,14 +177,13 @@ def bf16() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", default=[], help="blocks FORMAT, ends FORMAT or bf16; without, all of them")
-    parser.add_argument("--rival", type=Path, default=SHARED / "baselines" / "transformers_zamba2.py")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     arguments = parser.parse_args()
     parts = {"blocks": blocks, "ends": ends, "bf16": bf16, "bf16-logits": lambda side, target: bf16_logits(side, Path(target))}
     if arguments.part:
         measured = parts[arguments.part[0]](*arguments.part[1:]) | {"peak_rss_bytes": peak_bytes()}  # type: ignore[operator]
     else:
-        write_checkpoint(arguments.rival)
+        PEERS["transformers"].prepare(PRESETS["2.7b"], None)
         measured = {"machine": machine()}
         for name in ("blocks", "ends"):
             measured[name] = {format: run(sys.executable, __file__, name, format) for format in FORMATS}

@@ -83,7 +83,7 @@ def native(config: Config, format: str, isa: str = "", threads: int = 1, seed: i
 
 
 class Twin(Zamba2):
-    """The PyTorch model with the weights that a packed file holds; ``load`` brings some into memory, ``drop`` lets them go."""
+    """The PyTorch model in fp64 with the weights that a packed file holds; ``load`` brings some into memory, ``drop`` lets them go."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         with torch.device("meta"):
@@ -100,10 +100,8 @@ class Twin(Zamba2):
             if not part.name.startswith(prefix):
                 continue
             data = np.frombuffer(self.file.read(part.name), dtype=np.uint8)
-            if not part.is_matrix:
-                values = torch.from_numpy(data.view(np.float32).copy())
-            else:
-                values = torch.from_numpy(unpack(data, *part.shape, self.packing.of(part)))  # type: ignore[arg-type]
+            floats = unpack(data, *part.shape, self.packing.of(part)) if part.is_matrix else data.view(np.float32)
+            values = torch.from_numpy(floats).double()
             if part.half is not None:
                 halves.setdefault(part.name.split(".qkv_proj.")[0], []).append(values)
                 continue
@@ -305,7 +303,7 @@ def state_of(config: Config, exported: dict[str, np.ndarray], position: int) -> 
         return state
     conv = torch.from_numpy(exported["conv"]).view(config.num_hidden_layers, 1, config.mamba_d_conv - 1, config.conv_dim)
     shape = (config.num_hidden_layers, 1, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state)
-    state.conv, state.ssm = list(conv), list(torch.from_numpy(exported["ssm"]).view(shape))
+    state.conv, state.ssm = list(conv.double()), list(torch.from_numpy(exported["ssm"]).view(shape).double())
     for cache, kept in zip(state.kv, keys_and_values(config, exported, position), strict=True):
         _append(cache, *kept)
     state.position = position
@@ -313,11 +311,11 @@ def state_of(config: Config, exported: dict[str, np.ndarray], position: int) -> 
 
 
 def keys_and_values(config: Config, exported: dict[str, np.ndarray], position: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each hybrid position in an engine's state, (1, heads, position, head_dim) fp32."""
+    """Keys and values of each hybrid position in an engine's state, (1, heads, position, head_dim)."""
     shape = (1, config.num_key_value_heads, position, config.attention_head_dim)
 
     def values(name: str) -> Tensor:
-        return torch.from_numpy(exported[name]).view(torch.bfloat16).view(shape).float()
+        return torch.from_numpy(exported[name]).view(torch.bfloat16).view(shape).double()
 
     return [(values(f"keys.{j}"), values(f"values.{j}")) for j in range(len(config.hybrid_layer_ids))]
 
@@ -340,7 +338,7 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         lambda name, data: events.append(("output", name, torch.from_numpy(data))),
         lambda name, data: events.append(("input", name, torch.from_numpy(data))),
     ):
-        logits = torch.from_numpy(engine.forward([inner], [tokens], [len(tokens)]))
+        logits = torch.from_numpy(engine.forward([inner], [tokens], [len(tokens)])).double()
     after = engine.export_state(inner)
     kept = iter(keys_and_values(config, after, before + len(tokens)))
     units = uses_units(backend.isa) and len(tokens) > SHORT
@@ -351,7 +349,7 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     def following(kind: str, name: str) -> tuple[str, Tensor]:
         found, place, data = events.pop(0)
         assert found == kind and place.endswith(name), f"the engine's {found} {place} came where {kind} {name} should"
-        return place, data
+        return place, data.double()
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         while events[0][1] in hoisted:  # with more than two blocks the engine takes it again
