@@ -31,14 +31,13 @@ from zamba2.runtime.backend import Row
 from zamba2.runtime.native import ENGINE_KEYS, SHORT, NativeBackend, NativeState
 from zamba2.weights import packed
 from zamba2.weights.checkpoint import save_checkpoint
-from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import FORMATS, unpack
 from zamba2.weights.packed import open_packed
 
 __all__ = [
     "BACKBONE", "CONFIGS", "EXACT", "ISAS", "PERTURBATION", "Check", "Twin", "as_twin", "compare", "divergence", "engine_arguments",
-    "error", "logits_of", "make_packed", "multiply_as", "native", "observing", "packed_from", "perturbed", "twin", "uses_units",
-    "with_perturbed",
+    "error", "logits_of", "make_packed", "multiply_as", "native", "observing", "packed_from", "perturbed", "round_int8", "twin",
+    "uses_units", "with_perturbed",
 ]  # fmt: skip
 
 ISAS = list(_engine.available())
@@ -86,25 +85,25 @@ def native(config: Config, format: str, isa: str = "", threads: int = 1, seed: i
 class Twin(Zamba2):
     """The PyTorch model with the weights that a packed file holds; ``load`` brings some into memory, ``drop`` lets them go."""
 
-    def __init__(self, folder: Path, config: Config, format: str) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
         with torch.device("meta"):
             super().__init__(config)
         for block in self.shared_blocks:
             block.self_attn.split_for_inference()
         self.requires_grad_(False).eval()
-        self.file, self.format = TensorFile(folder / "model.safetensors"), FORMATS[format]
+        self.file, self.packing, self.plan = open_packed(folder, config)
 
     def load(self, prefix: str = "") -> None:
         """Dequantize the weights whose names start so."""
         halves: dict[str, list[Tensor]] = {}
-        for part in packed.parts(self.config):
+        for part in self.plan:
             if not part.name.startswith(prefix):
                 continue
             data = np.frombuffer(self.file.read(part.name), dtype=np.uint8)
             if not part.is_matrix:
                 values = torch.from_numpy(data.view(np.float32).copy())
             else:
-                values = torch.from_numpy(unpack(data, *part.shape, self.format))  # type: ignore[arg-type]
+                values = torch.from_numpy(unpack(data, *part.shape, self.packing.of(part)))  # type: ignore[arg-type]
             if part.half is not None:
                 halves.setdefault(part.name.split(".qkv_proj.")[0], []).append(values)
                 continue
@@ -137,16 +136,17 @@ class Twin(Zamba2):
 @functools.cache
 def twin(config: Config, format: str, seed: int = 1) -> Twin:
     """The twin of ``native``, all of it in memory."""
-    model = Twin(make_packed(config, format, seed), config, format)
+    model = Twin(make_packed(config, format, seed), config)
     model.load()
     return model
 
 
 def engine_arguments(config: Config, format: str, tokens: np.ndarray, lengths: Sequence[int]) -> dict[str, Any]:
     """Arguments of ``engine`` in tests/native/kernel_runner.cpp: tokens in calls of these lengths, by two threads, to all their logits."""
-    file, _, plan = open_packed(make_packed(config, format), config)
+    file, packing, plan = open_packed(make_packed(config, format), config)
     return {key: getattr(config, key) for key in ENGINE_KEYS} | {
-        "hybrid_layer_ids": np.array(config.hybrid_layer_ids, dtype=np.int64), "threads": 2, "format": FORMATS[format].number,
+        "hybrid_layer_ids": np.array(config.hybrid_layer_ids, dtype=np.int64), "threads": 2, "format": packing.format.number,
+        "embeddings": packing.embeddings.number,
         **{part.name: np.frombuffer(file.read(part.name), np.uint8 if part.is_matrix else np.float32) for part in plan},
         "tokens": tokens.astype(np.int32), "lengths": np.array(lengths, dtype=np.int64),
         "logits": np.full((len(tokens), config.vocab_size), np.nan, dtype=np.float32),

@@ -69,7 +69,7 @@ def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     code, out, err = told(capsys, "quantize", str(DEFAULT), str(target), "--format", format)
     assert (code, err) == (0, [])
     assert out.startswith(f"{target}: ")
-    assert out.endswith(f"{FORMATS[format].bits} bits a weight\n")
+    assert out.endswith(f"{FORMATS[format].bits} bits a weight" + (", embeddings 8.5\n" if format == "q4" else "\n"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     small = {path.name for path in DEFAULT.iterdir() if path.name.startswith(("tokenizer", "chat_template", "generation_config"))}
     assert {path.name for path in target.iterdir()} >= {"config.json", "model.safetensors", *small}
@@ -205,6 +205,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a NaN": (tensors(nan_vector), "not finite"),
     "another version": (header(lambda about: about.update(version=99)), "version 99"),
     "an unknown format": (header(lambda about: about.update(format="q3")), "no format 'q3'"),
+    "an unknown format of embeddings": (header(lambda about: about.pop("embeddings")), "no format 'None'"),
     "another kind": (header(lambda about: about.update(kind="native state")), "not a packed"),
 }  # fmt: skip
 

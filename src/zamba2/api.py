@@ -17,7 +17,7 @@ from zamba2.runtime.backend import Backend
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format, format_named
 from zamba2.weights.hub import resolve
-from zamba2.weights.packed import is_packed, quantize
+from zamba2.weights.packed import VERSION, is_packed, quantize
 
 if TYPE_CHECKING:
     from zamba2.runtime.native import NativeBackend
@@ -94,7 +94,7 @@ def packed_copy(path: Path, format: Format) -> Path:
         raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it for the native engine.")
     files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
     marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    name = hashlib.sha256(json.dumps([format.name, marks]).encode()).hexdigest()[:20]
+    name = hashlib.sha256(json.dumps([VERSION, format.name, marks]).encode()).hexdigest()[:20]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     target = Path(base) / "zamba2" / "packed" / f"{format.name}-{name}"
     if not is_packed(target):

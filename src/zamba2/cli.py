@@ -177,20 +177,31 @@ def quantize(
     source: Annotated[str, typer.Argument(help="Alias, Hub id or folder of the checkpoint to pack.")],
     target: Annotated[Path, typer.Argument(help="New folder for the packed checkpoint.")],
     format: Annotated[str, typer.Option("--format", help="q4 (4.5 bits a weight), q8 (8.5) or bf16 (16).")] = "q4",
+    embeddings: Annotated[Optional[str], typer.Option(help="Format of the embeddings and lm_head; q8 beside q4 if not given.")] = None,
+    calibrate: Annotated[Optional[Path], typer.Option(metavar="TEXT", help="A text that decides how to round.")] = None,
+    calibrate_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the text to read.")] = 4096,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
     """Pack a checkpoint for the native CPU engine.
+
+    With `--calibrate` the model reads a text first, and rounding makes good what it can of the errors that such a text would
+    show: the same size, less than half of the KL divergence in q4. Any prose in the languages that matter to you will do.
 
     Examples:
 
         zamba2 quantize 2.7b-instruct ./zamba2-q4
 
         zamba2 quantize ./my-finetune ./my-finetune-q8 --format q8
+
+        zamba2 quantize 2.7b-instruct ./zamba2-q4 --calibrate novel.txt
     """
     from zamba2.commands.quantize import main
 
-    main(source, target, format, revision=revision, offline=offline)
+    main(
+        source, target, format, embeddings=embeddings, calibrate=calibrate, calibrate_tokens=calibrate_tokens, revision=revision,
+        offline=offline,
+    )  # fmt: skip
 
 
 @app.command()

@@ -209,7 +209,8 @@ void engine(const Kernels& kernels, Case& c) {
   config.hybrid_layer_ids.assign(ids, ids + hybrid.bytes / sizeof(int64_t));
   Engine engine(config, whole("threads"), kernels);
   for (const Argument& a : c.arguments) {
-    if (a.type == "u1") engine.set_matrix(a.name, static_cast<Format>(whole("format")), a.data.get(), a.bytes);
+    const bool table = a.name == "embed_tokens.weight" || a.name == "lm_head.weight";
+    if (a.type == "u1") engine.set_matrix(a.name, static_cast<Format>(whole(table ? "embeddings" : "format")), a.data.get(), a.bytes);
     else if (a.type == "f4" && a.name.find('.') != std::string::npos) engine.set_vector(a.name, reinterpret_cast<const float*>(a.data.get()), a.bytes / 4);
   }
   engine.check_complete();

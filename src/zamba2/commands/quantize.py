@@ -3,34 +3,78 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.weights import packed
-from zamba2.weights.formats import format_named
+from zamba2.weights.calibration import Moments
 from zamba2.weights.hub import resolve
 
 __all__ = ["main"]
 
 
-def main(source: str, target: Path, format: str, *, revision: str | None, offline: bool) -> None:
-    """Pack ``source`` into ``target`` with a progress bar on a terminal. Raises Zamba2Error."""
-    chosen = format_named(format)
+def main(
+    source: str, target: Path, format: str, *, embeddings: str | None, calibrate: Path | None, calibrate_tokens: int,
+    revision: str | None, offline: bool,
+) -> None:  # fmt: skip
+    """Pack ``source`` into ``target`` with progress bars on a terminal. Raises Zamba2Error."""
+    packing = packed.Packing.named(format, embeddings)
+    if calibrate is not None and packing.format.name == "bf16":
+        raise Zamba2Error("--calibrate has nothing to do for bf16, which is hardly rounded; leave it out, or take q4 or q8.")
     path = resolve(source, revision=revision, offline=offline)
     if path.is_file():
         raise Zamba2Error(f"{path} is a standalone file; a checkpoint folder in the Hub's layout is needed.")
     if packed.is_packed(path):
         raise Zamba2Error(f"{path} is packed already; give the original checkpoint.")
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn(f"packing {chosen.name}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("packing", total=None)
-            packed.quantize(path, target, chosen, progress=lambda done, total: bar.update(task, completed=done, total=total))
-    else:
-        packed.quantize(path, target, chosen)
+    packed.check_target(target)
+    moments = None if calibrate is None else read_text(path, target, packing, calibrate, calibrate_tokens)
+    with bar(f"packing {format}") as progress:
+        packed.quantize(path, target, packing.format, embeddings=packing.embeddings, moments=moments, progress=progress)
     size = sum(file.stat().st_size for file in target.iterdir())
-    print(f"{target}: {size / 1e9:.3f} GB, {chosen.bits} bits a weight")
+    finer = "" if packing.embeddings == packing.format else f", embeddings {packing.embeddings.bits}"
+    print(f"{target}: {size / 1e9:.3f} GB, {packing.format.bits} bits a weight{finer}")
+
+
+def read_text(path: Path, target: Path, packing: packed.Packing, text: Path, tokens: int) -> dict[str, Moments]:
+    """What each matrix multiplies while the model, packed beside ``target`` for the time being, reads a text. Raises Zamba2Error."""
+    from zamba2.language.tokenizer import Tokenizer
+    from zamba2.runtime.calibrate import FEWEST_TOKENS, second_moments
+    from zamba2.runtime.native import NativeBackend
+
+    config = Config.from_file(path / "config.json")
+    tokenizer = Tokenizer.from_folder(path, config=config)
+    try:
+        words = text.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise Zamba2Error(f"{text} is not UTF-8 text; a text file is needed to calibrate on.") from None
+    if len(ids := tokenizer.encode(words)[:tokens]) < FEWEST_TOKENS:
+        raise Zamba2Error(
+            f"there are {len(ids)} tokens of {text} to calibrate on; at least {FEWEST_TOKENS} are needed, and thousands are better."
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as temporary:
+        plain = Path(temporary) / "plain"
+        with bar(f"packing {packing.format.name}, to read the text with") as progress:
+            packed.quantize(path, plain, packing.format, embeddings=packing.embeddings, progress=progress)
+        with bar(f"reading {len(ids)} tokens") as progress:
+            moments = second_moments(NativeBackend(plain, config), ids, progress=progress)
+    return moments
+
+
+@contextmanager
+def bar(what: str) -> Iterator[packed.Progress | None]:
+    """A progress bar on standard error, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)

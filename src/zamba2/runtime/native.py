@@ -19,7 +19,7 @@ from zamba2.runtime.backend import Logits, Row, State, check_row
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format
-from zamba2.weights.packed import open_packed
+from zamba2.weights.packed import Packing, open_packed
 
 __all__ = ["NativeBackend", "NativeState", "default_threads"]
 
@@ -133,7 +133,7 @@ class NativeBackend:
 
     def __init__(self, path: Path, config: Config, *, threads: int | None = None, isa: str = "") -> None:
         self.config = config
-        self._file, self.format, plan = open_packed(path, config)
+        self._file, self.packing, plan = open_packed(path, config)
         try:
             settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
             self.engine = _engine.Engine(settings, default_threads() if threads is None else threads, isa)
@@ -142,14 +142,19 @@ class NativeBackend:
         for part in plan:
             data = np.frombuffer(self._file.map(part.name), dtype=np.uint8)
             if part.is_matrix:
-                self.engine.set_matrix(part.name, self.format.number, data)
+                self.engine.set_matrix(part.name, self.packing.of(part).number, data)
             else:
                 values = data.view(np.float32).copy()
                 if not np.isfinite(values).all():  # int8 codes would hide it
                     raise Zamba2Error(f"{path}: tensor {part.name} has values that are not finite; quantize the checkpoint again.")
                 self.engine.set_vector(part.name, values)
         self.engine.check_complete()
-        self.fingerprint = fingerprint(self._file, config, self.format)
+        self.fingerprint = fingerprint(self._file, config, self.packing)
+
+    @property
+    def format(self) -> Format:
+        """The format of all matrices but, perhaps, the embeddings (``packing``)."""
+        return self.packing.format
 
     @property
     def file(self) -> TensorFile:
@@ -214,9 +219,10 @@ def border_in(position: int, length: int) -> bool:
     return position % PREFILL_CHUNK + length > PREFILL_CHUNK
 
 
-def fingerprint(file: TensorFile, config: Config, format: Format) -> str:
-    """Identifies config, format and weights: a hash over the config and a page of each tensor."""
-    digest = hashlib.sha256(json.dumps([config.to_dict(), format.name], sort_keys=True).encode())
+def fingerprint(file: TensorFile, config: Config, packing: Packing) -> str:
+    """Identifies config, formats and weights: a hash over the config and a page of each tensor."""
+    names = [packing.format.name, packing.embeddings.name]
+    digest = hashlib.sha256(json.dumps([config.to_dict(), *names], sort_keys=True).encode())
     for name in sorted(file.entries):
         digest.update(name.encode())
         digest.update(file.map(name)[:4096])

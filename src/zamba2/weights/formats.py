@@ -14,6 +14,7 @@ to 64 bytes. csrc/kernels.h has the twin (struct Matrix); tests/test_formats.py 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,9 @@ class Format:
         return -(-rows // BLOCK) * self.block_bytes(cols)
 
 
+# Codes and fp16 scales (..., groups) of groups (..., groups, 32).
+Rounding = Callable[[Floats, Format], tuple[Codes, npt.NDArray[np.float16]]]
+
 FORMATS = {
     "bf16": Format("bf16", 0, 1024, 0, 16.0, 0, 0),
     "q8": Format("q8", 1, 512, 32, 8.5, 127, -127),
@@ -66,8 +70,8 @@ def format_named(name: str) -> Format:
     return FORMATS[name]
 
 
-def pack(weights: Floats, format: Format) -> npt.NDArray[np.uint8]:
-    """Pack fp32 weights (rows, cols) into bytes (nbytes,), rounding as ``quantize`` does."""
+def pack(weights: Floats, format: Format, rounding: Rounding | None = None) -> npt.NDArray[np.uint8]:
+    """Pack fp32 weights (rows, cols) into bytes (nbytes,), rounding as ``quantize`` does, or in another way."""
     rows, cols = weights.shape
     blocks, groups = -(-rows // BLOCK), -(-cols // GROUP)
     padded = np.zeros((blocks * BLOCK, groups * GROUP), dtype=np.float32)
@@ -76,7 +80,7 @@ def pack(weights: Floats, format: Format) -> npt.NDArray[np.uint8]:
     if format.number == 0:
         pairs = round_bf16(grouped).reshape(blocks, BLOCK, groups, GROUP // 2, 2)
         return np.ascontiguousarray(pairs.transpose(0, 2, 3, 1, 4)).view(np.uint8).reshape(-1)
-    codes, scales = quantize(grouped, format)
+    codes, scales = (rounding or quantize)(grouped, format)
     shifted = (codes + (8 if format.name == "q4" else 128)).astype(np.uint8)
     fours = shifted.reshape(blocks, BLOCK, groups, GROUP // 4, 4).transpose(0, 2, 3, 1, 4)  # (blocks, groups, 8, 16, 4)
     packed = fours[:, :, :4] | (fours[:, :, 4:] << 4) if format.name == "q4" else fours
@@ -111,40 +115,72 @@ def round_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def quantize(grouped: Floats, format: Format) -> tuple[Codes, npt.NDArray[np.float16]]:
+def quantize(grouped: Floats, format: Format, importance: Floats | None = None) -> tuple[Codes, npt.NDArray[np.float16]]:
     """Codes (..., 32) and fp16 scales (...) of groups (..., 32): the scale of least squared error among a few candidates.
 
     q8: the largest magnitude becomes 127. q4: the value of largest magnitude becomes -8, or a scale somewhat smaller or
-    larger than that, each refitted to its codes by least squares, in fp16 as stored.
+    larger than that, each refitted to its codes by least squares, in fp16 as stored. importance: weights of the squared
+    errors, (..., 32) or what broadcasts to it (default: all alike). Raises Zamba2Error for what fp16 scales cannot hold.
     """
-    peak = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)[..., 0]
-    if format.name == "q8":
-        return _round(grouped, (np.abs(peak) / 127).astype(np.float32), format)
-    best_error: Floats | None = None
-    for shrink in CANDIDATES:
-        codes, scales = _round(grouped, (peak / np.float32(shrink)).astype(np.float32), format)
-        wide = codes.astype(np.float32)
-        square = np.einsum("...i,...i->...", wide, wide)
-        fitted: Floats = np.divide(np.einsum("...i,...i->...", wide, grouped), square, out=np.zeros_like(square), where=square > 0)
-        codes, scales = _round(grouped, fitted, format)
-        difference = grouped - codes * scales[..., None].astype(np.float32)
-        error = np.einsum("...i,...i->...", difference, difference)
-        if best_error is None:
-            best_codes, best_scales, best_error = codes, scales, error
-            continue
-        better = error < best_error
-        best_codes = np.where(better[..., None], codes, best_codes)
-        best_scales, best_error = np.where(better, scales, best_scales), np.where(better, error, best_error)
-    return best_codes, best_scales
+    shape = grouped.shape[:-1]
+    columns = np.ascontiguousarray(grouped.reshape(-1, GROUP).T)  # a row per input: scales lie side by side, as numpy likes them
+    weights = None if importance is None else np.broadcast_to(importance, grouped.shape).reshape(-1, GROUP).T
+    codes, scales = np.empty_like(columns), np.empty(columns.shape[1], dtype=np.float16)
+    for start in range(0, columns.shape[1], AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        scales[some] = best_scales(columns[:, some], format, None if weights is None else weights[:, some])
+        codes[:, some] = rounded(columns[:, some], widened(scales[some])[1], format)
+    return codes.T.reshape(*shape, GROUP).astype(np.int32), scales.reshape(shape)
 
 
 CANDIDATES = (-8.0, -7.0, -7.5, -8.6, -9.4, 7.0, 7.6)  # what the largest value is divided by
+AT_ONCE = 1024  # groups, so that what is computed on the way stays in a second-level cache
 
 
-def _round(grouped: Floats, scales: Floats, format: Format) -> tuple[Codes, npt.NDArray[np.float16]]:
-    if not np.isfinite(scales).all() or (np.abs(scales) > 65504).any():
+def best_scales(columns: Floats, format: Format, importance: Floats | None = None) -> npt.NDArray[np.float16]:
+    """``quantize``'s scales (n,) of groups that are the columns of (32, n)."""
+    peak = np.take_along_axis(columns, np.abs(columns).argmax(0, keepdims=True), 0)[0]
+    if format.name == "q8":
+        return _stored(np.abs(peak) / np.float32(127), format)
+    weighted = columns if importance is None else columns * importance
+    best: npt.NDArray[np.float16] | None = None
+    for candidate in CANDIDATES:
+        _, inverse = widened(_stored(peak / np.float32(candidate), format))
+        codes = rounded(columns, inverse, format)
+        along = (codes * weighted).sum(0)
+        codes *= codes
+        square = codes.sum(0) if importance is None else (codes * importance).sum(0)
+        scales = _stored(np.divide(along, square, out=np.zeros_like(square), where=square > 0), format)
+        wide, inverse = widened(scales)
+        difference = rounded(columns, inverse, format)
+        difference *= wide
+        difference -= columns
+        difference *= difference
+        error = difference.sum(0) if importance is None else (difference * importance).sum(0)
+        if best is None:
+            best, least = scales, error
+            continue
+        better = error < least
+        best, least = np.where(better, scales, best), np.where(better, error, least)
+    assert best is not None
+    return best
+
+
+def widened(scales: npt.NDArray[np.float16]) -> tuple[Floats, Floats]:
+    """Scales in fp32, and what dividing by them multiplies with (0 for 0)."""
+    wide = scales.astype(np.float32)
+    return wide, np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0)
+
+
+def rounded(columns: Floats, inverse: Floats, format: Format) -> Floats:
+    """Codes, as floats, of columns (..., n) whose scales' inverses are (n,)."""
+    codes = columns * inverse
+    np.rint(codes, out=codes)
+    np.clip(codes, format.smallest, format.largest, out=codes)
+    return codes
+
+
+def _stored(scales: Floats, format: Format) -> npt.NDArray[np.float16]:
+    if not (np.abs(scales) <= 65504).all():
         raise Zamba2Error(f"a weight is not finite or too large for format {format.name}; the checkpoint is damaged, or use bf16.")
-    stored = scales.astype(np.float16)
-    wide = stored.astype(np.float32)[..., None]
-    ratio = np.divide(grouped, wide, out=np.zeros_like(grouped), where=wide != 0)
-    return np.clip(np.rint(ratio), format.smallest, format.largest).astype(np.int32), stored
+    return scales.astype(np.float16)

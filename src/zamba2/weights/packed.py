@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,17 @@ import numpy.typing as npt
 
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
+from zamba2.weights.calibration import Moments
 from zamba2.weights.files import TensorFile, replacing, write_tensors
 from zamba2.weights.formats import BLOCK, Format, format_named, pack
 from zamba2.weights.hub_files import HubFiles
 
-__all__ = ["VERSION", "Part", "is_packed", "open_packed", "parts", "quantize", "write_packed"]
+__all__ = ["VERSION", "Packing", "Part", "check_target", "is_packed", "open_packed", "parts", "quantize", "write_packed"]
 
-VERSION = 1
+VERSION = 2
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 ROWS_AT_ONCE = 1024  # of one matrix, so that quantizing needs little memory
+MOST_THREADS = 4  # that round; each holds ROWS_AT_ONCE rows several times
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int], None]  # weights done, weights in all
 
@@ -55,6 +58,25 @@ class Part:
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The format of each matrix: ``embeddings`` of the embedding table and lm_head, ``format`` of all others."""
+
+    format: Format
+    embeddings: Format
+
+    @staticmethod
+    def named(format: str, embeddings: str | None = None) -> Packing:
+        """By the formats' names; what embeddings are packed in by default. Raises Zamba2Error for an unknown name."""
+        return Packing(format_named(format), format_named(embeddings or EMBEDDINGS.get(format, format)))
+
+    def of(self, part: Part) -> Format:
+        return self.embeddings if part.name in ("embed_tokens.weight", "lm_head.weight") else self.format
+
+
+EMBEDDINGS = {"q4": "q8"}  # docs/log.md: KL divergence against bytes
 
 
 def parts(config: Config) -> list[Part]:
@@ -108,23 +130,23 @@ def is_packed(path: Path) -> bool:
     return path.is_dir() and file.exists() and "zamba2" in TensorFile(file).metadata
 
 
-def open_packed(path: Path, config: Config) -> tuple[TensorFile, Format, list[Part]]:
+def open_packed(path: Path, config: Config) -> tuple[TensorFile, Packing, list[Part]]:
     """Open a packed checkpoint's file. Raises Zamba2Error unless it is complete and belongs to the config."""
     file = TensorFile(path / "model.safetensors")
     about = _about(file)
-    format = format_named(str(about.get("format")))
+    packing = Packing.named(str(about.get("format")), str(about.get("embeddings")))
     if about.get("config") != config.to_dict():
         raise Zamba2Error(f"{file.path} was packed for another config.json than the one beside it; quantize the checkpoint again.")
     plan = parts(config)
     for part in plan:
         entry = file.entries.get(part.name)
-        wanted = _layout(part, format)
+        wanted = _layout(part, packing)
         if entry is None:
             raise Zamba2Error(f"{file.path} has no tensor {part.name}; quantize the checkpoint again.")
         if (entry.dtype, entry.shape) != wanted:
             found = f"{entry.dtype} {list(entry.shape)}"
             raise Zamba2Error(f"{file.path}: tensor {part.name} is {found}; {wanted[0]} {list(wanted[1])} is needed.")
-    return file, format, plan
+    return file, packing, plan
 
 
 def _about(file: TensorFile) -> Mapping[str, Any]:
@@ -139,13 +161,24 @@ def _about(file: TensorFile) -> Mapping[str, Any]:
     return about
 
 
-def quantize(source: Path, target: Path, format: Format, *, progress: Progress | None = None) -> None:
-    """Pack the checkpoint folder ``source`` (the Hub's layout) into the new folder ``target``.
-
-    Holds one weight in fp32 at a time. Raises Zamba2Error; the target appears complete or not at all.
-    """
+def check_target(target: Path) -> None:
+    """Raises Zamba2Error if there is something at ``target`` that packing would replace."""
     if target.exists() and (not target.is_dir() or os.listdir(target)):
         raise Zamba2Error(f"{target} exists and is not an empty folder; choose another place for the packed checkpoint.")
+
+
+def quantize(
+    source: Path, target: Path, format: Format, *, embeddings: Format | None = None, moments: Mapping[str, Moments] | None = None,
+    progress: Progress | None = None,
+) -> None:  # fmt: skip
+    """Pack the checkpoint folder ``source`` (the Hub's layout) into the new folder ``target``.
+
+    embeddings: format of the embedding table and lm_head (default: see ``Packing``). moments: of the inputs of the
+    matrices, by name, that calibration corrects; all others are rounded to the nearest. Holds one weight in fp32 at a
+    time. Raises Zamba2Error; the target appears complete or not at all.
+    """
+    packing = Packing(format, embeddings or Packing.named(format.name).embeddings)
+    check_target(target)
     config = Config.from_file(source / "config.json")
     files, plan = HubFiles(source, config), parts(config)
     total, done = sum(part.count for part in plan if part.is_matrix), 0
@@ -155,6 +188,7 @@ def quantize(source: Path, target: Path, format: Format, *, progress: Progress |
         if not part.is_matrix:
             yield _values(files, part.sources[0]).reshape(-1).data.cast("B")
             return
+        own, rounding = packing.of(part), moments[part.name].rounding() if moments and part.name in moments else None
         carried = np.empty((0, part.shape[1]), dtype=np.float32)  # rows of q that do not fill a block go with those of k
         for parameter in part.sources:
             values = _values(files, parameter)
@@ -163,24 +197,33 @@ def quantize(source: Path, target: Path, format: Format, *, progress: Progress |
             rows = np.concatenate([carried, values]) if len(carried) else values
             whole = len(rows) if parameter == part.sources[-1] else len(rows) // BLOCK * BLOCK
             carried = rows[whole:]
-            for start in range(0, whole, ROWS_AT_ONCE):
-                some = np.ascontiguousarray(rows[start : min(whole, start + ROWS_AT_ONCE)])
-                yield pack(some, format).data
-                done += some.size
+            some = [rows[start : min(whole, start + ROWS_AT_ONCE)] for start in range(0, whole, ROWS_AT_ONCE)]
+            for values, packed in zip(some, pool.map(lambda values: pack(values, own, rounding), some), strict=True):
+                yield packed.data
+                done += values.size
                 if progress is not None:
                     progress(done, total)
 
     small = [file for pattern in SMALL_FILES for file in source.glob(pattern)]
-    write_packed(target, config, format, lambda part: partial(pieces, part), _random_mark(source), small)
+    pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    try:
+        write_packed(
+            target, config, packing, lambda part: partial(pieces, part), _random_mark(source), small, calibrated=moments is not None
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for what is in the queue
 
 
 def write_packed(
-    target: Path, config: Config, format: Format, pieces: Callable[[Part], Callable[[], Iterable[memoryview]]],
-    metadata: Mapping[str, str], small_files: Iterable[Path] = (),
+    target: Path, config: Config, packing: Packing, pieces: Callable[[Part], Callable[[], Iterable[memoryview]]],
+    metadata: Mapping[str, str], small_files: Iterable[Path] = (), *, calibrated: bool = False,
 ) -> None:  # fmt: skip
     """Write a packed checkpoint folder, complete or not at all; pieces: what yields a part's bytes. Raises Zamba2Error."""
-    entries = [(part.name, *_layout(part, format), pieces(part)) for part in parts(config)]
-    about = {"kind": "weights", "version": VERSION, "format": format.name, "config": config.to_dict()}
+    entries = [(part.name, *_layout(part, packing), pieces(part)) for part in parts(config)]
+    about = {
+        "kind": "weights", "version": VERSION, "format": packing.format.name, "embeddings": packing.embeddings.name,
+        "calibrated": calibrated, "config": config.to_dict(),
+    }  # fmt: skip
     with replacing(target) as temporary:
         temporary.mkdir()
         for file in small_files:
@@ -189,9 +232,9 @@ def write_packed(
         write_tensors(temporary / "model.safetensors", entries, {"format": "zamba2", "zamba2": json.dumps(about), **metadata})
 
 
-def _layout(part: Part, format: Format) -> tuple[str, tuple[int, ...]]:
+def _layout(part: Part, packing: Packing) -> tuple[str, tuple[int, ...]]:
     """dtype and shape of a part in the file."""
-    return ("U8", (format.nbytes(*part.shape),)) if part.is_matrix else ("F32", part.shape)
+    return ("U8", (packing.of(part).nbytes(*part.shape),)) if part.is_matrix else ("F32", part.shape)
 
 
 def _values(files: HubFiles, parameter: str) -> Floats:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from zamba2.config import Config
 from zamba2.weights.formats import BLOCK, GROUP, Format, round_bf16
 from zamba2.weights.hub import DEFAULT
-from zamba2.weights.packed import Part, parts, write_packed
+from zamba2.weights.packed import Packing, Part, parts, write_packed
 
 __all__ = ["packed_bytes", "write_synthetic"]
 
@@ -27,7 +27,8 @@ Bytes = npt.NDArray[np.uint8]
 
 def packed_bytes(config: Config, format: Format) -> int:
     """Bytes of all tensors of a packed checkpoint."""
-    return sum(format.nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in parts(config))
+    packing = Packing.named(format.name)
+    return sum(packing.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in parts(config))
 
 
 def write_synthetic(config: Config, format: Format, target: Path, *, seed: int = 0) -> None:
@@ -35,14 +36,14 @@ def write_synthetic(config: Config, format: Format, target: Path, *, seed: int =
 
     A_log is log(1 .. heads), dt_bias uniform in [-4, -1], norms and D are 1, convolution weights uniform, its bias 0.
     """
-    random = np.random.Generator(np.random.SFC64(seed))
+    random, packing = np.random.Generator(np.random.SFC64(seed)), Packing.named(format.name)
 
     def pieces(part: Part) -> Iterator[memoryview]:
-        for piece in matrix(part, format, random) if part.is_matrix else [vector(part, config, random)]:
+        for piece in matrix(part, packing.of(part), random) if part.is_matrix else [vector(part, config, random)]:
             yield piece.data
 
     tokenizer = DEFAULT.glob("tokenizer*") if config.vocab_size >= Config.from_file(DEFAULT / "config.json").vocab_size else ()
-    write_packed(target, config, format, lambda part: partial(pieces, part), {"zamba2_random": "true"}, tokenizer)
+    write_packed(target, config, packing, lambda part: partial(pieces, part), {"zamba2_random": "true"}, tokenizer)
 
 
 def matrix(part: Part, format: Format, random: np.random.Generator) -> Iterator[Bytes]:
