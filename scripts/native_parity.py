@@ -59,7 +59,7 @@ def engine_and_twin(format: str) -> tuple[Any, Any]:
     torch.set_num_threads(2)
     folder = packed(format)
     config = Config.from_file(folder / "config.json")
-    model = Twin(folder, config, format)
+    model = Twin(folder, config)
     model.load_in_turn()
     print(f"weights of {folder}", file=sys.stderr, flush=True)
     return NativeBackend(folder, config, threads=2), model

@@ -108,7 +108,7 @@ def synthetic(shape: str, config: Config, format: Format) -> Path:
 def check_format(path: Path, format: str) -> None:
     from zamba2.weights.packed import open_packed
 
-    _, found, _ = open_packed(path, read_config(path))
+    found = open_packed(path, read_config(path))[1].format
     if found.name != format_named(format).name:
         raise Zamba2Error(f"{path} is packed as {found.name}, not {format}; leave --format out, or give the original checkpoint.")
 
