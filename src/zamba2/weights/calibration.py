@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from zamba2.weights.formats import GROUP, Codes, Floats, Format, Rounding, best_scales, rounded
+from zamba2.weights.formats import GROUP, Codes, Floats, Format, Rounding, best_scales, rounded, widened
 
 __all__ = ["Moments", "correct"]
 
@@ -61,7 +61,7 @@ def factor(block: Floats) -> npt.NDArray[np.float64]:
 def correct(grouped: Floats, format: Format, factors: Sequence[npt.NDArray[np.float64]]) -> tuple[Codes, npt.NDArray[np.float16]]:
     """Codes and scales as ``formats.quantize`` gives them, of groups (..., groups, 32) that make up whole rows."""
     groups = grouped.shape[-2]
-    columns = np.ascontiguousarray(grouped.reshape(-1, groups * GROUP).T)  # (inputs, rows)
+    columns = grouped.reshape(-1, groups * GROUP).T.copy()  # (inputs, rows); what is left to round moves
     codes, scales = np.empty_like(columns), np.empty((groups, columns.shape[1]), dtype=np.float16)
     start = 0
     for U in factors:
@@ -74,10 +74,10 @@ def correct(grouped: Floats, format: Format, factors: Sequence[npt.NDArray[np.fl
             here = own[some]
             group = (start + at) // GROUP
             scales[group] = best_scales(here, format, importance[some, None])
-            wide = scales[group].astype(np.float32)
+            wide, inverse = widened(scales[group])
             errors = np.empty_like(here)
             for j in range(len(here)):
-                code = rounded(here[j], scales[group], format)
+                code = rounded(here[j], inverse, format)
                 codes[start + at + j] = code
                 errors[j] = here[j] - code * wide
                 here[j + 1 :] -= moves[at + j, at + j + 1 : some.stop, None] * errors[j]

@@ -129,7 +129,7 @@ def quantize(grouped: Floats, format: Format, importance: Floats | None = None) 
     for start in range(0, columns.shape[1], AT_ONCE):
         some = slice(start, start + AT_ONCE)
         scales[some] = best_scales(columns[:, some], format, None if weights is None else weights[:, some])
-        codes[:, some] = rounded(columns[:, some], scales[some], format)
+        codes[:, some] = rounded(columns[:, some], widened(scales[some])[1], format)
     return codes.T.reshape(*shape, GROUP).astype(np.int32), scales.reshape(shape)
 
 
@@ -145,13 +145,15 @@ def best_scales(columns: Floats, format: Format, importance: Floats | None = Non
     weighted = columns if importance is None else columns * importance
     best: npt.NDArray[np.float16] | None = None
     for candidate in CANDIDATES:
-        codes = rounded(columns, _stored(peak / np.float32(candidate), format), format)
+        _, inverse = widened(_stored(peak / np.float32(candidate), format))
+        codes = rounded(columns, inverse, format)
         along = (codes * weighted).sum(0)
         codes *= codes
         square = codes.sum(0) if importance is None else (codes * importance).sum(0)
         scales = _stored(np.divide(along, square, out=np.zeros_like(square), where=square > 0), format)
-        difference = rounded(columns, scales, format)
-        difference *= scales.astype(np.float32)
+        wide, inverse = widened(scales)
+        difference = rounded(columns, inverse, format)
+        difference *= wide
         difference -= columns
         difference *= difference
         error = difference.sum(0) if importance is None else (difference * importance).sum(0)
@@ -164,10 +166,15 @@ def best_scales(columns: Floats, format: Format, importance: Floats | None = Non
     return best
 
 
-def rounded(columns: Floats, scales: npt.NDArray[np.float16], format: Format) -> Floats:
-    """Codes, as floats, of columns (..., n) with scales (n,)."""
+def widened(scales: npt.NDArray[np.float16]) -> tuple[Floats, Floats]:
+    """Scales in fp32, and what dividing by them multiplies with (0 for 0)."""
     wide = scales.astype(np.float32)
-    codes: Floats = columns * np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0)
+    return wide, np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0)
+
+
+def rounded(columns: Floats, inverse: Floats, format: Format) -> Floats:
+    """Codes, as floats, of columns (..., n) whose scales' inverses are (n,)."""
+    codes = columns * inverse
     np.rint(codes, out=codes)
     np.clip(codes, format.smallest, format.largest, out=codes)
     return codes
