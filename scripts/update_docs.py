@@ -51,8 +51,9 @@ def native_table(data: dict[str, Any]) -> str:
     lines += [f"| {name} | {' | '.join(values)} |" for name, values in rows.items()]
     share, best = data["decode_bandwidth_fraction"], data["read_bandwidth_bytes_per_second"]
     lines.append(
-        f"\nDecode moves {data['bytes_per_token'] / 1e9:.2f} GB per token, at {share:.0%} of the fastest read of the weight file in the same "
-        f"process ({best / 1e9:.0f} GB/s); prefill runs at {data['prefill_matrix_fraction']:.0%} of the machine's {data['matrix_kind']}."
+        f"\nDecode moves {data['bytes_per_token'] / 1e9:.2f} GB per token, at {share:.0%} of the fastest read of the weight file "
+        f"in the same process ({best / 1e9:.0f} GB/s); prefill runs at "
+        f"{data['prefill_matrix_fraction']:.0%} of the machine's {data['matrix_kind']}."
     )
     compared = "".join(f" --compare {name}" for name in data["rivals"])
     stand_in = (
