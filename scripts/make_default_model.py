@@ -165,9 +165,7 @@ def tokenizer(lines: Iterator[str], vocab_size: int) -> dict[str, Any]:
 
     final = Tokenizer(models.BPE(byte_fallback=True))
     final.normalizer = learner.normalizer
-    final.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    final.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     final.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL[1]} $A",
         pair=f"{SPECIAL[1]} $A {SPECIAL[1]}:1 $B:1",

@@ -27,7 +27,7 @@ from transformers.models.zamba2.modeling_zamba2 import Zamba2ForCausalLM as Thei
 import zamba2.hf
 from zamba2.errors import Zamba2Error
 from zamba2.hf import Zamba2Cache, Zamba2ForCausalLM
-from zamba2.language.template import CHATML
+from zamba2.language.messages import CHATML
 from zamba2.weights.names import hub_names
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

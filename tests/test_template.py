@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from zamba2.errors import Zamba2Error
 from zamba2.language import template as module
-from zamba2.language.template import CHATML, ROLES, check_messages, render
+from zamba2.language.messages import CHATML, ROLES, check_messages
+from zamba2.language.template import render
 
 USER = [{"role": "user", "content": "hi"}]
 CHAT = [

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
-from zamba2.language.template import CHATML
+from zamba2.language.messages import CHATML
 from zamba2.language.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -141,8 +141,8 @@ def measure(path: Path, commands: Mapping[str, list[str | Path]], request: dict[
                 answer = worker.ask("repeat")
                 if turn:
                     runs.setdefault(name, []).append(answer)
-            if turn:
-                limits.append(ours.ask("limits"))
+                if turn and worker is ours:
+                    limits.append(ours.ask("limits"))  # at once: what the machine gives may change with its neighbours
     finally:
         for worker in workers.values():
             worker.close()
@@ -199,6 +199,12 @@ def summary(ready: dict[str, Any], runs: list[dict[str, Any]], limits: list[dict
     best = max(limits, key=lambda found: float(found["read_bandwidth"]))
     rates = {kind: max(found["product_rates"][kind] for found in limits) for kind in limits[0]["product_rates"]}
     operations = ready["prefill_operations"] * batch / result["ttft_seconds"]
+    result["spreads"] |= {  # of each round's own limits; the fractions below are of the best of all rounds
+        "read_bandwidth_bytes_per_second": spread([found["read_bandwidth"] for found in limits]),
+        "decode_bandwidth_fraction": spread(
+            [run["decode_tokens_per_second"] * bytes_per_token / own["read_bandwidth"] for run, own in zip(runs, limits, strict=True)]
+        ),
+    }
     return result | {
         "bytes_per_token": bytes_per_token,
         "weight_bytes_per_token": moved["weights"] / batch,
@@ -243,7 +249,7 @@ def print_tables(result: dict[str, Any]) -> None:
         found = result["spreads"][key]
         return f"{found['median']:.{digits}f} ({found['least']:.{digits}f} to {found['most']:.{digits}f})"
 
-    batch = result["batch"]
+    batch, own = result["batch"], result["spreads"]["decode_bandwidth_fraction"]
     rows = [
         ("decode", f"{rate('decode_tokens_per_second')} tokens/s" + (f", {batch} sequences together" if batch > 1 else "")),
         ("prefill", f"{rate('prefill_tokens_per_second', 1)} tokens/s"),
@@ -253,7 +259,7 @@ def print_tables(result: dict[str, Any]) -> None:
         ("a token moves", f"{result['bytes_per_token'] / 1e9:.3f} GB: weights {result['weight_bytes_per_token'] / 1e9:.3f}, "
                           f"state {result['state_bytes_per_token'] / 1e9:.3f}, keys and values {result['kv_bytes_per_token'] / 1e9:.3f}"),
         ("best read of the weight file", f"{result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, {result['read_pattern']}"),
-        ("decode uses of that", f"{result['decode_bandwidth_fraction']:.1%}"),
+        ("decode uses of that", f"{result['decode_bandwidth_fraction']:.1%}; in single rounds {own['least']:.0%} to {own['most']:.0%}"),
         ("best rate of products", f"{result['matrix_rate_operations_per_second'] / 1e12:.3f} T/s, {result['matrix_kind']} in registers"),
         ("prefill uses of that", f"{result['prefill_matrix_fraction']:.1%}"),
     ]  # fmt: skip

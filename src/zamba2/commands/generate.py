@@ -12,8 +12,8 @@ from typing import Any
 import zamba2
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece, Progress, Request, collect
+from zamba2.language.messages import check_messages
 from zamba2.language.model import LanguageModel, make_request
-from zamba2.language.template import check_messages
 
 __all__ = ["load_with_status", "main", "reading_progress", "summary"]
 

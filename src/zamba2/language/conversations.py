@@ -9,7 +9,7 @@ from typing import Any
 
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Piece, Progress, Request, run
-from zamba2.language.template import check_messages
+from zamba2.language.messages import check_messages
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend, State
 

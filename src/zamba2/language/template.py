@@ -30,16 +30,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from zamba2.errors import Zamba2Error
+from zamba2.language.messages import brief
 
-__all__ = ["CHATML", "ROLES", "check_messages", "render"]
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ROLES = ("system", "user", "assistant", "tool")
+__all__ = ["render"]
 
 SECONDS = 1.5  # for one rendering, compilation included
 SOURCE = 1 << 18  # characters of template text; published ones stay under a tenth
@@ -58,22 +51,6 @@ CALLS_ONLY = {
 }
 # No chat needs these; their cost follows from neither the size of what goes in nor that of what comes out.
 UNWANTED_FILTERS = ("batch", "center", "filesizeformat", "pprint", "random", "slice", "sum", "urlize", "wordwrap", "xmlattr")
-
-
-def check_messages(messages: Any) -> None:
-    """Raise Zamba2Error unless ``messages`` is a non-empty list of {"role": one of ROLES, "content": text, ...}."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise Zamba2Error(f"messages is a {type(messages).__name__}; a list of {{role, content}} objects is needed.")
-    if not messages:
-        raise Zamba2Error("messages is empty; at least one message is needed.")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise Zamba2Error(f"messages[{i}] is a {type(message).__name__}; an object with role and content is needed.")
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or role not in ROLES:
-            raise Zamba2Error(f"messages[{i}] has role {_brief(repr(role))}; one of {', '.join(ROLES)} is needed.")
-        if not isinstance(content, str):
-            raise Zamba2Error(f"messages[{i}] has content of type {type(content).__name__}; a text is needed.")
 
 
 def render(
@@ -100,17 +77,17 @@ def render(
     try:
         plain = json.loads(json.dumps(data, default=_as_dict))
     except (TypeError, ValueError, RecursionError) as error:
-        raise Zamba2Error(f"the messages are not plain JSON data ({_brief(error)}); use texts, numbers, lists and objects.") from None
+        raise Zamba2Error(f"the messages are not plain JSON data ({brief(error)}); use texts, numbers, lists and objects.") from None
     try:
         return _run(template, plain)
     except _Stop as stop:
         raise Zamba2Error(f"the chat template was stopped: {stop}; use another template or a shorter conversation.") from None
     except _Refused as error:
-        raise Zamba2Error(f"the chat template refuses this conversation: {_brief(error)}") from None
+        raise Zamba2Error(f"the chat template refuses this conversation: {brief(error)}") from None
     except jinja2.TemplateSyntaxError as error:
-        raise Zamba2Error(f"the chat template is not valid Jinja (line {error.lineno}: {_brief(error.message)}); correct it.") from None
+        raise Zamba2Error(f"the chat template is not valid Jinja (line {error.lineno}: {brief(error.message)}); correct it.") from None
     except Exception as error:  # whatever a stranger's program may raise, RecursionError and MemoryError included
-        reason = f"{type(error).__name__}: {_brief(error)}"
+        reason = f"{type(error).__name__}: {brief(error)}"
         raise Zamba2Error(f"the chat template failed ({reason}); correct it, or use one that fits these messages.") from None
 
 
@@ -118,12 +95,6 @@ def _as_dict(value: Any) -> dict[Any, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} is not JSON data")
-
-
-def _brief(error: object) -> str:
-    """An error's text on one line of bounded length: templates choose their own messages."""
-    text = " ".join(str(error)[:400].split())
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 # ---- bounds ----------------------------------------------------------------------------------------------------------

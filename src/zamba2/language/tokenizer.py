@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from zamba2.config import Config, read_json
 from zamba2.errors import Zamba2Error
-from zamba2.language.template import CHATML, check_messages, render
+from zamba2.language.messages import CHATML, check_messages
 
 __all__ = ["IncrementalDecoder", "Tokenizer"]
 
@@ -102,6 +102,8 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The conversation as the text the model reads. Raises Zamba2Error for malformed messages and failing templates."""
+        from zamba2.language.template import render  # jinja2 is slow to import, and plain texts need none
+
         check_messages(messages)
         return render(
             self.chat_template,
