@@ -18,19 +18,19 @@ __version__ = "0.1.0"
 
 def load(
     path_or_id: str | Path = "default", *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
-    format: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
+    format: str | None = None, kv: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Load a model: a folder, a ``.pt`` file, a Hub id, an alias such as "2.7b-instruct", or "default", the embedded one.
 
     backend: "native" (packed weights on the CPU), "torch", a loaded ``Backend``, or None: native for packed checkpoints
     and where a format is given, else torch. format: "q4", "q8" or "bf16" packs the checkpoint into the user's cache on
-    first use. device, dtype ("float32", "bfloat16", "float16"): for torch. adapter: no backend of this version has
-    run-time adapters. Raises Zamba2Error.
+    first use. kv: "bf16" (the default) or "q8" for the keys and values of the native engine. device, dtype ("float32",
+    "bfloat16", "float16"): for torch. adapter: no backend of this version has run-time adapters. Raises Zamba2Error.
     """
     from zamba2.api import load as load_model
 
     return load_model(
-        path_or_id, backend=backend, device=device, dtype=dtype, format=format, adapter=adapter, revision=revision, offline=offline
+        path_or_id, backend=backend, device=device, dtype=dtype, format=format, kv=kv, adapter=adapter, revision=revision, offline=offline
     )
 
 

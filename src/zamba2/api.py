@@ -15,7 +15,7 @@ from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend
 from zamba2.weights.files import TensorFile
-from zamba2.weights.formats import Format, format_named
+from zamba2.weights.formats import Format, format_named, kv_format_named
 from zamba2.weights.hub import resolve
 from zamba2.weights.packed import VERSION, is_packed, quantize
 
@@ -30,7 +30,7 @@ MODEL_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 def load(
     source: str | Path, *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
-    format: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
+    format: str | None = None, kv: str | None = None, adapter: str | None = None, revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """See ``zamba2.load``."""
     if adapter is not None:
@@ -49,12 +49,15 @@ def load(
             if backend == "torch":
                 raise Zamba2Error(f"format is {format!r}; PyTorch runs the checkpoint as it is: leave the format or the backend out.")
             refuse_torch_options(device, dtype)
+            kv_format_named(kv or "bf16")
             path = packed_copy(path, format_named(format or "q8"))
     chosen: Backend
     if backend is not None and not isinstance(backend, str):
         chosen = backend
     elif is_packed(path):
-        chosen = native_backend(path, config, format, backend, device, dtype)
+        chosen = native_backend(path, config, format, kv, backend, device, dtype)
+    elif kv is not None:
+        raise Zamba2Error(f"kv is {kv!r}; PyTorch keeps keys and values in its dtype: add a format, such as q4, or leave kv out.")
     else:
         chosen = torch_backend()(path, config=config, device=device, dtype=dtype)
     model = LanguageModel(chosen, tokenizer, name=str(source), is_random=random)
@@ -64,7 +67,7 @@ def load(
 
 
 def native_backend(
-    path: Path, config: Config, format: str | None, backend: str | None, device: str | None, dtype: str | None
+    path: Path, config: Config, format: str | None, kv: str | None, backend: str | None, device: str | None, dtype: str | None
 ) -> NativeBackend:
     """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
     if backend == "torch":
@@ -74,7 +77,7 @@ def native_backend(
         from zamba2.runtime.native import NativeBackend
     except ImportError as error:
         raise Zamba2Error(f"the native engine is not installed ({error}); install the package with a C++ compiler present.") from None
-    native = NativeBackend(path, config)
+    native = NativeBackend(path, config, kv=kv or "bf16")
     if format is not None and native.format.name != format:
         raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
     return native

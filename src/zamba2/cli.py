@@ -30,6 +30,7 @@ Offline = Annotated[bool, typer.Option("--offline", help="Use only what is alrea
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps; chosen by itself if not given.")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")]
 FormatName = Annotated[Optional[str], typer.Option("--format", help="q4, q8 or bf16: run packed on the CPU, packing on first use.")]
+KVFormatName = Annotated[Optional[str], typer.Option("--kv-format", help="Keys and values of packed models: bf16, or q8, half as large.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is off.")]
@@ -69,6 +70,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     format: FormatName = None,
+    kv_format: KVFormatName = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -91,7 +93,7 @@ def generate(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
     )  # fmt: skip
-    where = {"device": device, "dtype": dtype, "format": format, "revision": revision, "offline": offline}
+    where = {"device": device, "dtype": dtype, "format": format, "kv": kv_format, "revision": revision, "offline": offline}
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
 
@@ -113,6 +115,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     format: FormatName = None,
+    kv_format: KVFormatName = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -131,7 +134,8 @@ def chat(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop,
     )  # fmt: skip
-    main(model, {"device": device, "dtype": dtype, "format": format, "revision": revision, "offline": offline}, system, options)
+    where = {"device": device, "dtype": dtype, "format": format, "kv": kv_format, "revision": revision, "offline": offline}
+    main(model, where, system, options)
 
 
 @app.command()

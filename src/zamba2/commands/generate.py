@@ -98,7 +98,7 @@ def load_with_status(model: str, where: Mapping[str, Any]) -> LanguageModel:
 
     path = resolve(model, revision=where["revision"], offline=where["offline"])  # shows its own progress
     with Console(stderr=True).status("loading"):
-        loaded = zamba2.load(path, device=where["device"], dtype=where["dtype"], format=where["format"])
+        loaded = zamba2.load(path, device=where["device"], dtype=where["dtype"], format=where["format"], kv=where["kv"])
     loaded.name = model
     return loaded
 
