@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <climits>
+#include <cstring>
 
 #include "engine.h"
 #include "probe.h"
@@ -72,9 +73,18 @@ Config config_of(const nb::dict& d) {
   return c;
 }
 
-// Tensors of a state by name: conv (layers, taps - 1, conv_dim), ssm (layers, heads * P, N) and, per position, k and v (heads * length, d) bf16 bits.
+// Calls f(rows in the page, their byte in (heads, length) rows one behind the other, bytes) for all rows of a part.
+template <class F>
+void visit_rows(const PageLayout& layout, const PageLayout::Part& part, const Cache& cache, F&& f) {
+  const size_t length = static_cast<size_t>(cache.length);
+  for (size_t h = 0; h < static_cast<size_t>(layout.heads); ++h)
+    for (size_t t = 0; t < length; t += kPage)
+      f(cache.pages[t / kPage]->data + part.offset + h * kPage * part.row, (h * length + t) * part.row, std::min<size_t>(kPage, length - t) * part.row);
+}
+
+// Tensors of a state: conv (layers, taps - 1, conv_dim) and ssm (layers, heads * P, N), fp32; and, as bytes, per position every part of
+// PageLayout, (heads, length) rows.
 nb::dict export_state(const State& state, const Engine& engine) {
-  const Config& c = engine.config;
   if (state.broken) throw std::invalid_argument("an earlier call on this state failed midway; there is nothing to save");
   nb::dict d;
   auto floats = [](const std::vector<float>& v) {
@@ -84,39 +94,42 @@ nb::dict export_state(const State& state, const Engine& engine) {
   };
   if (state.conv) d["conv"] = floats(*state.conv);
   if (state.ssm) d["ssm"] = floats(*state.ssm);
-  for (size_t j = 0; j < state.caches.size(); ++j) {
-    const Cache& cache = state.caches[j];
-    if (!cache.buffer) continue;
-    const size_t dim = static_cast<size_t>(c.attention_head_dim), heads = static_cast<size_t>(c.num_key_value_heads), length = static_cast<size_t>(cache.length);
-    for (int part = 0; part < 2; ++part) {
-      const std::vector<uint16_t>& from = part ? cache.buffer->values : cache.buffer->keys;
-      uint16_t* data = new uint16_t[heads * length * dim];
-      for (size_t h = 0; h < heads; ++h) std::copy_n(from.begin() + static_cast<ptrdiff_t>(h * static_cast<size_t>(cache.buffer->capacity) * dim), length * dim, data + h * length * dim);
-      nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint16_t*>(p); });
-      d[((part ? "values." : "keys.") + std::to_string(j)).c_str()] = nb::ndarray<nb::numpy, uint16_t, nb::ndim<1>>(data, {heads * length * dim}, owner);
+  nb::list parts;
+  for (const Cache& cache : state.caches)
+    for (const PageLayout::Part& part : engine.layout.parts) {
+      const size_t length = static_cast<size_t>(cache.length), size = static_cast<size_t>(engine.layout.heads) * length * part.row;
+      uint8_t* data = new uint8_t[size];
+      nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+      visit_rows(engine.layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(data + at, rows, bytes); });
+      parts.append(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {size}, owner));
     }
-  }
+  d["parts"] = parts;
   return d;
 }
 
-State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const std::vector<nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>& kv) {
+State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const std::vector<Bytes>& parts) {
   const Config& c = engine.config;
+  const PageLayout& layout = engine.layout;
   State state = engine.new_state();
-  const size_t layers = static_cast<size_t>(c.num_hidden_layers), dim = static_cast<size_t>(c.attention_head_dim), heads = static_cast<size_t>(c.num_key_value_heads);
-  const size_t length = static_cast<size_t>(position);
+  const size_t layers = static_cast<size_t>(c.num_hidden_layers);
   if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state ||
-      kv.size() != 2 * state.caches.size())
+      parts.size() != layout.parts.size() * state.caches.size())
     throw std::invalid_argument("the saved state does not fit the model");
   state.position = position;
   state.conv = std::make_shared<std::vector<float>>(conv.data(), conv.data() + conv.size());
   state.ssm = std::make_shared<std::vector<float>>(ssm.data(), ssm.data() + ssm.size());
-  for (size_t j = 0; j < state.caches.size(); ++j) {
-    if (kv[2 * j].size() != heads * length * dim || kv[2 * j + 1].size() != heads * length * dim) throw std::invalid_argument("the saved state does not fit the model");
-    auto buffer = std::make_shared<Buffer>();
-    buffer->capacity = buffer->used = position;
-    buffer->keys.assign(kv[2 * j].data(), kv[2 * j].data() + kv[2 * j].size());
-    buffer->values.assign(kv[2 * j + 1].data(), kv[2 * j + 1].data() + kv[2 * j + 1].size());
-    state.caches[j] = {buffer, position};
+  size_t next = 0;
+  for (Cache& cache : state.caches) {
+    cache.length = position;
+    for (int t = 0; t < position; t += kPage) {
+      cache.pages.push_back(std::make_shared<Page>(layout.bytes));
+      cache.pages.back()->used = std::min(kPage, position - t);
+    }
+    for (const PageLayout::Part& part : layout.parts) {
+      const Bytes& from = parts[next++];
+      if (from.size() != static_cast<size_t>(layout.heads) * static_cast<size_t>(position) * part.row) throw std::invalid_argument("the saved state does not fit the model");
+      visit_rows(layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(rows, from.data() + at, bytes); });
+    }
   }
   return state;
 }
@@ -171,12 +184,13 @@ NB_MODULE(_engine, m) {
       .def("copy", [](const State& s) { return State(s); });
 
   nb::class_<Engine>(m, "Engine")
-      .def("__init__", [](Engine* self, const nb::dict& config, int threads, const std::string& isa, const std::vector<int>& processors) {
+      .def("__init__", [](Engine* self, const nb::dict& config, int threads, const std::string& isa, int kv, const std::vector<int>& processors) {
         const Kernels& k = kernels_named(isa);
         check_threads(threads);
+        if (kv < 0 || kv > 1) throw std::invalid_argument("there is no such format of keys and values");
         if (!processors.empty() && processors.size() != static_cast<size_t>(threads)) throw std::invalid_argument("one processor for each thread is needed");
-        new (self) Engine(config_of(config), threads, k, processors);
-      }, nb::arg("config"), nb::arg("threads"), nb::arg("isa") = "", nb::arg("processors") = std::vector<int>())
+        new (self) Engine(config_of(config), threads, k, static_cast<KVFormat>(kv), processors);
+      }, nb::arg("config"), nb::arg("threads"), nb::arg("isa") = "", nb::arg("kv") = 0, nb::arg("processors") = std::vector<int>())
       .def("set_matrix", [](Engine& e, const std::string& name, int format, Bytes data) {
         if (format < 0 || format > 2) throw std::invalid_argument("there is no such format");
         e.set_matrix(name, static_cast<Format>(format), data.data(), data.size());

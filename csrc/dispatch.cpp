@@ -58,7 +58,9 @@ std::vector<const char*> available_kernels() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   if (avx512) names.push_back("avx512");
-  if (avx512 && has_amx() && amx_allowed()) names.push_back("amx");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16) names.push_back("avx512bf16");
+  if (bf16 && has_amx() && amx_allowed()) names.push_back("amx");
 #elif defined(__aarch64__)
   names.push_back("neon");
   if (has_dotprod()) names.push_back("neon_dotprod");
@@ -73,7 +75,7 @@ const Kernels* find_kernels(const char* name) {
       const Kernels* all[] = {
           kScalar,
 #if defined(__x86_64__)
-          kAvx2, kAvx512, kAmx,
+          kAvx2, kAvx512, kAvx512Bf16, kAmx,
 #elif defined(__aarch64__)
           kNeon, kNeonDotprod, kNeonI8mm,
 #endif

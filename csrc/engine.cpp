@@ -86,12 +86,25 @@ Engine::~Engine() = default;
 size_t State::bytes() const {
   size_t total = (conv ? conv->size() : 0) * 4 + (ssm ? ssm->size() : 0) * 4;
   for (const Cache& cache : caches)
-    if (cache.buffer) total += (cache.buffer->keys.size() + cache.buffer->values.size()) * 2;
+    for (const auto& page : cache.pages) total += page->bytes;
   return total;
 }
 
-Engine::Engine(const Config& c, int threads, const Kernels& k, const std::vector<int>& processors)
-    : config(checked(c)), kernels(k), pool_(threads, processors), b_(std::make_unique<Buffers>()) {
+PageLayout::PageLayout(KVFormat format, int heads, int d) : format(format), heads(heads), bytes(0) {
+  const size_t row = static_cast<size_t>(d) * (format == KVFormat::bf16 ? 2 : 1), scale = sizeof(float);
+  for (const size_t width : format == KVFormat::bf16 ? std::vector{row, row} : std::vector{row, row, scale, scale}) {
+    parts.push_back({bytes, width});
+    bytes += static_cast<size_t>(heads) * kPage * width;
+  }
+}
+
+KeysValues PageLayout::head(int h, const uint8_t* const* pages) const {
+  auto at = [&](size_t part) { return part < parts.size() ? parts[part].offset + static_cast<size_t>(h) * kPage * parts[part].row : 0; };
+  return {format, pages, at(0), at(1), at(2), at(3)};
+}
+
+Engine::Engine(const Config& c, int threads, const Kernels& k, KVFormat kv, const std::vector<int>& processors)
+    : config(checked(c)), layout(kv, c.num_key_value_heads, c.attention_head_dim), kernels(k), pool_(threads, processors), b_(std::make_unique<Buffers>()) {
   panels_.resize(static_cast<size_t>(pool_.size()));
   scratch_.assign(static_cast<size_t>(pool_.size()), std::vector<float>(chunk_scratch(c.mamba_headdim, c.mamba_d_state)));
   const int hidden = c.hidden_size, wide = 2 * hidden, positions = static_cast<int>(c.hybrid_layer_ids.size());
@@ -225,7 +238,7 @@ std::string Engine::needs(const std::vector<Call>& calls) const {
   const size_t state = 4 * static_cast<size_t>(c.num_hidden_layers) * (static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim + static_cast<size_t>(c.d_inner) * c.mamba_d_state);
   size_t caches = 0, rows = std::min<size_t>(64, calls.size() * kMostRows);
   for (const Call& call : calls) {
-    caches += 4 * static_cast<size_t>(c.kv_rows()) * static_cast<size_t>(capacity_for(call.state->position + call.length)) * call.state->caches.size();
+    caches += layout.bytes * static_cast<size_t>((call.state->position + call.length + kPage - 1) / kPage) * call.state->caches.size();
     rows = std::max(rows, static_cast<size_t>(call.length));
   }
   return std::to_string(state * calls.size()) + " bytes of state, " + std::to_string(caches) + " of keys and values and about " + std::to_string(4 * widths * rows) + " to work in are needed";
@@ -497,67 +510,86 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
   observe(name, b.t.data(), rows, hidden);
 }
 
-// Tokens that keys and values get room for when they must hold `length`.
-int Engine::capacity_for(int length) { return std::max(256, length + length / 4); }
-
-void Engine::append(Cache& cache, int length, const float* k, const float* v, size_t stride) {
-  const size_t d = static_cast<size_t>(config.attention_head_dim), heads = static_cast<size_t>(config.num_key_value_heads);
-  const int end = cache.length + length;
-  if (!cache.buffer || cache.buffer->used != cache.length || cache.buffer->capacity < end) {
-    auto grown = std::make_shared<Buffer>();
-    grown->capacity = capacity_for(end);
-    grown->keys.resize(heads * static_cast<size_t>(grown->capacity) * d);
-    grown->values.resize(grown->keys.size());
-    if (cache.buffer)
-      for (size_t h = 0; h < heads; ++h) {
-        const size_t from = h * static_cast<size_t>(cache.buffer->capacity) * d, to = h * static_cast<size_t>(grown->capacity) * d;
-        std::copy_n(cache.buffer->keys.begin() + static_cast<ptrdiff_t>(from), static_cast<size_t>(cache.length) * d, grown->keys.begin() + static_cast<ptrdiff_t>(to));
-        std::copy_n(cache.buffer->values.begin() + static_cast<ptrdiff_t>(from), static_cast<size_t>(cache.length) * d, grown->values.begin() + static_cast<ptrdiff_t>(to));
+// Room for `length` more tokens and their keys and values, (length, stride): keys of all heads, then values.
+void Engine::append(Cache& cache, int length, const float* kv, size_t stride) {
+  const int end = cache.length + length, rest = cache.length % kPage, heads = layout.heads, d = config.attention_head_dim;
+  if (rest && cache.pages.back()->used != rest) {  // another state went on in this page
+    const auto own = std::make_shared<Page>(layout.bytes);
+    for (const PageLayout::Part& part : layout.parts)
+      for (int h = 0; h < heads; ++h) {
+        const size_t at = part.offset + static_cast<size_t>(h) * kPage * part.row;
+        std::memcpy(own->data + at, cache.pages.back()->data + at, static_cast<size_t>(rest) * part.row);
       }
-    cache.buffer = std::move(grown);
+    cache.pages.back() = own;
   }
-  Buffer& buffer = *cache.buffer;
-  for (int t = 0; t < length; ++t)
-    for (size_t h = 0; h < heads; ++h) {
-      const size_t at = (h * static_cast<size_t>(buffer.capacity) + static_cast<size_t>(cache.length + t)) * d;
-      kernels.to_bf16(k + static_cast<size_t>(t) * stride + h * d, static_cast<int>(d), buffer.keys.data() + at);
-      kernels.to_bf16(v + static_cast<size_t>(t) * stride + h * d, static_cast<int>(d), buffer.values.data() + at);
+  while (static_cast<int>(cache.pages.size()) * kPage < end) cache.pages.push_back(std::make_shared<Page>(layout.bytes));
+  auto store = [&](int first, int last, int) {
+    for (int t = first; t < last; ++t) {
+      uint8_t* page = cache.pages[static_cast<size_t>((cache.length + t) / kPage)]->data;
+      for (int part = 0; part < 2; ++part)
+        for (int h = 0; h < heads; ++h) {
+          const float* x = kv + static_cast<size_t>(t) * stride + static_cast<size_t>(part * heads + h) * static_cast<size_t>(d);
+          const size_t row = static_cast<size_t>(h) * kPage + static_cast<size_t>((cache.length + t) % kPage);
+          auto place = [&](int which) { return page + layout.parts[static_cast<size_t>(which)].offset + row * layout.parts[static_cast<size_t>(which)].row; };
+          if (layout.format == KVFormat::bf16) kernels.to_bf16(x, d, reinterpret_cast<uint16_t*>(place(part)));
+          else kernels.to_q8(x, d, reinterpret_cast<int8_t*>(place(part)), reinterpret_cast<float*>(place(part + 2)));
+        }
     }
-  buffer.used = cache.length = end;
+  };
+  if (length > kMostRows) pool_.share(length, store);
+  else store(0, length, 0);
+  for (int page = cache.length / kPage; page * kPage < end; ++page) cache.pages[static_cast<size_t>(page)]->used = std::min(kPage, end - page * kPage);
+  cache.length = end;
 }
 
-void Engine::attention(const Layer& layer, const std::vector<Segment>& segments, bool) {
+void Engine::attention(const Layer& layer, const std::vector<Segment>& segments, bool many) {
   const Config& c = config;
   Buffers& b = *b_;
   const size_t d = static_cast<size_t>(c.attention_head_dim), half = d / 2, width = static_cast<size_t>(c.q_rows() + 2 * c.kv_rows());
-  const int heads = c.num_attention_heads, per_kv = heads / c.num_key_value_heads;
+  const int rows = static_cast<int>(b.square0.size()), kv_heads = c.num_key_value_heads, per_kv = c.num_attention_heads / kv_heads;
   b.attended.resize(b.square0.size() * static_cast<size_t>(c.q_rows()));
   if (c.use_mem_rope) {
-    const int rotated = heads + c.num_key_value_heads;  // q and k lie side by side
-    for (size_t r = 0; r < b.square0.size(); ++r)
-      for (int head = 0; head < rotated; ++head) {
-        float* x = b.qkv.data() + r * width + static_cast<size_t>(head) * d;
-        for (size_t i = 0; i < half; ++i) {
-          const float first = x[i], second = x[i + half], cosine = b.cosines[r * half + i], sine = b.sines[r * half + i];
-          x[i] = first * cosine - second * sine;
-          x[i + half] = second * cosine + first * sine;
+    auto rotate = [&](int first, int last, int) {
+      for (size_t r = static_cast<size_t>(first); r < static_cast<size_t>(last); ++r)
+        for (int head = 0; head < c.num_attention_heads + kv_heads; ++head) {  // q and k lie side by side
+          float* x = b.qkv.data() + r * width + static_cast<size_t>(head) * d;
+          for (size_t i = 0; i < half; ++i) {
+            const float one = x[i], two = x[i + half], cosine = b.cosines[r * half + i], sine = b.sines[r * half + i];
+            x[i] = one * cosine - two * sine;
+            x[i + half] = two * cosine + one * sine;
+          }
         }
-      }
+    };
+    if (many) pool_.share(rows, rotate);
+    else rotate(0, rows, 0);
   }
+  std::vector<const uint8_t*> pages;  // of all segments, one behind the other
+  std::vector<size_t> places;
   for (const Segment& s : segments) {
     Cache& cache = s.state->caches[static_cast<size_t>(layer.position)];
-    const int before = cache.length;
-    const float* rows = b.qkv.data() + static_cast<size_t>(s.start) * width;
-    append(cache, s.length, rows + c.q_rows(), rows + c.q_rows() + c.kv_rows(), width);
-    const Buffer& buffer = *cache.buffer;
-    pool_.take(heads * ((s.length + 15) / 16), [&](int item, int) {
-      const int head = item % heads, from = item / heads * 16;
-      const size_t at = static_cast<size_t>(head / per_kv) * static_cast<size_t>(buffer.capacity) * d;
-      for (int t = from; t < std::min(s.length, from + 16); ++t)
-        kernels.attend(rows + static_cast<size_t>(t) * width + static_cast<size_t>(head) * d, buffer.keys.data() + at, buffer.values.data() + at, before + t + 1,
-                       c.attention_head_dim, c.attention_scale, b.attended.data() + static_cast<size_t>(s.start + t) * static_cast<size_t>(c.q_rows()) + static_cast<size_t>(head) * d);
-    });
+    append(cache, s.length, b.qkv.data() + static_cast<size_t>(s.start) * width + c.q_rows(), width);
+    places.push_back(pages.size());
+    for (const auto& page : cache.pages) pages.push_back(page->data);
   }
+  // An item is some queries, in the order of their tokens, that see one head of keys and values.
+  const int at_once = many ? kMostQueries : kMostRows;
+  const int blocks = ((many ? segments[0].length : kMostRows) * per_kv + at_once - 1) / at_once;
+  pool_.take(static_cast<int>(segments.size()) * blocks * kv_heads, [&](int item, int thread) {
+    const int head = item % kv_heads, block = blocks - 1 - item / kv_heads % blocks;  // those with most keys first
+    const size_t which = static_cast<size_t>(item / kv_heads / blocks);
+    const Segment& s = segments[which];
+    const int before = s.state->caches[static_cast<size_t>(layer.position)].length - s.length;
+    Query queries[kMostQueries];
+    int count = 0;
+    for (int i = block * at_once; i < std::min(s.length * per_kv, (block + 1) * at_once); ++i) {
+      const size_t row = static_cast<size_t>(s.start + i / per_kv), column = static_cast<size_t>(head * per_kv + i % per_kv) * d;
+      queries[count++] = {b.qkv.data() + row * width + column, b.attended.data() + row * static_cast<size_t>(c.q_rows()) + column, before + i / per_kv + 1};
+    }
+    if (!count) return;
+    const KeysValues kv = layout.head(head, pages.data() + places[which]);
+    if (!many) kernels.attend(queries, count, kv, c.attention_head_dim, c.attention_scale);
+    else kernels.attend_many(queries, count, kv, c.attention_head_dim, c.attention_scale, reinterpret_cast<float*>(panel(thread, 2 * attend_scratch(c.attention_head_dim))));
+  });
 }
 
 void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, bool many) {

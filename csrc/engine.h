@@ -25,15 +25,33 @@ struct Config {  // names and meanings of config.py
   int kv_rows() const { return num_key_value_heads * attention_head_dim; }
 };
 
-// Keys and values of one hybrid position: per head (capacity, head_dim) bf16. Append-only; several states may share one,
-// and the first `used` tokens of it never change. See model/state.py.
-struct Buffer {
-  std::vector<uint16_t> keys, values;
-  int capacity = 0, used = 0;
+// Where the keys and values of all heads lie in a page of one hybrid position: parts one behind the other, each (heads, kPage)
+// rows. q8 has two more parts, the scales. The same parts, (heads, length) rows each, make up a saved state.
+struct PageLayout {
+  struct Part {
+    size_t offset, row;  // bytes
+  };
+  KVFormat format;
+  int heads;
+  std::vector<Part> parts;  // keys, values[, key scales, value scales]
+  size_t bytes;
+  PageLayout(KVFormat format, int heads, int d);
+  KeysValues head(int h, const uint8_t* const* pages) const;
+};
+
+// kPage tokens, written front to back. Several states may share a page, and its first `used` tokens never change.
+struct Page {
+  explicit Page(size_t bytes) : bytes(bytes), data(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64}))) {}
+  ~Page() { ::operator delete(data, std::align_val_t{64}); }
+  Page(const Page&) = delete;
+  Page& operator=(const Page&) = delete;
+  const size_t bytes;
+  uint8_t* const data;  // not initialized, so that the system backs only what is used
+  int used = 0;
 };
 
 struct Cache {
-  std::shared_ptr<Buffer> buffer;
+  std::vector<std::shared_ptr<Page>> pages;  // as many as hold `length` tokens
   int length = 0;
 };
 
@@ -71,7 +89,7 @@ using Observer = std::function<void(const std::string&, const float*, int, int)>
 class Engine {
  public:
   // Throws std::invalid_argument for sizes that do not belong together or are too large. processors: see Pool.
-  Engine(const Config& config, int threads, const Kernels& kernels, const std::vector<int>& processors = {});
+  Engine(const Config& config, int threads, const Kernels& kernels, KVFormat kv, const std::vector<int>& processors = {});
 
   // Bytes must stay valid; a size that does not fit the config is refused. format is used for matrices only.
   void set_matrix(const std::string& name, Format format, const uint8_t* data, size_t bytes);
@@ -85,6 +103,7 @@ class Engine {
   void forward(const std::vector<Call>& calls, float* logits);
 
   const Config config;
+  const PageLayout layout;
   Observer observer;        // every block's output under its name
   Observer input_observer;  // every product's input rows, as they are before rounding, under its matrix's name
   const Kernels& kernels;
@@ -123,8 +142,7 @@ class Engine {
   void mixer(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y);
   void norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y);
-  static int capacity_for(int length);
-  void append(Cache& cache, int length, const float* k, const float* v, size_t stride);
+  void append(Cache& cache, int length, const float* kv, size_t stride);
   void observe(const std::string& name, const float* data, int rows, int cols);
   void observe_input(const Matrix& w, const float* x, size_t stride, int rows);
   void own(State& state);

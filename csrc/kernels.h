@@ -53,6 +53,35 @@ struct Probes {
   } loops[3];  // a null kind ends them
 };
 
+inline constexpr int kPage = 64;           // tokens whose keys and values lie together
+inline constexpr int kMostQueries = 128;   // that attend_many takes at once
+inline constexpr int kKeyBlock = 128;      // keys that it takes at once
+inline constexpr int kPanel = 64;          // queries that it multiplies them with at once
+
+// Number formats of keys and values (twin of KV_FORMATS in weights/formats.py). q8: int8 codes and one fp32 scale per head and
+// token; scale = largest / 127, value = code * scale.
+enum class KVFormat : int { bf16 = 0, q8 = 1 };
+
+// Keys and values of one head of a sequence, in pages of kPage tokens: token t is row t % kPage of pages[t / kPage].
+// Byte offsets of this head's parts within every page: keys and values, (kPage, d) each; scales, (kPage) fp32 each, for q8 only.
+struct KeysValues {
+  KVFormat format;
+  const uint8_t* const* pages;
+  size_t keys, values, key_scales, value_scales;
+};
+
+// One token's query of one head, (d); where its output goes, (d); and how many of the first keys it sees (at least 1).
+struct Query {
+  const float* q;
+  float* y;
+  int length;
+};
+
+inline size_t attend_scratch(int d) {  // floats that attend_many needs
+  const size_t padded = static_cast<size_t>(d + 31) / 32 * 32;
+  return 2 * (kKeyBlock + kMostQueries) * padded + kKeyBlock * kPanel + padded + 2 * (kMostQueries + kPanel + kKeyBlock);
+}
+
 struct Kernels {
   const char* name;
   const Probes* probes;
@@ -84,14 +113,22 @@ struct Kernels {
                 const float* B, const float* C, size_t bc_stride, int P, int N, float* S, float* y, size_t y_stride, float* scratch);
   // scores[i][j] = C_i . B_j for j <= i.
   void (*chunk_scores)(int Q, const float* B, const float* C, size_t bc_stride, int N, float* scores);
-  // One query against L keys of a head, online softmax. keys, values: (L, d) bf16. y: (d).
-  void (*attend)(const float* q, const uint16_t* keys, const uint16_t* values, int L, int d, float scale, float* y);
+  // int8 codes of one head vector: scale = largest / 127, ties to even. A value that is not finite gives a NaN scale.
+  void (*to_q8)(const float* x, int d, int8_t* codes, float* scale);
+  // Attention of some queries over the keys and values of one head, online softmax in fp32: y = softmax(scale q k^T) v.
+  // Each query's arithmetic is its own, whatever comes with it. For calls of few tokens: reads keys and values once per query.
+  void (*attend)(const Query* queries, int count, const KeysValues& kv, int d, float scale);
+  // The same for up to kMostQueries queries at once, through matrix products. scratch: attend_scratch(d) floats, aligned to 64.
+  // Where the instruction set has products of bf16 (bf16_attention), q and the exponentials of the scores are rounded to bf16.
+  void (*attend_many)(const Query* queries, int count, const KeysValues& kv, int d, float scale, float* scratch);
+  bool bf16_attention;
 };
 
 extern const Kernels* const kScalar;
 #if defined(__x86_64__)
 extern const Kernels* const kAvx2;
 extern const Kernels* const kAvx512;
+extern const Kernels* const kAvx512Bf16;
 extern const Kernels* const kAmx;
 #elif defined(__aarch64__)
 extern const Kernels* const kNeon;

@@ -1,24 +1,24 @@
 """The cases that every kernel passes on every instruction set, their references in plain NumPy, and their tolerances.
 
 A case is a function of ``struct Kernels`` (csrc/kernels.h), its arguments in the function's own order, and what must stand in them
-afterwards. A ``const Matrix&`` and a ``const Activations&`` are four arguments (see tests/native/kernel_runner.cpp). References
-are written from the comments of kernels.h, in fp64, and share nothing with the kernels.
+afterwards. A ``const Matrix&`` and a ``const Activations&`` are four arguments, a ``KeysValues&`` seven, a ``const Query*`` three (see
+tests/native/kernel_runner.cpp). References are written from the comments of kernels.h, in fp64, and share nothing with the kernels.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from zamba2.weights.formats import FORMATS, GROUP, pack, round_bf16, unpack
+from zamba2.weights.formats import FORMATS, GROUP, KV_FORMATS, pack, round_bf16, unpack
 
-__all__ = ["KERNELS", "TOLERANCE", "Case", "as_array", "bits", "cases", "largest_error"]
+__all__ = ["KERNELS", "TOLERANCE", "Case", "as_array", "bits", "cases", "largest_error", "q8_of", "softmax_of"]
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +41,9 @@ TOLERANCE = {
     "step": 5e-7,
     "chunk": 2e-6,
     "chunk_scores": 5e-7,
+    "to_q8": 2e-7,
     "attend": 1e-6,
+    "attend_many": 1e-6,
 }
 KERNELS = list(TOLERANCE)
 SMALLEST = 1e-30  # below it magnitudes count as it: what fp32 may flush to zero
@@ -59,8 +61,8 @@ class Near:
 class Case:
     """expected: arguments that change (arrays: equal to the bit, masked elements apart); every other one must not, but scratch.
 
-    with_units: what differs on tables with matrix units. Cases with the same ``shares`` give the same bits for the same row of y,
-    the first of which is ``first_row``.
+    with_units: what differs on tables with matrix units (attend_many: with products of bf16). Cases with the same ``shares`` give
+    the same bits for the same row of y, the first of which is ``first_row``.
     """
 
     kernel: str
@@ -513,24 +515,119 @@ def chunk_scores(rng: np.random.Generator) -> Iterator[Case]:
 # ---- attention ----------------------------------------------------------------------------------------------------------------
 
 
+def to_q8(rng: np.random.Generator) -> Iterator[Case]:
+    for d in (1, 5, 15, 16, 17, 33, 80, 160):
+        rows = {"normal": normal(rng, d), "large": normal(rng, d, size=1e37), "small": normal(rng, d, size=1e-30), "zeros": np.zeros(d)}
+        rows |= {"ties": (np.arange(d) - d // 2) / 2, "not finite": np.where(np.arange(d) == d // 2, np.inf, normal(rng, d))}
+        for name, row in rows.items():
+            x = row.astype(np.float32)
+            codes, scale = q8_of(x) if np.isfinite(x).all() else (np.ma.masked_all(d, np.int8), np.float32(np.nan))
+            arguments = {"x": x, "d": d, "codes": poison(d, dtype=np.int8), "scale": poison(1)}
+            yield Case("to_q8", f"{d} {name}", arguments, {"codes": codes, "scale": near([scale])})
+
+
+def q8_of(x: Array) -> tuple[Array, Array]:
+    """Codes (..., d) and scales (...) of head vectors, every step in fp32."""
+    peak = np.abs(x).max(-1)
+    inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
+    return np.rint(x * inverse[..., None]).astype(np.int8), peak / np.float32(127)
+
+
+PAGE = 64  # tokens
+
+
+def pages_of(kv: str, k: Array, v: Array) -> tuple[dict[str, Any], Array, Array, Array]:
+    """``KeysValues`` of fp32 keys and values (L, d), in pages that lie backwards, 0xff where no token is; and what they hold: keys,
+    values, and the scales of the values (L), 1 for bf16."""
+    L, d = k.shape
+    count, width = -(-L // PAGE), 2 if kv == "bf16" else 1
+    offsets = [7 * 64, 7 * 64 + PAGE * d * width + 64]  # as if other heads lay around this one
+    scales = [offsets[1] + PAGE * d * width + 64, offsets[1] + PAGE * (d * width + 4) + 128]
+    pages = np.full((count, scales[1] + PAGE * 4 + 64), 0xFF, dtype=np.uint8)
+    held, steps = [], np.ones(L, dtype=np.float32)
+    for x, at, scale_at in zip((k, v), offsets, scales, strict=True):
+        rows, steps = (bf16_of(x), np.ones(L, dtype=np.float32)) if kv == "bf16" else q8_of(x)
+        held.append(wide(rows) if kv == "bf16" else rows * steps[:, None].astype(np.float64))
+        for page in range(count):
+            own = slice(page * PAGE, min(L, (page + 1) * PAGE))
+            data = np.ascontiguousarray(rows[own]).view(np.uint8).reshape(-1)
+            pages[count - 1 - page, at : at + data.size] = data
+            if kv == "q8":
+                pages[count - 1 - page, scale_at : scale_at + 4 * len(steps[own])] = steps[own].view(np.uint8)
+    arguments = {
+        "kv.pages": pages, "kv.order": np.arange(count, dtype=np.int64)[::-1].copy(), "kv.format": KV_FORMATS[kv].number,
+        "kv.keys": offsets[0], "kv.values": offsets[1], "kv.key_scales": scales[0], "kv.value_scales": scales[1],
+    }  # fmt: skip
+    return arguments, *held, steps
+
+
+def softmax_of(q: Array, k: Array, v: Array, lengths: Array, scale: float, *, steps: Array | None = None, unsure: float = 0.0) -> Near:
+    """Attention of queries (T, d) to the first ``lengths`` of keys and values (L, d).
+
+    steps (L): scales of the values, where the queries and the softmax's powers of two (times these) are rounded to bf16, as bf16
+    products need them. A number that lies so near a tie that fp32 sums may take it to either side makes the magnitude larger, by
+    what that can do to the result. unsure: relative to their root mean square, how far off the queries may be.
+    """
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    factor = float(np.float32(scale)) / math.log(2)
+    size = np.maximum(np.abs(q), np.sqrt((q**2).mean()))
+    doubt = np.zeros_like(q)
+    if steps is not None:
+        low, q, high = (wide(bf16_of((q + sign * unsure * size).astype(np.float32))).astype(np.float64) for sign in (-1, 0, 1))
+        doubt = high - low
+    scores = q @ k.T * factor
+    scores[np.arange(len(k)) >= lengths[:, None]] = -np.inf
+    weights = np.exp2(scores - np.rint(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    spread = 1 + (np.abs(q) @ np.abs(k).T * factor).max(-1, keepdims=True)  # a score's own rounding, which the exponential passes on
+    error = TOLERANCE["attend_many"] * spread + math.log(2) * factor * (doubt @ np.abs(k).T)  # relative, of each weight
+    used, slack = weights, weights * error
+    if steps is not None:
+        low, used, high = (wide(bf16_of((weights * steps * (1 + sign * error)).astype(np.float32))) / steps for sign in (-1, 0, 1))
+        slack = slack + (high - low)
+    values = used @ v / total
+    mean = (slack.sum(-1, keepdims=True) / total) * np.abs(values)  # through the sum that they are divided by
+    return Near(values, (slack @ np.abs(v) / total + mean) / TOLERANCE["attend_many"])
+
+
+def attention(rng: np.random.Generator, kernel: str, lengths: list[tuple[int, int]], heads: Sequence[int]) -> Iterator[Case]:
+    """lengths: queries, and tokens before them; the first query sees one token more."""
+    for kv in KV_FORMATS:
+        for count, past in lengths:
+            for d in heads:
+                for size in (0.0, 1.0, 30.0):
+                    seen = past + 1 + np.arange(count) // (2 if count % 2 == 0 else 1)  # two heads share keys and values
+                    L = int(seen[-1])
+                    q, k, v = normal(rng, count, d, size=size), normal(rng, L, d), normal(rng, L, d)
+                    k[:: L // 3 + 1] *= 3  # for int8: rows of several sizes
+                    pages, keys, values, steps = pages_of(kv, k, v)
+                    scale = float(np.float32((d / 2) ** -0.5))
+                    arguments = {"q": q, "y": poison(count, d), "lengths": seen, "count": count, **pages, "d": d, "scale": scale}
+                    label = f"{kv}, {count} after {past}, heads of {d}, of {size}"
+                    expected = {"y": softmax_of(q, keys, values, seen, scale)}
+                    if kernel == "attend":
+                        yield Case(kernel, label, arguments, expected)
+                        continue
+                    arguments["scratch"] = poison(512 * (-(-d // 32) * 32) + 128 * 64 + -(-d // 32) * 32 + 2 * (128 + 64 + 128))
+                    yield Case(
+                        kernel, label, arguments, expected, {"y": softmax_of(q, keys, values, seen, scale, steps=steps)}, ("scratch",)
+                    )
+
+
 def attend(rng: np.random.Generator) -> Iterator[Case]:
-    for L, d in [(1, 1), (1, 80), (2, 15), (15, 16), (16, 17), (17, 33), (63, 64), (64, 80), (65, 160), (129, 224), (300, 5), (700, 160)]:
-        for size in (0.0, 1.0, 30.0):
-            q, keys, values = normal(rng, d, size=size), bf16_of(normal(rng, L, d)), bf16_of(normal(rng, L, d))
-            scale = float(np.float32((d / 2) ** -0.5))
-            k, v = wide(keys).astype(np.float64), wide(values).astype(np.float64)
-            scores = k @ q.astype(np.float64) * np.float32(scale)
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            spread = 1 + (np.abs(k) @ np.abs(q.astype(np.float64)) * scale).max()  # a score's own rounding, which the exponential passes on
-            arguments = {"q": q, "keys": keys, "values": values, "L": L, "d": d, "scale": scale, "y": poison(d)}
-            yield Case("attend", f"{L} x {d}, of {size}", arguments, {"y": near(weights @ v, spread * (weights @ np.abs(v)))})
+    yield from attention(rng, "attend", [(1, 0), (1, 1), (3, 62), (8, 60), (1, 128), (34, 200)], (1, 15, 16, 33, 80, 160))
+    yield from attention(rng, "attend", [(2, 700)], (160, 224))
+
+
+def attend_many(rng: np.random.Generator) -> Iterator[Case]:
+    yield from attention(rng, "attend_many", [(1, 0), (9, 0), (17, 60), (64, 64), (66, 127), (128, 0)], (1, 15, 16, 33, 80, 160))
+    yield from attention(rng, "attend_many", [(40, 700)], (160, 224))
 
 
 MAKERS = {
     maker.__name__: maker
     for maker in (
         quantize, multiply, multiply_many, to_bf16, to_tiles, from_bf16, finite, sum_of_squares, scale_by, add_scaled, gated_norm, geglu,
-        convolve, step, chunk, chunk_scores, attend,
+        convolve, step, chunk, chunk_scores, to_q8, attend, attend_many,
     )
 }  # fmt: skip

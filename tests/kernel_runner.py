@@ -26,7 +26,8 @@ class Runner:
     def __init__(self, *command: str) -> None:
         self.command = command
         listed = self._start().split()
-        self.tables = {name: units == "1" for name, units in zip(listed[::2], listed[1::2], strict=True)}  # name: has matrix units
+        self.tables = {name: units == "1" for name, units in zip(listed[::3], listed[1::3], strict=True)}  # name: has matrix units
+        self.bf16_attention = {name: rounds == "1" for name, rounds in zip(listed[::3], listed[2::3], strict=True)}
 
     def _start(self, *arguments: str) -> str:
         ran = subprocess.run([*self.command, *arguments], capture_output=True, text=True, timeout=240)

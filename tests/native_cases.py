@@ -1,6 +1,7 @@
-"""Native backends over random miniatures, and the PyTorch model that computes the same: dequantized weights, int8 inputs, bf16 keys.
+"""Native backends over random miniatures, and the PyTorch model that computes the same: dequantized weights, rounded inputs,
+keys and values.
 
-The twin shares nothing with the engine but the packed bytes: it is the PyTorch model with three functions replaced.
+The twin shares nothing with the engine but the packed bytes: it is the PyTorch model with some functions replaced.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from kernel_cases import TOLERANCE, q8_of, softmax_of
 from op_cases import relative_error
 from strategies import MINIATURES, miniature, random_model, random_tokens
 from torch import Tensor
@@ -31,13 +33,13 @@ from zamba2.runtime.backend import Row
 from zamba2.runtime.native import ENGINE_KEYS, SHORT, NativeBackend, NativeState
 from zamba2.weights import packed
 from zamba2.weights.checkpoint import save_checkpoint
-from zamba2.weights.formats import FORMATS, unpack
+from zamba2.weights.formats import FORMATS, KV_FORMATS, unpack
 from zamba2.weights.packed import open_packed
 
 __all__ = [
     "BACKBONE", "CONFIGS", "EXACT", "ISAS", "PERTURBATION", "Check", "Twin", "as_twin", "compare", "divergence", "engine_arguments",
-    "error", "logits_of", "make_packed", "multiply_as", "native", "observing", "packed_from", "perturbed", "round_int8", "twin",
-    "uses_units", "with_perturbed",
+    "error", "logits_of", "make_packed", "multiply_as", "native", "observing", "packed_from", "perturbed", "round_int8",
+    "rounds_attention", "twin", "uses_units", "with_perturbed",
 ]  # fmt: skip
 
 ISAS = list(_engine.available())
@@ -77,9 +79,9 @@ def make_packed(config: Config, format: str, seed: int = 1) -> Path:
 
 
 @functools.cache
-def native(config: Config, format: str, isa: str = "", threads: int = 1, seed: int = 1) -> NativeBackend:
+def native(config: Config, format: str, isa: str = "", threads: int = 1, seed: int = 1, kv: str = "bf16") -> NativeBackend:
     """The native backend over ``make_packed``."""
-    return NativeBackend(make_packed(config, format, seed), config, threads=threads, isa=isa)
+    return NativeBackend(make_packed(config, format, seed), config, threads=threads, isa=isa, kv=kv)
 
 
 class Twin(Zamba2):
@@ -139,11 +141,12 @@ def twin(config: Config, format: str, seed: int = 1) -> Twin:
     return model
 
 
-def engine_arguments(config: Config, format: str, tokens: np.ndarray, lengths: Sequence[int]) -> dict[str, Any]:
+def engine_arguments(config: Config, format: str, tokens: np.ndarray, lengths: Sequence[int], kv: str) -> dict[str, Any]:
     """Arguments of ``engine`` in tests/native/kernel_runner.cpp: tokens in calls of these lengths, by two threads, to all their logits."""
     file, packing, plan = open_packed(make_packed(config, format), config)
     return {key: getattr(config, key) for key in ENGINE_KEYS} | {
-        "hybrid_layer_ids": np.array(config.hybrid_layer_ids, dtype=np.int64), "threads": 2, "format": packing.format.number,
+        "hybrid_layer_ids": np.array(config.hybrid_layer_ids, dtype=np.int64), "threads": 2, "kv": KV_FORMATS[kv].number,
+        "format": packing.format.number,
         "embeddings": packing.embeddings.number,
         **{part.name: np.frombuffer(file.read(part.name), np.uint8 if part.is_matrix else np.float32) for part in plan},
         "tokens": tokens.astype(np.int32), "lengths": np.array(lengths, dtype=np.int64),
@@ -170,6 +173,17 @@ def round_bf16(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.bfloat16().view(torch.int16), x.bfloat16().to(x.dtype)
 
 
+def round_q8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values (..., head_dim) in int8, with one scale per head and token."""
+    codes, scales = (torch.from_numpy(part) for part in q8_of(x.float().numpy()))
+    return codes.float(), codes * scales[..., None]
+
+
+def rounding_of_kv(kv: str) -> Rounding:
+    """How keys and values are kept."""
+    return round_q8 if kv == "q8" else round_bf16
+
+
 def rounding_of(format: str, units: bool) -> Rounding | None:
     """What the engine does to the inputs of a product: q8 and q4 round them to int8, matrix units (which round weights too) to bf16."""
     return round_bf16 if units else None if format == "bf16" else round_int8
@@ -186,18 +200,40 @@ def multiply_as(format: str, units: bool) -> Callable[[Tensor, Tensor], Tensor]:
     return multiply
 
 
+def attend_as(rounded: bool, kv: str, allowed: list[Tensor] | None = None) -> Callable[..., Tensor]:
+    """Causal attention with exact sums, with the roundings of bf16 products if ``rounded`` (see ``softmax_of``). allowed gets the
+    largest difference, (T, heads * head_dim), that numbers next to a tie may make."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **others: Any) -> Tensor:
+        rows, heads, length, d = q.shape
+        seen = np.arange(k.shape[2] - length, k.shape[2]) + 1
+        values, largest = (torch.empty(q.shape, dtype=torch.float64) for _ in range(2))
+        for row in range(rows):
+            for head in range(heads):
+                own = row, head * k.shape[1] // heads
+                steps = np.abs(v[own].numpy()).max(-1) / np.float32(127) if kv == "q8" else np.ones(k.shape[2], np.float32)
+                arrays = (part.numpy() for part in (q[row, head], k[own], v[own]))
+                near = softmax_of(*arrays, seen, scale, steps=steps if rounded else None, unsure=EXACT)
+                values[row, head] = torch.from_numpy(near.values)
+                largest[row, head] = torch.from_numpy(near.magnitude * TOLERANCE["attend_many"])
+        if allowed is not None:
+            allowed.append(largest[0].transpose(0, 1).reshape(length, heads * d))
+        return values.to(q.dtype)
+
+    return attend
+
+
 _append = KVCache.append
 
 
-def _append_rounded(self: KVCache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _append(self, round_bf16(k)[1], round_bf16(v)[1])
-
-
 @contextmanager
-def as_twin(format: str, *, units: bool = False) -> Iterator[None]:
-    """The PyTorch model rounds as the engine does: keys and values to bf16; inputs of products as ``rounding_of`` says."""
+def as_twin(format: str, *, units: bool = False, attention: bool = False, kv: str = "bf16") -> Iterator[None]:
+    """The PyTorch model rounds as the engine does: keys and values as ``rounding_of_kv``, inputs of products as ``rounding_of`` says;
+    with ``attention``, queries and weights of attention too (``rounds_attention``, in calls of more than SHORT tokens)."""
+    rounding = rounding_of_kv(kv)
     with (
-        mock.patch.object(KVCache, "append", _append_rounded),
+        mock.patch.object(KVCache, "append", lambda self, k, v: _append(self, rounding(k)[1], rounding(v)[1])),
+        mock.patch.object(F, "scaled_dot_product_attention", attend_as(attention, kv)),
         mock.patch.object(model_module, "matmul", multiply_as(format, units)),
         torch.no_grad(),
     ):
@@ -231,12 +267,14 @@ class Perturbed:
 
 
 @functools.cache
-def perturbed(config: Config, format: str, units: bool, texts: int = 2, length: int = 300, draws: int = 3) -> Perturbed:
+def perturbed(
+    config: Config, format: str, units: bool, attention: bool = False, kv: str = "bf16", texts: int = 2, length: int = 300, draws: int = 3
+) -> Perturbed:  # fmt: skip
     """The yardstick for whatever may round numbers the other way."""
     model, tokens = twin(config, format), random_tokens(config, 5, texts, length)
     logits, kl = [], []
     for seed, own in enumerate(tokens):
-        with as_twin(format, units=units):
+        with as_twin(format, units=units, attention=attention, kv=kv):
             scores = model(inputs_embeds=with_perturbed(model.embed_tokens(own), draws, seed), state=model.new_state())
         logits.append(scores[0])
         kl.append(divergence(scores[:1], scores[1:]).mean(0))
@@ -280,7 +318,7 @@ def flips(name: str, own: Tensor, given: Tensor, rounding: Rounding) -> int:
     different = codes != own_codes
     excess = (rounded.double() - own.double()).abs() - (own_rounded.double() - own.double()).abs()
     assert bool((excess <= 2 * EXACT * sizes(own))[different].all()), f"{name}: a number far from a tie is rounded the other way"
-    assert rounding is not round_int8 or int((codes - own_codes).abs().max()) <= 1, f"{name}: codes differ by more than one"
+    assert rounding is round_bf16 or int((codes - own_codes).abs().max()) <= 1, f"{name}: codes differ by more than one"
     return int(different.sum())
 
 
@@ -296,7 +334,7 @@ def observing(backend: NativeBackend, outputs: Callable[..., None], inputs: Call
         backend.engine.observe_inputs(None)
 
 
-def state_of(config: Config, exported: dict[str, np.ndarray], position: int) -> ModelState:
+def state_of(config: Config, exported: dict[str, Any], position: int, kv: str) -> ModelState:
     """The engine's state as the PyTorch model's."""
     state = ModelState.empty(config)
     if not position:
@@ -304,20 +342,24 @@ def state_of(config: Config, exported: dict[str, np.ndarray], position: int) -> 
     conv = torch.from_numpy(exported["conv"]).view(config.num_hidden_layers, 1, config.mamba_d_conv - 1, config.conv_dim)
     shape = (config.num_hidden_layers, 1, config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state)
     state.conv, state.ssm = list(conv.double()), list(torch.from_numpy(exported["ssm"]).view(shape).double())
-    for cache, kept in zip(state.kv, keys_and_values(config, exported, position), strict=True):
+    for cache, kept in zip(state.kv, keys_and_values(config, exported, position, kv), strict=True):
         _append(cache, *kept)
     state.position = position
     return state
 
 
-def keys_and_values(config: Config, exported: dict[str, np.ndarray], position: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of each hybrid position in an engine's state, (1, heads, position, head_dim)."""
-    shape = (1, config.num_key_value_heads, position, config.attention_head_dim)
-
-    def values(name: str) -> Tensor:
-        return torch.from_numpy(exported[name]).view(torch.bfloat16).view(shape).double()
-
-    return [(values(f"keys.{j}"), values(f"values.{j}")) for j in range(len(config.hybrid_layer_ids))]
+def keys_and_values(config: Config, exported: dict[str, Any], position: int, kv: str) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each hybrid position in an engine's state, (1, heads, position, head_dim) fp64."""
+    shape, count = (1, config.num_key_value_heads, position, -1), len(KV_FORMATS[kv].parts)
+    parts = [torch.from_numpy(part) for part in exported["parts"]]
+    found = []
+    for own in (parts[at : at + count] for at in range(0, len(parts), count)):
+        if kv == "bf16":
+            keys, values = (part.view(torch.bfloat16).view(shape) for part in own)
+        else:
+            keys, values = (own[i].view(torch.int8).view(shape) * own[i + 2].view(torch.float32).view(shape) for i in (0, 1))
+        found.append((keys.double(), values.double()))
+    return found
 
 
 def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: np.ndarray) -> list[Check]:
@@ -327,11 +369,11 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     engine's had, so nothing but the arithmetic between two observed places is compared, and a number that is rounded the other
     way, which ``flips`` permits and counts, changes nothing behind it.
     """
-    config, engine, before = model.config, backend.engine, len(past)
+    config, engine, before, kv = model.config, backend.engine, len(past), backend.kv.name
     inner = engine.new_state()
     if before:
         engine.forward([inner], [past], [0])
-    state = state_of(config, engine.export_state(inner), before)
+    state = state_of(config, engine.export_state(inner), before, kv)
     events: list[tuple[str, str, Tensor]] = []
     with observing(
         backend,
@@ -340,9 +382,11 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     ):
         logits = torch.from_numpy(engine.forward([inner], [tokens], [len(tokens)])).double()
     after = engine.export_state(inner)
-    kept = iter(keys_and_values(config, after, before + len(tokens)))
+    kept = iter(keys_and_values(config, after, before + len(tokens), kv))
     units = uses_units(backend.isa) and len(tokens) > SHORT
     rounding, multiply = rounding_of(backend.format.name, units), multiply_as(backend.format.name, units)
+    rounds = rounds_attention(backend.isa) and len(tokens) > SHORT
+    allowed: list[Tensor] = []
     checks: list[Check] = []
     hoisted: set[str] = set()
 
@@ -358,6 +402,10 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         if name.endswith(".right.weight"):
             hoisted.add(name)
         own = x.reshape(given.shape)
+        if name.endswith(".o_proj.weight") and rounds:
+            difference = (given - own).abs() - allowed.pop()
+            checks.append(Check(f"inputs of {name}", float((difference / sizes(own)).max())))
+            own = given
         checks.append(Check(f"inputs of {name}", worst(given, own)))
         if rounding is not None:
             checks[-1].rounded, checks[-1].flipped = given.numel(), flips(name, own, given, rounding)
@@ -366,7 +414,7 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     def append(self: KVCache, *own: Tensor) -> tuple[Tensor, Tensor]:
         given = [values[:, :, before:] for values in next(kept)]
         for kind, mine, theirs in zip(("keys", "values"), own, given, strict=True):
-            checks.append(Check(kind, 0.0, mine.numel(), flips(kind, mine, theirs, round_bf16)))
+            checks.append(Check(kind, 0.0, mine.numel(), flips(kind, mine, theirs, rounding_of_kv(kv))))
         return _append(self, *given)
 
     def output(kind: str) -> Callable[..., Tensor]:
@@ -386,7 +434,12 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         hooks.append(block.self_attn.register_forward_hook(output(".self_attn")))
         hooks.append(block.feed_forward.register_forward_hook(output(".shared_block")))
     try:
-        with mock.patch.object(KVCache, "append", append), mock.patch.object(model_module, "matmul", product), torch.no_grad():
+        with (
+            mock.patch.object(KVCache, "append", append),
+            mock.patch.object(F, "scaled_dot_product_attention", attend_as(rounds, kv, allowed)),
+            mock.patch.object(model_module, "matmul", product),
+            torch.no_grad(),
+        ):
             final = model.hidden_states(torch.from_numpy(tokens)[None].long(), state=state)[0]
             name, given = following("output", "final_layernorm")
             checks.append(Check(name, worst(given, final)))
@@ -395,7 +448,7 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         for hook in hooks:
             hook.remove()
     assert not events and next(kept, None) is None
-    mine = state_of(config, after, before + len(tokens))
+    mine = state_of(config, after, before + len(tokens), kv)
     for i in range(config.num_hidden_layers):
         for kind, given_state, own_state in (("conv", mine.conv[i], state.conv[i]), ("ssm", mine.ssm[i], state.ssm[i])):
             assert given_state is not None and own_state is not None
@@ -406,6 +459,11 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
 def uses_units(isa: str) -> bool:
     """Whether calls of more than SHORT tokens go through bf16 matrix units."""
     return isa == "amx"
+
+
+def rounds_attention(isa: str) -> bool:
+    """Whether attention in calls of more than SHORT tokens rounds to bf16."""
+    return isa in ("avx512bf16", "amx")
 
 
 def logits_of(backend: NativeBackend, tokens: Sequence[int] | np.ndarray, state: NativeState | None = None, **options: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from native_cases import CONFIGS, as_twin, engine_arguments, error, twin
 from strategies import random_tokens
 
 from zamba2 import _engine
-from zamba2.weights.formats import FORMATS
+from zamba2.weights.formats import FORMATS, KV_FORMATS
 
 # Relative error of a model's logits, by norm: where nothing is rounded on the way; where keys and values near a tie between two bf16
 # numbers may go either way (measured: 1.5e-3 at most); where int8 codes, or the bf16 inputs of matrix units, may (3e-2 at most).
@@ -38,7 +38,7 @@ def check(runner: Runner, kernel: str) -> None:
     """Fail, naming tables and cases, unless all results of a kernel are within its tolerance, and rows the same bits in any company."""
     table = cases(kernel)
     wrong = []
-    for name, units in runner.tables.items():
+    for name, units in (runner.bf16_attention if kernel == "attend_many" else runner.tables).items():
         found = runner.call(name, [(case.kernel, case.arguments) for case in table])
         for case, result in zip(table, found, strict=True):
             if (worst := largest_error(case, result, units)) > TOLERANCE[kernel]:
@@ -67,15 +67,16 @@ def test_kernel(runner: Runner, kernel: str) -> None:
     check(runner, kernel)
 
 
+@pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_engine_with_software_tiles(runner: Runner, format: str) -> None:
+def test_engine_with_software_tiles(runner: Runner, format: str, kv: str) -> None:
     """Where AVX-512 BF16 is, a prompt through the AMX kernels, tiles in software, gives the twin's logits as near as rounding allows."""
     if "amx_stand_in" not in runner.tables:
         pytest.skip("this machine has no AVX-512 BF16")
     for config in CONFIGS.values():
         tokens = random_tokens(config, 3, 70)
-        found = runner.call("amx_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70]))])[0]["logits"]
-        with as_twin(format, units=True):
+        found = runner.call("amx_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70], kv))])[0]["logits"]
+        with as_twin(format, units=True, attention=True, kv=kv):
             expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
         assert error(found, expected) <= AFTER_FLIPS
 

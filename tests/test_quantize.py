@@ -231,6 +231,15 @@ def test_full_disk_while_packing_leaves_nothing(tmp_path: Path) -> None:
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+def test_format_of_keys_and_values(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kv= and --kv-format choose the format of keys and values of a packed model; without one they are bf16."""
+    assert [zamba2.load(packed, kv=kv).backend.kv.name for kv in (None, "bf16", "q8")] == ["bf16", "bf16", "q8"]  # type: ignore[attr-defined]
+    code, out, _ = told(capsys, "generate", "the sea", "--model", str(packed), "--kv-format", "q8", "--max-tokens", "8")
+    assert (code, out) == (0, zamba2.load(packed, kv="q8").generate("the sea", max_tokens=8).text + "\n")
+    code, _, err = told(capsys, "generate", "the sea", "--model", str(packed), "--kv-format", "q4")
+    assert code == 2 and "no format 'q4' of keys and values" in err[0]
+
+
 def test_streams_and_conversations(packed: Path, tmp_path: Path) -> None:
     """On the native backend streamed text is the whole text, a batch is its prompts alone, a conversation begins as a
     chat does, and a saved one goes on with the same words."""
@@ -388,16 +397,19 @@ def test_load_refuses(packed: Path) -> None:
     for message, options in {
         "leave it out": {"device": "cuda"}, "has its format": {"dtype": "float32"}, "packed as q4, not q8": {"format": "q8"},
         "packed for the native engine": {"backend": "torch"}, "there is no backend": {"backend": "other"},
+        "no format 'q3' of keys and values": {"kv": "q3"},
     }.items():  # fmt: skip
         with pytest.raises(Zamba2Error, match=message):
             zamba2.load(packed, **options)  # type: ignore[arg-type]
     with pytest.raises(Zamba2Error, match="there is no format"):
         zamba2.load(DEFAULT, format="q5")
+    with pytest.raises(Zamba2Error, match="PyTorch keeps keys and values in its dtype"):
+        zamba2.load(DEFAULT, kv="q8")
     assert is_packed(packed)
     assert not is_packed(DEFAULT)
 
 
-@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}, {"backend": "torch"}])
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}, {"backend": "torch"}, {"kv": "q3"}])
 def test_what_packing_cannot_serve_is_refused_first(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that the native engine has not is refused before anything is packed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -18,7 +18,7 @@ from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend
 from zamba2.weights.files import TensorFile
-from zamba2.weights.formats import Format, format_named
+from zamba2.weights.formats import Format, format_named, kv_format_named
 from zamba2.weights.hub import resolve
 from zamba2.weights.hub_files import HubFiles
 from zamba2.weights.packed import VERSION, is_packed, quantize
@@ -36,7 +36,7 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' f
 
 def load(
     source: str | Path, *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
-    format: str | None = None, threads: int | None = None, pin: bool | None = None, adapter: str | None = None,
+    format: str | None = None, kv: str | None = None, threads: int | None = None, pin: bool | None = None, adapter: str | None = None,
     revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """See ``zamba2.load``."""
@@ -53,13 +53,16 @@ def load(
         chosen = backend
     elif (backend or backend_for(path, device=device, dtype=dtype, format=format)) == "native":
         refuse_torch_options(device, dtype)
+        kv_format_named(kv or "bf16")
         with packed_folder(path, config, format) as packed:
-            chosen = native_backend(packed, config, format, threads, pin)
+            chosen = native_backend(packed, config, format, kv, threads, pin)
     else:
         if is_packed(path):
             raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
         if format is not None:
             raise Zamba2Error(f"format is {format!r}; PyTorch runs the checkpoint as it is: leave the format or the backend out.")
+        if kv is not None:
+            raise Zamba2Error(f"kv is {kv!r}; PyTorch keeps keys and values in its dtype: leave kv, or device and dtype, out.")
         if threads is not None or pin:
             raise Zamba2Error("threads and pin are for the native engine; for PyTorch set OMP_NUM_THREADS, or leave device and dtype out.")
         chosen = torch_backend()(path, config=config, device=device, dtype=dtype)
@@ -125,13 +128,15 @@ def packed_for_now(path: Path) -> Iterator[Path]:
         yield Path(folder) / "packed"
 
 
-def native_backend(path: Path, config: Config, format: str | None, threads: int | None, pin: bool | None) -> NativeBackend:
+def native_backend(
+    path: Path, config: Config, format: str | None, kv: str | None, threads: int | None, pin: bool | None
+) -> NativeBackend:
     """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
     try:
         from zamba2.runtime.native import NativeBackend
     except ImportError as error:
         raise Zamba2Error(f"the native engine is not installed ({error}); install the package with a C++ compiler present.") from None
-    native = NativeBackend(path, config, threads=threads, pin=pin)
+    native = NativeBackend(path, config, threads=threads, pin=pin, kv=kv or "bf16")
     if format is not None and native.format.name != format:
         raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
     return native

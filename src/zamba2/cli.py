@@ -30,6 +30,7 @@ Offline = Annotated[bool, typer.Option("--offline", help="Use only what is alrea
 Device = Annotated[Optional[str], typer.Option(help="Run with PyTorch on cpu, cuda, cuda:1 or mps; without: a GPU or the native engine.")]
 Dtype = Annotated[Optional[str], typer.Option(help="Run with PyTorch in float32, bfloat16 or float16.")]
 FormatName = Annotated[Optional[str], typer.Option("--format", help="q4 (the default on CPUs), q8 or bf16: packed weights, on the CPU.")]
+KVFormatName = Annotated[Optional[str], typer.Option("--kv-format", help="Keys and values of packed models: bf16, or q8, half as large.")]
 Threads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads of the native engine; one per core if not given.")]
 Pin = Annotated[Optional[bool], typer.Option("--pin", help="Keep each of these threads on a processor of its own (Linux).")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
@@ -71,6 +72,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     format: FormatName = None,
+    kv_format: KVFormatName = None,
     threads: Threads = None,
     pin: Pin = None,
     revision: Revision = None,
@@ -96,7 +98,8 @@ def generate(
         max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
     )  # fmt: skip
     where = {
-        "device": device, "dtype": dtype, "format": format, "threads": threads, "pin": pin, "revision": revision, "offline": offline,
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "threads": threads, "pin": pin, "revision": revision,
+        "offline": offline,
     }  # fmt: skip
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
@@ -119,6 +122,7 @@ def chat(
     device: Device = None,
     dtype: Dtype = None,
     format: FormatName = None,
+    kv_format: KVFormatName = None,
     threads: Threads = None,
     pin: Pin = None,
     revision: Revision = None,
@@ -140,7 +144,8 @@ def chat(
         max_tokens=max_tokens, stop=stop,
     )  # fmt: skip
     where = {
-        "device": device, "dtype": dtype, "format": format, "threads": threads, "pin": pin, "revision": revision, "offline": offline,
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "threads": threads, "pin": pin, "revision": revision,
+        "offline": offline,
     }  # fmt: skip
     main(model, where, system, options)
 

@@ -1,5 +1,6 @@
 // Calls the kernels of one table on arrays from a file: what tests/test_kernels.py and tests/test_arm64.py drive.
 //   kernel_runner                      prints the tables that this machine can run, one a line, with 1 if they have matrix units
+//                                      and 1 if their attend_many rounds to bf16
 //   kernel_runner TABLE CASES RESULTS  makes the calls of CASES; RESULTS gets the bytes of all their arrays as they are afterwards
 // A file of cases: per case a name, the number of its arguments and those, in the order of the function's own; a result comes
 // last. Per argument: name, type (as NumPy writes it), bytes. Numbers and lengths are 64 bits wide.
@@ -102,6 +103,8 @@ struct Case {
   size_t next = 0;
   const Kernels* kernels = nullptr;
   Format weights{};  // of the matrix among the arguments
+  std::vector<Query> queries;          // what pointers of the next two lead to
+  std::vector<const uint8_t*> pages;
 
   Argument& take(const char* type) {
     if (next == arguments.size()) fail("more arguments are needed than the case has");
@@ -153,6 +156,30 @@ Activations take<Activations>(Case& c) {
                         x.codes.data() + at * line, x.scales.data() + at * groups, x.starts.data() + at * groups);
   }
   return x;
+}
+
+// Three arguments: queries (count, d), room for their outputs, and lengths (count).
+template <>
+const Query* take<const Query*>(Case& c) {
+  const Argument& q = c.take("f4");
+  float* y = take<float*>(c);
+  const Argument& lengths = c.take("i8");
+  const size_t count = lengths.bytes / sizeof(int64_t), d = q.bytes / sizeof(float) / count;
+  for (size_t i = 0; i < count; ++i)
+    c.queries.push_back({reinterpret_cast<const float*>(q.data.get()) + i * d, y + i * d, static_cast<int>(reinterpret_cast<const int64_t*>(lengths.data.get())[i])});
+  return c.queries.data();
+}
+
+// Seven arguments: the pages' bytes one behind the other, which of them comes when, then the members of the struct but for `pages`.
+template <>
+KeysValues take<KeysValues>(Case& c) {
+  const Argument& pages = c.take("u1");
+  const Argument& order = c.take("i8");
+  const size_t count = order.bytes / sizeof(int64_t), size = pages.bytes / count;
+  for (size_t i = 0; i < count; ++i) c.pages.push_back(pages.data.get() + static_cast<size_t>(reinterpret_cast<const int64_t*>(order.data.get())[i]) * size);
+  const KVFormat format = take<KVFormat>(c);
+  const size_t keys = take<size_t>(c), values = take<size_t>(c), key_scales = take<size_t>(c), value_scales = take<size_t>(c);
+  return {format, c.pages.data(), keys, values, key_scales, value_scales};
 }
 
 template <class R, class... A>
@@ -207,7 +234,7 @@ void engine(const Kernels& kernels, Case& c) {
   const Argument& hybrid = *by_name.at("hybrid_layer_ids");
   const int64_t* ids = reinterpret_cast<const int64_t*>(hybrid.data.get());
   config.hybrid_layer_ids.assign(ids, ids + hybrid.bytes / sizeof(int64_t));
-  Engine engine(config, whole("threads"), kernels);
+  Engine engine(config, whole("threads"), kernels, static_cast<KVFormat>(whole("kv")));
   for (const Argument& a : c.arguments) {
     const bool table = a.name == "embed_tokens.weight" || a.name == "lm_head.weight";
     if (a.type == "u1") engine.set_matrix(a.name, static_cast<Format>(whole(table ? "embeddings" : "format")), a.data.get(), a.bytes);
@@ -232,7 +259,7 @@ const std::pair<const char*, Function> kFunctions[] = {
     ZAMBA2_KERNEL(quantize), ZAMBA2_KERNEL(multiply), ZAMBA2_KERNEL(multiply_many), ZAMBA2_KERNEL(to_bf16), ZAMBA2_KERNEL(to_tiles),
     ZAMBA2_KERNEL(from_bf16), ZAMBA2_KERNEL(finite), ZAMBA2_KERNEL(sum_of_squares), ZAMBA2_KERNEL(scale_by), ZAMBA2_KERNEL(add_scaled),
     ZAMBA2_KERNEL(gated_norm), ZAMBA2_KERNEL(geglu), ZAMBA2_KERNEL(convolve), ZAMBA2_KERNEL(step), ZAMBA2_KERNEL(chunk),
-    ZAMBA2_KERNEL(chunk_scores), ZAMBA2_KERNEL(attend), {"engine", engine},
+    ZAMBA2_KERNEL(chunk_scores), ZAMBA2_KERNEL(to_q8), ZAMBA2_KERNEL(attend), ZAMBA2_KERNEL(attend_many), {"engine", engine},
 };
 
 std::vector<const Kernels*> tables() {
@@ -300,7 +327,7 @@ void on_bad_access(int signal) {
 
 int main(int count, char** arguments) {
   if (count == 1) {
-    for (const Kernels* k : tables()) std::printf("%s %d\n", k->name, k->matrix_units ? 1 : 0);
+    for (const Kernels* k : tables()) std::printf("%s %d %d\n", k->name, k->matrix_units ? 1 : 0, k->bf16_attention ? 1 : 0);
     return 0;
   }
   if (count != 4) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from zamba2.runtime.backend import Logits, Row, State, check_row
 from zamba2.runtime.processors import MOST_THREADS, default_threads, processors_for
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.files import TensorFile
-from zamba2.weights.formats import Format
+from zamba2.weights.formats import Format, KVFormat, kv_format_named
 from zamba2.weights.packed import Packing, open_packed
 
 __all__ = ["NativeBackend", "NativeState"]
@@ -75,45 +75,50 @@ class NativeState:
         self.inner, self.before = inner, None
 
     def save(self, path: Path, *, note: str = "") -> None:
+        backend = self.backend
         try:
-            tensors = self.backend.engine.export_state(self.inner)
+            found = backend.engine.export_state(self.inner)
         except ValueError as error:
             raise Zamba2Error(f"the state cannot be saved: {error}.") from None
         except MemoryError:
             raise Zamba2Error(f"there is not enough memory to save the state; {self.nbytes} bytes are needed.") from None
+        tensors: list[tuple[str, str, int, npt.NDArray[Any]]]
+        tensors = [(name, "F32", found[name].size, found[name]) for name in ("conv", "ssm") if name in found]
+        tensors += [(*kind, data) for kind, data in zip(self._kv_tensors(self.position), found["parts"], strict=True)]
         entries = [
-            (name, "F32" if t.dtype == np.float32 else "BF16", (t.size,), lambda t=t: [t.reshape(-1).view(np.uint8).data])
-            for name, t in tensors.items()
+            (name, dtype, (size,), lambda data=data: [data.reshape(-1).view(np.uint8).data]) for name, dtype, size, data in tensors if size
         ]
-        write_state(path, entries, position=self.position, model=self.backend.fingerprint, note=note)
+        write_state(path, entries, position=self.position, model=backend.fingerprint, note=note)
 
     def load(self, path: Path) -> str:
         file, position, note = open_state(path, self.backend.fingerprint)
         self.inner, self.before = self._read(path, file, position), None
         return note
 
+    def _kv_tensors(self, length: int) -> Iterator[tuple[str, str, int]]:
+        config = self.backend.config
+        return self.backend.kv.tensors(len(config.hybrid_layer_ids), config.num_key_value_heads, length, config.attention_head_dim)
+
     def _read(self, path: Path, file: TensorFile, position: int) -> Any:
         engine, config = self.backend.engine, self.backend.config
         if position == 0:
             return engine.new_state()
-        caches = [f"{kind}.{j}" for j in range(len(config.hybrid_layer_ids)) for kind in ("keys", "values")]
-        sizes = {
-            "conv": ("F32", config.conv_state_bytes() // 4), "ssm": ("F32", config.ssm_state_bytes // 4),
-        } | dict.fromkeys(caches, ("BF16", config.kv_dim * position))  # fmt: skip
-        if set(file.entries) != set(sizes):
+        caches = list(self._kv_tensors(position))
+        sizes = [("conv", "F32", config.conv_state_bytes() // 4), ("ssm", "F32", config.ssm_state_bytes // 4), *caches]
+        if set(file.entries) != {name for name, _, _ in sizes}:
             raise Zamba2Error(f"{path} does not hold the tensors of a state of this model.")
         arrays: dict[str, npt.NDArray[Any]] = {}
-        for name, (dtype, size) in sizes.items():
+        for name, dtype, size in sizes:
             entry = file.entries[name]
             if (entry.dtype, entry.shape) != (dtype, (size,)):
                 raise Zamba2Error(f"{path}: {name} is {entry.dtype} {list(entry.shape)}; {dtype} [{size}] is needed.")
-            array = np.frombuffer(file.read(name), dtype=np.float32 if dtype == "F32" else np.uint16)
-            finite = np.isfinite(array if dtype == "F32" else (array.astype(np.uint32) << 16).view(np.float32)).all()
+            array = np.frombuffer(file.read(name), dtype={"F32": np.float32, "BF16": np.uint16, "I8": np.int8}[dtype])
+            finite = np.isfinite((array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array).all()
             if not finite:
                 raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
             arrays[name] = array
         try:
-            return engine.import_state(position, arrays["conv"], arrays["ssm"], [arrays[name] for name in caches])
+            return engine.import_state(position, arrays["conv"], arrays["ssm"], [arrays[name].view(np.uint8) for name, _, _ in caches])
         except MemoryError:
             needed = sum(array.nbytes for array in arrays.values())
             raise Zamba2Error(f"{path}: there is not enough memory for the state; {needed} bytes are needed.") from None
@@ -122,15 +127,18 @@ class NativeState:
 
 
 class NativeBackend:
-    """``Backend`` over the native engine and a packed checkpoint folder."""
+    """``Backend`` over the native engine and a packed checkpoint folder. kv: a row of KV_FORMATS, for keys and values."""
 
-    def __init__(self, path: Path, config: Config, *, threads: int | None = None, pin: bool | None = None, isa: str = "") -> None:
+    def __init__(
+        self, path: Path, config: Config, *, threads: int | None = None, pin: bool | None = None, isa: str = "", kv: str = "bf16"
+    ) -> None:
         self.config = config
+        self.kv = kv_format_named(kv)
         self._file, self.packing, plan = open_packed(path, config)
         settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
         try:
             count, processors = chosen_threads(threads, pin)
-            self.engine = _engine.Engine(settings, count, isa, processors)
+            self.engine = _engine.Engine(settings, count, isa, self.kv.number, processors)
             for part in plan:
                 data = np.frombuffer(self._file.map(part.name), dtype=np.uint8)
                 if part.is_matrix:
@@ -146,7 +154,7 @@ class NativeBackend:
         except MemoryError:
             needed = sum(4 * part.count for part in plan if not part.is_matrix)
             raise Zamba2Error(f"{path}: there is not enough memory to start; {needed} bytes are needed beside the mapped file.") from None
-        self.fingerprint = fingerprint(self._file, config, self.packing)
+        self.fingerprint = fingerprint(self._file, config, self.packing, self.kv)
 
     @property
     def format(self) -> Format:
@@ -246,9 +254,9 @@ def chosen_threads(threads: int | None, pin: bool | None) -> tuple[int, list[int
     return threads, processors_for(threads) if pin else []
 
 
-def fingerprint(file: TensorFile, config: Config, packing: Packing) -> str:
+def fingerprint(file: TensorFile, config: Config, packing: Packing, kv: KVFormat) -> str:
     """Identifies config, formats and weights: a hash over the config and a page of each tensor."""
-    names = [packing.format.name, packing.embeddings.name]
+    names = [packing.format.name, packing.embeddings.name, kv.name]
     digest = hashlib.sha256(json.dumps([config.to_dict(), *names], sort_keys=True).encode())
     for name in sorted(file.entries):
         digest.update(name.encode())

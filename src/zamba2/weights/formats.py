@@ -1,4 +1,4 @@
-"""Packed weight formats: the specification of every layout that the native engine reads. Knows no torch.
+"""Packed formats: the specification of every layout of weights, keys and values that the native engine reads. Knows no torch.
 
 A matrix W (rows, cols) becomes blocks of 16 rows; within a block, groups of 32 inputs follow one another, zero-padded to
 whole blocks and groups. The 16 rows lie side by side, so that one vector register holds the same inputs of 16 rows:
@@ -14,7 +14,7 @@ to 64 bytes. csrc/kernels.h has the twin (struct Matrix); tests/test_formats.py 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error
 
-__all__ = ["BLOCK", "FORMATS", "GROUP", "Format", "format_named"]
+__all__ = ["BLOCK", "FORMATS", "GROUP", "KV_FORMATS", "Format", "KVFormat", "format_named", "kv_format_named"]
 
 BLOCK = 16  # rows side by side
 GROUP = 32  # inputs that share a scale
@@ -68,6 +68,39 @@ def format_named(name: str) -> Format:
     if name not in FORMATS:
         raise Zamba2Error(f"there is no format {name!r}; there are {', '.join(FORMATS)}.")
     return FORMATS[name]
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How keys and values are kept, and which tensors they are in a saved state: one ``{part}.{j}`` per hybrid position j and part.
+
+    parts: name -> (dtype, whether it has a value per dimension of the head); values lie in the order (heads, tokens[, head_dim]).
+    q8: per head and token head_dim int8 codes and one fp32 scale = largest magnitude / 127; value = code * scale.
+    ``number`` is its value in the engine, whose struct PageLayout has the same parts.
+    """
+
+    name: str
+    number: int
+    parts: dict[str, tuple[str, bool]]
+
+    def tensors(self, positions: int, heads: int, tokens: int, head_dim: int) -> Iterator[tuple[str, str, int]]:
+        """Name, dtype and number of values of each tensor in a saved state."""
+        for j in range(positions):
+            for part, (dtype, wide) in self.parts.items():
+                yield f"{part}.{j}", dtype, heads * tokens * (head_dim if wide else 1)
+
+
+KV_FORMATS = {
+    "bf16": KVFormat("bf16", 0, {"keys": ("BF16", True), "values": ("BF16", True)}),
+    "q8": KVFormat("q8", 1, {"keys": ("I8", True), "values": ("I8", True), "key_scales": ("F32", False), "value_scales": ("F32", False)}),
+}
+
+
+def kv_format_named(name: str) -> KVFormat:
+    """A row of KV_FORMATS. Raises Zamba2Error for an unknown name."""
+    if name not in KV_FORMATS:
+        raise Zamba2Error(f"there is no format {name!r} of keys and values; there are {', '.join(KV_FORMATS)}.")
+    return KV_FORMATS[name]
 
 
 def pack(weights: Floats, format: Format, rounding: Rounding | None = None) -> npt.NDArray[np.uint8]:
