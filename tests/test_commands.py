@@ -67,7 +67,7 @@ def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
-    assert COMMANDS == ["generate", "chat", "info", "download", "quantize"]
+    assert COMMANDS == ["generate", "chat", "info", "download", "quantize", "bench"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
