@@ -44,6 +44,7 @@ from zamba2.weights import packed
 from zamba2.weights.formats import FORMATS, KV_FORMATS
 
 FORMAT_NAMES = list(FORMATS)
+MAGNIFIED = 1e-4  # in place of EXACT for models of any sizes: a norm of three numbers that nearly cancel magnifies rounding
 FLIPPED = 1e-3  # of all rounded numbers; measured: 2e-4 to bf16, 2e-5 to int8
 ALL = {**CONFIGS, "backbone": BACKBONE}
 # For long prompts on the slow instruction sets.
@@ -72,10 +73,10 @@ CALLS = [(1, 0), (SHORT, 33), (70, 5)]
 MORE_CALLS = {"bf16": [(3, 600), (300, 0)], "q8": [(3, 600), (150, 0)]}  # more than a block of 128 keys, in both formats of these
 
 
-def hold(checks: list[Check]) -> None:
-    """Every element to EXACT; no more numbers rounded the other way than lie that near a tie."""
+def hold(checks: list[Check], bound: float = EXACT) -> None:
+    """Every element to the bound; no more numbers rounded the other way than lie that near a tie."""
     for check in checks:
-        assert check.error <= EXACT, f"{check.name}: {check.error:.1e}"
+        assert check.error <= bound, f"{check.name}: {check.error:.1e}"
     flipped, rounded = sum(check.flipped for check in checks), sum(check.rounded for check in checks)
     assert flipped <= FLIPPED * rounded + 5, f"{flipped} of {rounded} numbers were rounded the other way"
 
@@ -156,7 +157,7 @@ def test_any_config(isa: str, format: str, config: Config, seed: int) -> None:
     backend = NativeBackend(make_packed(config, format, 2), config, threads=2, isa=isa)
     for length in (3, 21):
         tokens = ids(config, length, seed)
-        hold(compare(backend, twin(config, format, 2), tokens[:length], past=ids(config, seed % 3)))
+        hold(compare(backend, twin(config, format, 2), tokens[:length], past=ids(config, seed % 3)), MAGNIFIED)
 
 
 # ---- laws to the bit ------------------------------------------------------------------------------------------------------
