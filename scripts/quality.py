@@ -174,7 +174,7 @@ def log_probabilities(model: Zamba2, tokens: Tensor, multiply: Callable[[Tensor,
 
 def with_codes(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T with x as int8 codes per group of 32, as the engine takes it."""
-    return F.linear(round_int8(x)[1], weight)
+    return F.linear(round_int8(x)[1].float(), weight)
 
 
 def with_halves(x: Tensor, weight: Tensor) -> Tensor:
@@ -195,7 +195,9 @@ def unpacked(config: Config, folder: Path) -> Zamba2:
     """The model with the weights that a packed checkpoint holds."""
     model = Twin(folder, config)
     model.load()
-    return model
+    for block in model.shared_blocks:
+        block.self_attn.split = tuple(half.float() for half in block.self_attn.split)
+    return model.float()  # the twin computes in fp64
 
 
 def rounded_by_ggml(model: Zamba2, kind: str, embeddings: str) -> Zamba2:
