@@ -12,6 +12,7 @@ namespace zamba2 {
 namespace {
 
 constexpr float kMixerEps = 1e-5f;    // fixed, whatever the config's own epsilon is
+constexpr int kMlpRows = 128;            // of a long call that the MLP takes at once
 constexpr size_t kPanelBytes = 1 << 20;  // of dequantized weights, so that they stay in a second-level cache
 
 float half_to_float(uint16_t h) {
@@ -375,15 +376,11 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
 }
 
 void Engine::norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y) {
-  auto part = [&](int first, int last, int) {
-    for (int r = first; r < last; ++r) {
-      const float* from = x + static_cast<size_t>(r) * n;
-      const float scale = 1.0f / std::sqrt(kernels.sum_of_squares(from, n) / static_cast<float>(n) + config.rms_norm_eps);
-      kernels.scale_by(from, weight.data(), scale, n, y + static_cast<size_t>(r) * n);
-    }
-  };
-  if (rows > 4) pool_.share(rows, part);
-  else part(0, rows, 0);
+  each_row(rows, [&](size_t r) {
+    const float* from = x + r * static_cast<size_t>(n);
+    const float scale = 1.0f / std::sqrt(kernels.sum_of_squares(from, n) / static_cast<float>(n) + config.rms_norm_eps);
+    kernels.scale_by(from, weight.data(), scale, n, y + r * static_cast<size_t>(n));
+  });
 }
 
 void Engine::run(const std::vector<Segment>& segments, const int32_t* tokens, int rows, bool many, const std::vector<int>& wanted, float* logits) {
@@ -418,14 +415,14 @@ void Engine::run(const std::vector<Segment>& segments, const int32_t* tokens, in
       shared_block(layer, segments, many);
       multiply(layer.linear, b.t.data(), hidden, rows, many, b.u.data());
       observe(name + ".linear", b.u.data(), rows, c.hidden_size);
-      kernels.add_scaled(b.x.data(), 1.0f, static_cast<int>(n * hidden), b.u.data());
+      each_row(rows, [&](size_t r) { kernels.add_scaled(b.x.data() + r * hidden, 1.0f, c.hidden_size, b.u.data() + r * hidden); });
     } else {
       std::copy(b.x.begin(), b.x.end(), b.u.begin());
     }
     norm_rows(b.u.data(), layer.norm, rows, c.hidden_size, b.u.data());
     mixer(layer, segments, many);
     observe(name + ".mamba", b.o.data(), rows, c.hidden_size);
-    kernels.add_scaled(b.o.data(), 1.0f, static_cast<int>(n * hidden), b.x.data());
+    each_row(rows, [&](size_t r) { kernels.add_scaled(b.o.data() + r * hidden, 1.0f, c.hidden_size, b.x.data() + r * hidden); });
     observe(name, b.x.data(), rows, c.hidden_size);
   }
   for (const Segment& s : segments) s.state->position += s.length;
@@ -446,26 +443,24 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
   const size_t n = static_cast<size_t>(rows), h = static_cast<size_t>(hidden), width = static_cast<size_t>(c.q_rows() + 2 * c.kv_rows());
   b.left.resize(n * h);
   b.qkv.resize(n * width);
-  for (int r = 0; r < rows; ++r) {
-    const float* x = b.x.data() + static_cast<size_t>(r) * h;
-    const float square = kernels.sum_of_squares(x, hidden) + b.square0[static_cast<size_t>(r)];
-    b.scale[static_cast<size_t>(r)] = 1.0f / std::sqrt(square / static_cast<float>(2 * hidden) + c.rms_norm_eps);
-    kernels.scale_by(x, block.norm.data(), b.scale[static_cast<size_t>(r)], hidden, b.left.data() + static_cast<size_t>(r) * h);
-  }
+  each_row(rows, [&](size_t r) {
+    const float* x = b.x.data() + r * h;
+    const float square = kernels.sum_of_squares(x, hidden) + b.square0[r];
+    b.scale[r] = 1.0f / std::sqrt(square / static_cast<float>(2 * hidden) + c.rms_norm_eps);
+    kernels.scale_by(x, block.norm.data(), b.scale[r], hidden, b.left.data() + r * h);
+  });
   std::vector<float>& hoisted = b.hoisted[layer.block % 2];
   const size_t which = static_cast<size_t>(layer.block);
   if (!b.ready[which]) {
     if (blocks_.size() > 2) std::fill(b.ready.begin(), b.ready.end(), false);  // two are kept
     b.right.resize(n * h);
     hoisted.resize(n * width);
-    for (int r = 0; r < rows; ++r)
-      kernels.scale_by(b.x0.data() + static_cast<size_t>(r) * h, block.norm.data() + hidden, 1.0f, hidden, b.right.data() + static_cast<size_t>(r) * h);
+    each_row(rows, [&](size_t r) { kernels.scale_by(b.x0.data() + r * h, block.norm.data() + hidden, 1.0f, hidden, b.right.data() + r * h); });
     multiply(block.right, b.right.data(), h, rows, many, hoisted.data());
     b.ready[which] = true;
   }
   multiply(block.left, b.left.data(), h, rows, many, b.qkv.data());
-  for (int r = 0; r < rows; ++r)
-    kernels.add_scaled(hoisted.data() + static_cast<size_t>(r) * width, b.scale[static_cast<size_t>(r)], static_cast<int>(width), b.qkv.data() + static_cast<size_t>(r) * width);
+  each_row(rows, [&](size_t r) { kernels.add_scaled(hoisted.data() + r * width, b.scale[r], static_cast<int>(width), b.qkv.data() + r * width); });
   if (c.use_shared_attention_adapter) {
     b.f.resize(n * 2 * h);
     for (int r = 0; r < rows; ++r) {
@@ -494,19 +489,22 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
   norm_rows(b.o.data(), block.pre_ff_norm, rows, hidden, b.m.data());
   const size_t inner = static_cast<size_t>(c.intermediate_size);
   const Adapter& adapter = block.adapters.at(layer.position);
-  b.projected.resize(n * 2 * inner);
-  b.adapted.resize(n * 2 * inner);
-  b.low.resize(n * static_cast<size_t>(c.adapter_rank));
-  b.f.resize(n * inner);
   b.t.resize(n * h);
-  multiply(block.gate_up, b.m.data(), h, rows, many, b.projected.data());
-  multiply(adapter.down, b.m.data(), h, rows, many, b.low.data());
-  multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), rows, many, b.adapted.data());
-  pool_.share(rows, [&](int first, int last, int) {
-    for (int r = first; r < last; ++r)
-      kernels.geglu(b.projected.data() + static_cast<size_t>(r) * 2 * inner, b.adapted.data() + static_cast<size_t>(r) * 2 * inner, c.intermediate_size, b.f.data() + static_cast<size_t>(r) * inner);
-  });
-  multiply(block.down, b.f.data(), inner, rows, many, b.t.data());
+  // Some rows at a time: the MLP's wide rows are the most memory that a long call needs. An observer sees whole products.
+  const int slab = observer || input_observer ? rows : std::min(rows, kMlpRows);
+  b.projected.resize(static_cast<size_t>(slab) * 2 * inner);
+  b.adapted.resize(static_cast<size_t>(slab) * 2 * inner);
+  b.low.resize(static_cast<size_t>(slab) * static_cast<size_t>(c.adapter_rank));
+  b.f.resize(static_cast<size_t>(slab) * inner);
+  for (int from = 0; from < rows; from += slab) {
+    const int some = std::min(slab, rows - from);
+    const float* m = b.m.data() + static_cast<size_t>(from) * h;
+    multiply(block.gate_up, m, h, some, many, b.projected.data());
+    multiply(adapter.down, m, h, some, many, b.low.data());
+    multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), some, many, b.adapted.data());
+    each_row(some, [&](size_t r) { kernels.geglu(b.projected.data() + r * 2 * inner, b.adapted.data() + r * 2 * inner, c.intermediate_size, b.f.data() + r * inner); });
+    multiply(block.down, b.f.data(), inner, some, many, b.t.data() + static_cast<size_t>(from) * h);
+  }
   observe(name, b.t.data(), rows, hidden);
 }
 
@@ -604,11 +602,12 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
   b.y.resize(n * inner);
   b.gated.resize(n * inner);
   multiply(m.in_proj, b.u.data(), static_cast<size_t>(c.hidden_size), rows, many, b.proj.data());
-  for (size_t r = 0; r < n; ++r)
+  each_row(rows, [&](size_t r) {
     for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
       const float x = b.proj[r * in + inner + conv_dim + h] + m.dt_bias[h];
       b.dt[r * static_cast<size_t>(heads) + h] = x > 20.0f ? x : std::log1p(std::exp(x));  // softplus, no clamp
     }
+  });
   const int slices = (c.conv_dim + 15) / 16, per_group = heads / c.mamba_ngroups;
   for (const Segment& s : segments) {
     float* conv = s.state->conv->data() + static_cast<size_t>(layer.index) * static_cast<size_t>(taps - 1) * conv_dim;
@@ -652,12 +651,7 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
       }
     });
   }
-  auto gate = [&](int first, int last, int) {
-    for (int r = first; r < last; ++r)
-      kernels.gated_norm(b.y.data() + static_cast<size_t>(r) * inner, b.proj.data() + static_cast<size_t>(r) * in, m.norm.data(), c.d_inner, c.mamba_ngroups, kMixerEps, b.gated.data() + static_cast<size_t>(r) * inner);
-  };
-  if (rows > 1) pool_.share(rows, gate);
-  else gate(0, rows, 0);
+  each_row(rows, [&](size_t r) { kernels.gated_norm(b.y.data() + r * inner, b.proj.data() + r * in, m.norm.data(), c.d_inner, c.mamba_ngroups, kMixerEps, b.gated.data() + r * inner); });
   b.o.resize(n * static_cast<size_t>(c.hidden_size));
   multiply(m.out_proj, b.gated.data(), inner, rows, many, b.o.data());
 }

@@ -141,6 +141,15 @@ class Engine {
   void attention(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void mixer(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y);
+  // f(row) for every row, by all threads where there are many rows.
+  template <class F>
+  void each_row(int rows, F&& f) {
+    auto part = [&](int first, int last, int) {
+      for (int r = first; r < last; ++r) f(static_cast<size_t>(r));
+    };
+    if (rows > 1) pool_.share(rows, part);
+    else part(0, rows, 0);
+  }
   void norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y);
   void append(Cache& cache, int length, const float* kv, size_t stride);
   void observe(const std::string& name, const float* data, int rows, int cols);

@@ -253,7 +253,7 @@ def test_threads_change_no_bit(isa: str, format: str, kv: str) -> None:
 
 @combined
 def test_chunks_lie_at_fixed_places(isa: str, format: str, kv: str) -> None:
-    """A long prompt cut at multiples of 512, behind any first cut, gives the same bits."""
+    """A long prompt cut at multiples of PREFILL_CHUNK, behind any first cut, gives the same bits."""
     config = TINY
     backend, tokens = native(config, format, isa, kv=kv), ids(config, 2 * PREFILL_CHUNK + 40)
     whole = logits_of(backend, tokens, logits=1)

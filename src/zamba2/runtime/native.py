@@ -24,7 +24,7 @@ from zamba2.weights.packed import Packing, open_packed
 
 __all__ = ["NativeBackend", "NativeState"]
 
-PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence
+PREFILL_CHUNK = 256  # tokens; borders lie at multiples of it in the sequence
 SHORT = 8  # tokens of a call up to which each token's arithmetic is that of a call of its own (kMostRows in csrc/kernels.h)
 ENGINE_KEYS = (
     "hidden_size", "num_hidden_layers", "vocab_size", "num_mem_blocks", "mamba_d_state", "n_mamba_heads", "mamba_headdim",
