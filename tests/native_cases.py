@@ -268,7 +268,7 @@ class Perturbed:
 
 @functools.cache
 def perturbed(
-    config: Config, format: str, units: bool, attention: bool = False, kv: str = "bf16", texts: int = 2, length: int = 300, draws: int = 3
+    config: Config, format: str, units: bool, attention: bool = False, kv: str = "bf16", texts: int = 4, length: int = 300, draws: int = 3
 ) -> Perturbed:  # fmt: skip
     """The yardstick for whatever may round numbers the other way."""
     model, tokens = twin(config, format), random_tokens(config, 5, texts, length)

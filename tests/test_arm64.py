@@ -62,10 +62,11 @@ def test_engine(program: str, name: str, format: str) -> None:
     prompt, two threads), and the same bits on every NEON table."""
     config, lengths = {**CONFIGS, "backbone": BACKBONE}[name], [1, 1, 3, 8, 1, 70, 1, 9]
     tokens = random_tokens(config, 5, sum(lengths)).numpy().astype(np.int32)
-    engine = native(config, format, "scalar").engine
+    kv = "q8" if format == "q8" else "bf16"
+    engine = native(config, format, "scalar", kv=kv).engine
     state = engine.new_state()
     expected = np.concatenate([engine.forward([state], [part], [len(part)]) for part in np.split(tokens, np.cumsum(lengths)[:-1])])
-    runner, arguments = Runner(EMULATOR, "-cpu", "max", program), engine_arguments(config, format, tokens, lengths)
+    runner, arguments = Runner(EMULATOR, "-cpu", "max", program), engine_arguments(config, format, tokens, lengths, kv)
     found = {table: runner.call(table, [("engine", arguments)])[0]["logits"] for table in runner.tables}
     bound = (EXACT if name == "backbone" else AFTER_ROUNDING) if format == "bf16" else AFTER_FLIPS
     assert max(error(logits, expected) for logits in found.values()) <= bound

@@ -436,7 +436,7 @@ def test_ctrl_c_stops_the_reply_alone(terminal: Any) -> None:
 def test_ctrl_c_while_loading_leaves(terminal: Any) -> None:
     """Before the first prompt Ctrl-C ends the program, with one line and exit code 2."""
     window = terminal("chat")
-    time.sleep(0.6)
+    time.sleep(0.25)
     window.type(CTRL_C)
     assert window.wait() == 2
     assert window.plain.count("interrupted.") == 1 and "Traceback" not in window.plain
@@ -513,6 +513,7 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
     for name in list(names.ALIASES):
         monkeypatch.setitem(names.ALIASES, name, DEFAULT)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "novel.txt").write_text("It is a truth universally acknowledged. " * 400, encoding="utf-8")
     code, out, err = zamba(*shlex.split(line, comments=True)[1:], stdin=b"/help\n")
     assert code == 0 and (out or err)
     assert not any(text.startswith("zamba2:") and not text.startswith("zamba2: packing") for text in err)

@@ -45,6 +45,12 @@ from zamba2.weights.formats import FORMATS, KV_FORMATS
 
 FORMAT_NAMES = list(FORMATS)
 MAGNIFIED = 1e-4  # in place of EXACT for models of any sizes: a norm of three numbers that nearly cancel magnifies rounding
+# In place of EXACT for what lies between in_proj and out_proj: convolution, scan and a norm that divides a row by its own size, so
+# that rounding of the terms counts for more where they nearly cancel. Measured: 1.7e-5 at most, on rows of 300 tokens.
+BEHIND_THE_SCAN = 3e-5
+# Few codes of 8-bit keys and values are rounded the other way, and each moves all that follows: too rare for a mean over a few texts.
+# A tenth of the least KL divergence that 8-bit keys and values themselves were seen to bring (2.6e-4).
+FEW_FLIPS = 2.6e-5
 FLIPPED = 1e-3  # of all rounded numbers; measured: 2e-4 to bf16, 2e-5 to int8
 ALL = {**CONFIGS, "backbone": BACKBONE}
 # For long prompts on the slow instruction sets.
@@ -76,7 +82,8 @@ MORE_CALLS = {"bf16": [(3, 600), (300, 0)], "q8": [(3, 600), (150, 0)]}  # more 
 def hold(checks: list[Check], bound: float = EXACT) -> None:
     """Every element to the bound; no more numbers rounded the other way than lie that near a tie."""
     for check in checks:
-        assert check.error <= bound, f"{check.name}: {check.error:.1e}"
+        own = max(bound, BEHIND_THE_SCAN) if check.name.endswith(".mamba.out_proj.weight") else bound
+        assert check.error <= own, f"{check.name}: {check.error:.1e}"
     flipped, rounded = sum(check.flipped for check in checks), sum(check.rounded for check in checks)
     assert flipped <= FLIPPED * rounded + 5, f"{flipped} of {rounded} numbers were rounded the other way"
 
@@ -134,17 +141,18 @@ def test_end_to_end(name: str, isa: str, format: str, kv: str) -> None:
         cuts = [37, 37 + SHORT + 1, 200] if rounds else [1, 4, 37, 37 + SHORT + 1, 200, 200 + SHORT]
         state = backend.new_state()
         split.append(np.concatenate([logits_of(backend, part, state) for part in np.split(tokens, cuts)]))
-    near(short.logits[:, :60], decoded, short.divergence[:, :60])
-    near(long.logits, whole, long.divergence)
-    near(long.logits, split, long.divergence)
-    near(np.stack(whole), split, long.divergence)
+    least = FEW_FLIPS if kv == "q8" else 0.0
+    near(short.logits[:, :60], decoded, short.divergence[:, :60], least)
+    near(long.logits, whole, long.divergence, least)
+    near(long.logits, split, long.divergence, least)
+    near(np.stack(whole), split, long.divergence, least)
     if not rounds:
-        near(np.stack(decoded), [scores[:60] for scores in whole], long.divergence[:, :60])
+        near(np.stack(decoded), [scores[:60] for scores in whole], long.divergence[:, :60], least)
 
 
-def near(expected: np.ndarray | Tensor, found: list[np.ndarray], yardstick: Tensor) -> None:
-    """Whether the mean divergence is at most twice the yardstick's."""
-    mean, bound = float(divergence(expected, np.stack(found)).mean()), 2 * float(yardstick.mean())
+def near(expected: np.ndarray | Tensor, found: list[np.ndarray], yardstick: Tensor, least: float) -> None:
+    """Whether the mean divergence is at most twice the yardstick's, or the least bound that makes sense."""
+    mean, bound = float(divergence(expected, np.stack(found)).mean()), max(least, 2 * float(yardstick.mean()))
     assert mean <= bound, f"KL divergence {mean:.1e}; {bound:.1e} is allowed"
 
 
@@ -257,7 +265,7 @@ def test_chunks_lie_at_fixed_places(isa: str, format: str, kv: str) -> None:
     config = TINY
     backend, tokens = native(config, format, isa, kv=kv), ids(config, 2 * PREFILL_CHUNK + 40)
     whole = logits_of(backend, tokens, logits=1)
-    for first in ([], [505]):
+    for first in ([], [PREFILL_CHUNK - 7]):
         found = []
         for more in ([], [PREFILL_CHUNK], [PREFILL_CHUNK, 2 * PREFILL_CHUNK]):
             state = backend.new_state()

@@ -404,7 +404,7 @@ def test_load_refuses(packed: Path) -> None:
     with pytest.raises(Zamba2Error, match="there is no format"):
         zamba2.load(DEFAULT, format="q5")
     with pytest.raises(Zamba2Error, match="PyTorch keeps keys and values in its dtype"):
-        zamba2.load(DEFAULT, kv="q8")
+        zamba2.load(DEFAULT, backend="torch", kv="q8")
     assert is_packed(packed)
     assert not is_packed(DEFAULT)
 

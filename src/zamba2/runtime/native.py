@@ -206,10 +206,11 @@ class NativeBackend:
         """Read tokens up to the last border before their end; returns how many are left, and the logits wanted before them."""
         found = []
         while (step := PREFILL_CHUNK - inner.position % PREFILL_CHUNK) < len(tokens):
-            scores = self._read([inner], [tokens[:step]], [max(0, wanted - len(tokens) + step)])
-            if len(scores):
+            here = max(0, wanted - (len(tokens) - step))
+            scores = self._read([inner], [tokens[:step]], [here])
+            if here:
                 found.append(scores)
-            tokens = tokens[step:]
+            tokens, wanted = tokens[step:], wanted - here
         return len(tokens), found
 
     def _read(self, states: list[Any], tokens: list[npt.NDArray[np.int32]], wanted: list[int]) -> Any:
