@@ -12,7 +12,7 @@ namespace zamba2 {
 namespace {
 
 constexpr float kMixerEps = 1e-5f;    // fixed, whatever the config's own epsilon is
-constexpr int kMlpRows = 128;            // of a long call that the MLP takes at once
+constexpr int kMlpRows = 64;             // of a long call that the MLP takes at once
 constexpr size_t kPanelBytes = 1 << 20;  // of dequantized weights, so that they stay in a second-level cache
 
 float half_to_float(uint16_t h) {

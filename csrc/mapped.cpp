@@ -22,6 +22,8 @@ void on_bus_error(int number, siginfo_t* info, void* context) {
     if (range.begin.load() <= at && at < range.end.load()) {
       constexpr char kShow[] = "\x1b[?25h";  // a progress bar may have hidden the cursor
       constexpr char kSaid[] = "zamba2: the weight file became shorter while it was in use; write or download it again and start anew.\n";
+      static std::atomic_flag said = ATOMIC_FLAG_INIT;
+      if (said.test_and_set()) for (;;) pause();  // another thread of ours came here first and is ending the process
       if (isatty(2) && write(2, kShow, sizeof kShow - 1) < 0) _exit(2);
       if (write(2, kSaid, sizeof kSaid - 1) < 0) _exit(2);
       _exit(2);

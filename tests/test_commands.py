@@ -217,7 +217,7 @@ def test_card_conversation_streams(model: LanguageModel) -> None:
         error = process.stderr.read().decode()
     expected = model.chat(json.loads(CARD.read_text(encoding="utf-8")), max_tokens=150, ignore_eos=True)
     assert b"".join(pieces).decode() == expected.text + "\n"
-    assert len(pieces) > 10 and arrivals[-1] - arrivals[0] > 0.05
+    assert len(pieces) > 10 and arrivals[-1] - arrivals[0] > 0.01  # read as they come: the tiny model takes 0.04 s
     assert error.splitlines()[0].startswith(NOTICE) and "150 new" in error
 
 
