@@ -364,8 +364,9 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
     else quantize(0, rows, 0);
   }
   if (many) {
-    pool_.take((w.blocks() + 3) / 4, [&](int item, int) {
-      kernels.multiply_many(w, item * 4, std::min(w.blocks(), item * 4 + 4), a, y, static_cast<size_t>(w.rows), nullptr);
+    for (int thread = 0; thread < pool_.size(); ++thread) panel(thread, 256 * static_cast<size_t>(w.groups()));
+    pool_.take((w.blocks() + 3) / 4, [&](int item, int thread) {
+      kernels.multiply_many(w, item * 4, std::min(w.blocks(), item * 4 + 4), a, y, static_cast<size_t>(w.rows), panel(thread, 0));
     });
     return;
   }

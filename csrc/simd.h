@@ -32,6 +32,19 @@ constexpr int kOffsetQ8 = 128;
 #endif
 #endif
 
+// How many vectors of 16 sums a product keeps in registers at a time: about half of what there are.
+#if defined(__AVX512F__)
+constexpr int kSums = 8;
+#else
+constexpr int kSums = 4;
+#endif
+// Whether long calls spread q4's codes to bytes once, since taking them apart costs much beside the products.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kSpread = true;
+#else
+constexpr bool kSpread = false;
+#endif
+
 #if defined(__AVX512F__)
 
 struct F16 {  // 16 floats
@@ -78,7 +91,7 @@ struct I16 {  // 16 int32
   static I16 zero() { return {_mm512_setzero_si512()}; }
   static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
   static I16 begin(int32_t x) { return set1(x); }
-  I16 end(int32_t) const { return *this; }
+  I16 end() const { return *this; }
   friend I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   F16 to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 };
@@ -87,6 +100,7 @@ struct Codes {  // 64 unsigned bytes: 16 rows of 4 consecutive inputs
   __m512i v;
   static Codes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
   static Codes load_q8(const uint8_t* p) { return load(p); }
+  void store(uint8_t* p) const { _mm512_storeu_si512(p, v); }
   Codes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
   Codes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
@@ -188,7 +202,7 @@ struct I16 {
   static I16 zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
   static I16 set1(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
   static I16 begin(int32_t x) { return set1(x); }
-  I16 end(int32_t) const { return *this; }
+  I16 end() const { return *this; }
   friend I16 operator-(I16 a, I16 b) { return {{_mm256_sub_epi32(a.v[0], b.v[0]), _mm256_sub_epi32(a.v[1], b.v[1])}}; }
   F16 to_float() const { return {{_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])}}; }
 };
@@ -204,6 +218,10 @@ struct Codes {
     const __m256i sign = _mm256_set1_epi8(-128);
     return {{_mm256_xor_si256(c.v[0], sign), _mm256_xor_si256(c.v[1], sign)}};
   }
+  void store(uint8_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v[1]);
+  }
   Codes low() const { const __m256i m = _mm256_set1_epi8(15); return {{_mm256_and_si256(v[0], m), _mm256_and_si256(v[1], m)}}; }
   Codes high() const {
     const __m256i m = _mm256_set1_epi8(15);
@@ -211,28 +229,38 @@ struct Codes {
   }
 };
 
+// Keeps a sum where the code adds to it: gcc computes all products first otherwise, and they do not fit into 16 registers.
+ZAMBA2_INLINE void in_order(__m256i& sum) { asm volatile("" : "+x"(sum)); }
+
 // Byte products add up in pairs of 16 bits: 2 x 128 x 127 fits, so q8's codes are made signed and their signs moved to the activations.
 ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
   const __m256i a = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes.v[i]), _mm256_sign_epi8(a, codes.v[i]));
     acc.v[i] = _mm256_add_epi32(acc.v[i], _mm256_madd_epi16(pairs, ones));
+    in_order(acc.v[i]);
   }
   return acc;
 }
 
-// A group's 8 products of q4's codes, at most 15, stay in 16 bits: 8 x 2 x 15 x 127.
+// A group's 8 products of q4's codes, at most 15, stay in 16 bits: 8 x 2 x 15 x 127. So does their sum with the start, -8 times the
+// sum of the group's 32 activations, in one lane of two: what it is on the way does not matter, since 16 bits wrap around.
 struct Sum4 {
   __m256i v[2];
-  static Sum4 begin(int32_t) { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-  I16 end(int32_t start) const {
-    const __m256i ones = _mm256_set1_epi16(1), from = _mm256_set1_epi32(start);
-    return {{_mm256_add_epi32(_mm256_madd_epi16(v[0], ones), from), _mm256_add_epi32(_mm256_madd_epi16(v[1], ones), from)}};
+  static Sum4 begin(int32_t start) { const __m256i s = _mm256_set1_epi32(start & 0xffff); return {{s, s}}; }
+  I16 end() const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {{_mm256_madd_epi16(v[0], ones), _mm256_madd_epi16(v[1], ones)}};
   }
 };
 ZAMBA2_INLINE Sum4 dot(Sum4 acc, Codes codes, int32_t four) {
   const __m256i a = _mm256_set1_epi32(four);
-  for (int i = 0; i < 2; ++i) acc.v[i] = _mm256_add_epi16(acc.v[i], _mm256_maddubs_epi16(codes.v[i], a));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    acc.v[i] = _mm256_add_epi16(acc.v[i], _mm256_maddubs_epi16(codes.v[i], a));
+    in_order(acc.v[i]);
+  }
   return acc;
 }
 #define ZAMBA2_SUM4
@@ -240,6 +268,7 @@ ZAMBA2_INLINE Sum4 dot(Sum4 acc, Codes codes, int32_t four) {
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
+#pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16 * i));
     even.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
@@ -297,7 +326,7 @@ struct I16 {
   static I16 zero() { return set1(0); }
   static I16 set1(int32_t x) { const int32x4_t r = vdupq_n_s32(x); return {{r, r, r, r}}; }
   static I16 begin(int32_t x) { return set1(x); }
-  I16 end(int32_t) const { return *this; }
+  I16 end() const { return *this; }
   friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 4; ++i) a.v[i] = vsubq_s32(a.v[i], b.v[i]); return a; }
   F16 to_float() const { F16 r; for (int i = 0; i < 4; ++i) r.v[i] = vcvtq_f32_s32(v[i]); return r; }
 };
@@ -317,6 +346,7 @@ struct Codes {
     if constexpr (kOffsetQ8 == 0) for (uint8x16_t& part : r.v) part = veorq_u8(part, vdupq_n_u8(128));
     return r;
   }
+  void store(uint8_t* p) const { std::memcpy(p, v, 64); }
   Codes low() const { Codes r; for (int i = 0; i < 4; ++i) r.v[i] = vandq_u8(v[i], vdupq_n_u8(15)); return r; }
   Codes high() const { Codes r; for (int i = 0; i < 4; ++i) r.v[i] = vshrq_n_u8(v[i], 4); return r; }
 };
@@ -404,7 +434,7 @@ struct I16 {
   static I16 zero() { return {}; }
   static I16 set1(int32_t x) { I16 r; for (int32_t& lane : r.v) lane = x; return r; }
   static I16 begin(int32_t x) { return set1(x); }
-  I16 end(int32_t) const { return *this; }
+  I16 end() const { return *this; }
   friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i]; return a; }
   F16 to_float() const { F16 r; for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(v[i]); return r; }
 };
@@ -413,6 +443,7 @@ struct Codes {
   uint8_t v[64];
   static Codes load(const uint8_t* p) { Codes r; std::memcpy(r.v, p, 64); return r; }
   static Codes load_q8(const uint8_t* p) { return load(p); }
+  void store(uint8_t* p) const { std::memcpy(p, v, 64); }
   Codes low() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] & 15; return r; }
   Codes high() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] >> 4; return r; }
 };
