@@ -115,7 +115,11 @@ def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) ->
 
 def product_kind(isa: str, format: str) -> str:
     """The kind of product, as the engine's probes name them, that long prompts go through."""
-    return "bf16 tiles" if isa == "amx" else "fp32 multiply-adds" if format == "bf16" else "int8 dot products"
+    if isa == "amx":
+        return "bf16 tiles"
+    if format == "bf16":
+        return "fp32 multiply-adds"
+    return "4-bit dot products" if (isa, format) == ("avx2", "q4") else "int8 dot products"  # AVX2 adds those of 4 bits in 16
 
 
 if __name__ == "__main__":

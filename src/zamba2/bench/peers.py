@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Peer:
     prepare: Callable[[Config, Path | None], list[str | Path]]
 
 
-def prepare_transformers(config: Config, checkpoint: Path | None) -> list[str | Path]:
+def prepare_transformers(config: Config, checkpoint: Path | None, dtype: str) -> list[str | Path]:
     if find_spec("transformers") is None or find_spec("torch") is None:
         raise Zamba2Error(f"transformers is not installed; install it with: pip install 'zamba2[hf]' (transformers {TRANSFORMERS}).")
     module = [sys.executable, "-m", "zamba2.bench.transformers_peer"]
@@ -101,7 +102,7 @@ def prepare_transformers(config: Config, checkpoint: Path | None) -> list[str | 
             notice(f"writing random bf16 weights for transformers into {checkpoint}, once.")
             with replacing(checkpoint) as temporary:
                 write_by([*module, "write", json.dumps(config.to_dict()), temporary])
-    return [*module, "run", checkpoint]
+    return [*module, "run", checkpoint, dtype]
 
 
 def write_by(command: Sequence[str | Path]) -> None:
@@ -148,6 +149,8 @@ def prepare_llama_cpp(config: Config, checkpoint: Path | None) -> list[str | Pat
 
 
 PEERS = {
-    "transformers": Peer("transformers, bf16", prepare_transformers),
+    "transformers": Peer("transformers, bf16", partial(prepare_transformers, dtype="bfloat16")),
+    # what processors without bf16 products are served better by
+    "transformers-fp32": Peer("transformers, fp32", partial(prepare_transformers, dtype="float32")),
     "llama.cpp": Peer("llama.cpp, Q4_0, dense stand-in", prepare_llama_cpp),
 }

@@ -1,7 +1,7 @@
-"""transformers' own Zamba2 in bf16, as a child of ``zamba2 bench``.
+"""transformers' own Zamba2, as a child of ``zamba2 bench``.
 
-python -m zamba2.bench.transformers_peer write CONFIG FOLDER     # a random checkpoint by its own save_pretrained
-python -m zamba2.bench.transformers_peer run FOLDER REQUEST      # one JSON line when ready, and one per line read
+python -m zamba2.bench.transformers_peer write CONFIG FOLDER         # a random checkpoint by its own save_pretrained
+python -m zamba2.bench.transformers_peer run FOLDER DTYPE REQUEST    # one JSON line when ready, and one per line read
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Clock(BaseStreamer):
         pass
 
 
-def run(folder: str, request: dict[str, Any]) -> None:
-    """Answer lines of standard input with measurements of ``generate``, the user's own call."""
+def run(folder: str, dtype: str, request: dict[str, Any]) -> None:
+    """Answer lines of standard input with measurements of ``generate``, the user's own call; dtype: of torch, by name."""
     torch.set_num_threads(request["threads"])
     start = time.perf_counter()
-    model: Any = transformers.Zamba2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = transformers.Zamba2ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     model.eval()
     ready = {"load_seconds": time.perf_counter() - start, "version": transformers.__version__, "torch": torch.__version__}
     print(json.dumps(ready), flush=True)
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write_checkpoint(Config.from_dict(json.loads(sys.argv[2])), Path(sys.argv[3]))
     else:
-        run(sys.argv[2], json.loads(sys.argv[3]))
+        run(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
