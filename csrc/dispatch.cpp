@@ -28,11 +28,12 @@ bool amx_allowed() {
 #endif
 }
 
-bool has_amx() {
-  unsigned a = 7, b, c = 0, d;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-}
+struct Leaf {  // a part of what cpuid says about features
+  unsigned a = 7, b, c, d;
+  explicit Leaf(unsigned part) : c(part) { __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d)); }
+};
+bool has_amx() { return Leaf(0).d >> 22 & Leaf(0).d >> 24 & 1; }            // AMX-BF16, AMX-TILE
+bool has_avx_vnni() { return Leaf(0).a >= 1 && (Leaf(1).a >> 4 & 1); }
 #elif defined(__aarch64__) && defined(__APPLE__)
 bool has(const char* feature) {
   int value = 0;
@@ -54,7 +55,10 @@ bool has_i8mm() { return false; }
 std::vector<const char*> available_kernels() {
   std::vector<const char*> names{"scalar"};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    names.push_back("avx2");
+    if (has_avx_vnni()) names.push_back("avxvnni");
+  }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
   if (avx512) names.push_back("avx512");
@@ -75,7 +79,7 @@ const Kernels* find_kernels(const char* name) {
       const Kernels* all[] = {
           kScalar,
 #if defined(__x86_64__)
-          kAvx2, kAvx512, kAvx512Bf16, kAmx,
+          kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx,
 #elif defined(__aarch64__)
           kNeon, kNeonDotprod, kNeonI8mm,
 #endif

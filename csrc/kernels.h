@@ -128,6 +128,7 @@ struct Kernels {
 extern const Kernels* const kScalar;
 #if defined(__x86_64__)
 extern const Kernels* const kAvx2;
+extern const Kernels* const kAvxVnni;
 extern const Kernels* const kAvx512;
 extern const Kernels* const kAvx512Bf16;
 extern const Kernels* const kAmx;

@@ -25,7 +25,7 @@
 namespace zamba2::ZAMBA2_ISA {
 
 #if !defined(ZAMBA2_NEON)  // what q8 codes, as load_q8 gives them, lie above their values
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
 constexpr int kOffsetQ8 = 0;
 #else
 constexpr int kOffsetQ8 = 128;
@@ -213,11 +213,15 @@ struct Codes {
     const __m256i* q = reinterpret_cast<const __m256i*>(p);
     return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
   }
+#if defined(__AVXVNNI__)
+  static Codes load_q8(const uint8_t* p) { return load(p); }
+#else
   static Codes load_q8(const uint8_t* p) {
     const Codes c = load(p);
     const __m256i sign = _mm256_set1_epi8(-128);
     return {{_mm256_xor_si256(c.v[0], sign), _mm256_xor_si256(c.v[1], sign)}};
   }
+#endif
   void store(uint8_t* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v[0]);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), v[1]);
@@ -231,6 +235,20 @@ struct Codes {
 
 // Keeps a sum where the code adds to it: gcc computes all products first otherwise, and they do not fit into 16 registers.
 ZAMBA2_INLINE void in_order(__m256i& sum) { asm volatile("" : "+x"(sum)); }
+
+#if defined(__AVXVNNI__)
+
+ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
+  const __m256i a = _mm256_set1_epi32(four);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    acc.v[i] = _mm256_dpbusd_avx_epi32(acc.v[i], codes.v[i], a);
+    in_order(acc.v[i]);
+  }
+  return acc;
+}
+
+#else
 
 // Byte products add up in pairs of 16 bits: 2 x 128 x 127 fits, so q8's codes are made signed and their signs moved to the activations.
 ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
@@ -264,6 +282,8 @@ ZAMBA2_INLINE Sum4 dot(Sum4 acc, Codes codes, int32_t four) {
   return acc;
 }
 #define ZAMBA2_SUM4
+
+#endif
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -22,6 +22,7 @@
 
 namespace zamba2 {
 extern const Kernels* const kAmxStandIn;
+extern const Kernels* const kAvxVnniStandIn;
 }
 
 using namespace zamba2;
@@ -266,6 +267,7 @@ std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> found;
   for (const char* name : available_kernels()) found.push_back(find_kernels(name));
 #if defined(__x86_64__)
+  if (find_kernels("avx2")) found.push_back(kAvxVnniStandIn);
   if (find_kernels("avx512") && __builtin_cpu_supports("avx512bf16")) found.push_back(kAmxStandIn);
 #endif
   return found;
