@@ -22,7 +22,7 @@ from zamba2.config import PRESETS
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Row
 from zamba2.runtime.native import NativeBackend
-from zamba2.weights.formats import FORMATS, unpack
+from zamba2.weights.formats import FORMATS, KV_FORMATS, unpack
 from zamba2.weights.packed import Packing, parts
 from zamba2.weights.synthetic import packed_bytes, write_synthetic
 
@@ -65,6 +65,14 @@ def test_table_then_json_and_a_file(capsys: pytest.CaptureFixture[str], tmp_path
     assert run([*QUICK, "--json"]) == 0 and "writing" not in capsys.readouterr().err
 
 
+def test_keys_and_values_in_8_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """--kv-format is what the engine keeps and what is counted."""
+    plain, codes = bench(capsys, "--json")[0], bench(capsys, "--json", "--kv-format", "q8")[0]
+    assert (plain["kv_format"], codes["kv_format"]) == ("bf16", "q8")
+    assert plain["kv_bytes_per_token"] / 2 < codes["kv_bytes_per_token"] < plain["kv_bytes_per_token"]
+    assert codes["sequence_bytes"] < plain["sequence_bytes"]
+
+
 def test_a_batch_shares_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
     """With B sequences a token's share of the weights is a B-th; its state and keys and values are its own."""
     one, three = bench(capsys, "--json")[0], bench(capsys, "--json", "--batch", "3")[0]
@@ -89,7 +97,7 @@ def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         (["--batch", "0"], "--batch is 0; at least 1 is needed"),
         (["--repeats", "-1"], "--repeats is -1; at least 1 is needed"),
         (["--threads", "0"], "--threads is 0; a whole number from 1 to 1024 is needed"),
-        (["--compare", "ollama"], "--compare is 'ollama'; there are transformers, llama.cpp"),
+        (["--compare", "ollama"], "--compare is 'ollama'; there are transformers, transformers-fp32, llama.cpp"),
         (["--compare", "llama.cpp"], "llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install"),
         (["--compare", "llama.cpp", "--batch", "2"], "--compare measures one sequence"),
         (["--model", "default"], "--shape and --model were both given"),
@@ -154,10 +162,13 @@ def test_bytes_of_a_token(shape: str) -> None:
     """The weights counted are those that the config's own formula says a token applies; the rest are the state's sizes."""
     config = PRESETS[shape]
     counts: Any = SimpleNamespace(entries={part.name: SimpleNamespace(nbytes=part.count) for part in parts(config)})
-    found = measure.decode_bytes(counts, config, 100.0)
+    found = measure.decode_bytes(counts, config, 100.0, KV_FORMATS["bf16"])
     assert found["weights"] == config.weights_per_token()
     assert found["state"] == 2 * (config.ssm_state_bytes + config.conv_state_bytes())
     assert found["keys_and_values"] == 100 * config.kv_bytes_per_token()
+    codes = measure.decode_bytes(counts, config, 1.0, KV_FORMATS["q8"])["keys_and_values"]
+    heads = 2 * len(config.hybrid_layer_ids) * config.num_key_value_heads
+    assert codes == config.kv_bytes_per_token(1) + 4 * heads, "a byte each, and a scale of fp32 for every head"
 
 
 def test_the_stand_in_has_as_many_weights() -> None:

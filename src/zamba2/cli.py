@@ -227,12 +227,15 @@ def bench(
     ] = None,
     model: Annotated[Optional[str], typer.Option("--model", "-m", help="Measure a real checkpoint: alias, Hub id or folder.")] = None,
     format: Annotated[Optional[str], typer.Option("--format", help="q4, q8 or bf16; q4, or what the checkpoint is packed in.")] = None,
+    kv_format: KVFormatName = None,
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first.")] = 32,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
     repeats: Annotated[int, typer.Option(help="Measured rounds, after one to warm up.")] = 5,
     threads: Annotated[Optional[int], typer.Option(help="Threads; all processors that this process may use if not given.")] = None,
-    compare: Annotated[Optional[list[str]], typer.Option(help="Measure beside it: transformers, llama.cpp; repeatable.")] = None,
+    compare: Annotated[
+        Optional[list[str]], typer.Option(help="Measure beside it: transformers, transformers-fp32, llama.cpp; repeatable.")
+    ] = None,
     startup: Annotated[bool, typer.Option("--startup", help="Also time zamba2 generate, start to first token, step by step.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Also write the JSON document to this file.")] = None,
@@ -252,7 +255,7 @@ def bench(
     """
     from zamba2.commands.bench import main
 
-    main(shape, model, format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out)
+    main(shape, model, format, kv_format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out)
 
 
 def version(wanted: bool) -> None:

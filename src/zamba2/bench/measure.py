@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import zamba2._engine as _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Row
-from zamba2.weights.files import TensorFile
+from zamba2.weights.files import DTYPE_BYTES, TensorFile
+from zamba2.weights.formats import KVFormat
 from zamba2.weights.packed import parts
 
-__all__ = ["decode_bytes", "memory", "prefill_operations", "prompts"]
+__all__ = ["decode_bytes", "kv_bytes_per_token", "memory", "prefill_operations", "prompts"]
 
 SEED = 1  # of the prompts
 
@@ -35,7 +35,7 @@ def prompts(config: Config, count: int, length: int) -> list[npt.NDArray[np.int3
     return [random.integers(min(3, config.vocab_size - 1), config.vocab_size, length, dtype=np.int32) for _ in range(count)]
 
 
-def decode_bytes(file: TensorFile, config: Config, context: float) -> dict[str, float]:
+def decode_bytes(file: TensorFile, config: Config, context: float, kv: KVFormat) -> dict[str, float]:
     """Bytes that one decode step moves: weights read (once for the whole batch); per sequence, the state read and written, and the
     keys and values of ``context`` tokens read. A shared block's weights count at each of its positions, the hoisted halves once."""
     weights = 0
@@ -49,8 +49,14 @@ def decode_bytes(file: TensorFile, config: Config, context: float) -> dict[str, 
     return {
         "weights": weights,
         "state": 2 * (config.ssm_state_bytes + config.conv_state_bytes()),
-        "keys_and_values": config.kv_bytes_per_token() * context,
+        "keys_and_values": kv_bytes_per_token(config, kv) * context,
     }
+
+
+def kv_bytes_per_token(config: Config, kv: KVFormat) -> int:
+    """Bytes of the keys and values of one token, at all hybrid positions."""
+    tensors = kv.tensors(len(config.hybrid_layer_ids), config.num_key_value_heads, 1, config.attention_head_dim)
+    return sum(DTYPE_BYTES[dtype] * count for _, dtype, count in tensors)
 
 
 def prefill_operations(config: Config, length: int) -> float:
@@ -76,12 +82,15 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     prompt_tokens, new_tokens, batch = request["prompt_tokens"], request["new_tokens"], request["batch"]
     start = time.perf_counter()
-    backend: Any = zamba2.load(request["path"], backend="native").backend
+    backend: Any = zamba2.load(request["path"], backend="native", kv=request["kv_format"]).backend
     load_seconds = time.perf_counter() - start
+    import zamba2._engine as _engine  # here: without it, load says what is missing
+
     config, threads = backend.config, backend.engine.threads
-    bytes_moved = decode_bytes(backend.file, config, prompt_tokens + (new_tokens + 1) / 2)
+    bytes_moved = decode_bytes(backend.file, config, prompt_tokens + (new_tokens + 1) / 2, backend.kv)
     yield {
-        "load_seconds": load_seconds, "isa": backend.isa, "threads": threads, "format": backend.format.name, "decode_bytes": bytes_moved,
+        "load_seconds": load_seconds, "isa": backend.isa, "threads": threads, "format": backend.format.name,
+        "kv_format": backend.kv.name, "decode_bytes": bytes_moved,
         "prefill_operations": prefill_operations(config, prompt_tokens),
         "kind": product_kind(backend.isa, backend.format.name),
     }  # fmt: skip

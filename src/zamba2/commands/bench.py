@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from zamba2.api import packed_copy, read_config
+from zamba2.bench.measure import kv_bytes_per_token
 from zamba2.bench.peers import PEERS, Worker, cache_folder, need_disk
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.processors import default_threads
 from zamba2.weights.files import replacing
-from zamba2.weights.formats import format_named
+from zamba2.weights.formats import format_named, kv_format_named
 from zamba2.weights.hub import DEFAULT, resolve
 from zamba2.weights.packed import VERSION, Packing, is_packed, open_packed
 from zamba2.weights.synthetic import packed_bytes, write_synthetic
@@ -35,8 +36,8 @@ ROOM = 1 << 30  # bytes beside the weights: buffers, state, the interpreter
 
 
 def main(
-    shape: str | None, model: str | None, format: str | None, prompt_tokens: int, new_tokens: int, batch: int, repeats: int,
-    threads: int | None, compare: Sequence[str], startup: bool, as_json: bool, out: Path | None,
+    shape: str | None, model: str | None, format: str | None, kv_format: str | None, prompt_tokens: int, new_tokens: int, batch: int,
+    repeats: int, threads: int | None, compare: Sequence[str], startup: bool, as_json: bool, out: Path | None,
 ) -> None:  # fmt: skip
     """Measure, then print a table and, on the last line, one JSON document. Raises Zamba2Error."""
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens), ("--batch", batch), ("--repeats", repeats)):
@@ -49,6 +50,7 @@ def main(
         raise Zamba2Error("--compare measures one sequence; leave out --batch.")
     if shape is not None and model is not None:
         raise Zamba2Error("--shape and --model were both given; give one of them.")
+    kv = kv_format_named(kv_format or "bf16")
     threads = default_threads() if threads is None else threads
     if not 1 <= threads <= 1024:
         raise Zamba2Error(f"--threads is {threads}; a whole number from 1 to 1024 is needed.")
@@ -64,10 +66,10 @@ def main(
             check_format(path, format)
     if prompt_tokens + new_tokens > config.max_position_embeddings and config.use_mem_rope:
         notice(f"more than the {config.max_position_embeddings} tokens that the model was trained for.")
-    need_memory((path / "model.safetensors").stat().st_size + batch * (prompt_tokens + new_tokens) * config.kv_bytes_per_token() + ROOM)
+    need_memory((path / "model.safetensors").stat().st_size + batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv) + ROOM)
     commands = {name: PEERS[name].prepare(config, original) for name in compare}
     request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
-    result = measure(path, commands, request, batch, repeats)
+    result = measure(commands, request, {"path": str(path), "batch": batch, "kv_format": kv.name}, repeats)
     result |= {
         "shape": shape, "model": model, "weights": "synthetic" if model is None else "checkpoint", "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens, "batch": batch, "repeats": repeats, "machine": machine(),
@@ -122,12 +124,14 @@ def need_memory(nbytes: float) -> None:
         raise Zamba2Error(f"this needs {nbytes / 1e9:.1f} GB of memory and {found}; close something or take a smaller shape.")
 
 
-def measure(path: Path, commands: Mapping[str, list[str | Path]], request: dict[str, Any], batch: int, repeats: int) -> dict[str, Any]:
+def measure(
+    commands: Mapping[str, list[str | Path]], request: dict[str, Any], ours_alone: dict[str, Any], repeats: int
+) -> dict[str, Any]:
     """One warm-up of each, then ``repeats`` rounds in which ours and the others take turns; medians and ratios."""
     workers: dict[str, Worker] = {}
     runs: dict[str, list[dict[str, Any]]] = {}
     limits: list[dict[str, Any]] = []
-    own = json.dumps(request | {"path": str(path), "batch": batch})
+    own = json.dumps(request | ours_alone)
     try:
         say("loading zamba2")
         ours = Worker("zamba2", [sys.executable, "-m", "zamba2.bench.measure", own], {"ZAMBA2_THREADS": str(request["threads"])})
@@ -147,7 +151,7 @@ def measure(path: Path, commands: Mapping[str, list[str | Path]], request: dict[
         for worker in workers.values():
             worker.close()
         say("")
-    result = summary(ours.ready, runs["zamba2"], limits, batch)
+    result = summary(ours.ready, runs["zamba2"], limits, ours_alone["batch"])
     result["rivals"] = {name: rival(workers[name].ready, runs[name], result) for name in commands}
     return result
 
@@ -220,7 +224,7 @@ def summary(ready: dict[str, Any], runs: list[dict[str, Any]], limits: list[dict
         "prefill_matrix_fraction": operations / rates[ready["kind"]],
         "mapped_rss_bytes": runs[-1].get("mapped_rss_bytes"),
         "sequence_bytes": runs[-1]["state_bytes"] / batch,
-        "isa": ready["isa"], "threads": ready["threads"], "format": ready["format"],
+        "isa": ready["isa"], "threads": ready["threads"], "format": ready["format"], "kv_format": ready["kv_format"],
     }  # fmt: skip
 
 
@@ -263,7 +267,8 @@ def print_tables(result: dict[str, Any]) -> None:
         ("best rate of products", f"{result['matrix_rate_operations_per_second'] / 1e12:.3f} T/s, {result['matrix_kind']} in registers"),
         ("prefill uses of that", f"{result['prefill_matrix_fraction']:.1%}"),
     ]  # fmt: skip
-    what = [result["model"] or result["shape"], result["format"], result["isa"], f"{result['threads']} threads"]
+    kv = [f"keys and values {result['kv_format']}"] if result["kv_format"] != "bf16" else []
+    what = [result["model"] or result["shape"], result["format"], *kv, result["isa"], f"{result['threads']} threads"]
     title = ", ".join([*what, f"{result['prompt_tokens']} prompt and {result['new_tokens']} new tokens", f"medians of {result['repeats']}"])
     table = Table(box=box.SIMPLE, show_header=False, title=f"{title}\n{result['machine']}", title_justify="left")
     for name, value in rows:
