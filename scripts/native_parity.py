@@ -69,7 +69,8 @@ def engine_and_twin(format: str) -> tuple[Any, Any]:
 
 
 def blocks(format: str) -> dict[str, Any]:
-    """By call and kind of what is compared: the worst element; how many numbers were rounded, and how many the other way."""
+    """By call and kind of what is compared: the largest error by norm, the worst element; how many numbers were rounded, how many the
+    other way."""
     import numpy as np
     from native_cases import compare
 
@@ -79,10 +80,11 @@ def blocks(format: str) -> dict[str, Any]:
         kinds: dict[str, dict[str, Any]] = {}
         for check in compare(backend, model, tokens[past : past + length], past=tokens[:past]):
             kind = next((k for k in ("inputs of", "state of", "keys", "values", "logits") if k in check.name), "outputs")
-            row = kinds.setdefault(kind.removesuffix(" of"), {"compared": 0, "worst": 0.0, "rounded": 0, "flipped": 0})
+            row = kinds.setdefault(kind.removesuffix(" of"), {"compared": 0, "error": 0.0, "worst": 0.0, "rounded": 0, "flipped": 0})
             row["compared"] += 1
-            if check.error >= row["worst"]:
-                row["worst"], row["where"] = check.error, check.name
+            row["error"] = max(row["error"], check.error)
+            if check.worst >= row["worst"]:
+                row["worst"], row["where"] = check.worst, check.name
             row["rounded"] += check.rounded
             row["flipped"] += check.flipped
         found[f"{length} tokens after {past}"] = kinds

@@ -283,15 +283,17 @@ def perturbed(
 
 # ---- block by block -----------------------------------------------------------------------------------------------------------
 
-EXACT = 1e-5  # largest difference of one element, relative to itself or to the root mean square of all, whichever is larger
+EXACT = 1e-5  # relative error by norm
 
 
 @dataclass
 class Check:
-    """One thing compared: its worst element; of what was rounded, how many numbers there were and how many went the other way."""
+    """One thing compared: its relative error by norm; its worst element; of what was rounded, how many numbers there were and how
+    many went the other way."""
 
     name: str
     error: float
+    worst: float
     rounded: int = 0
     flipped: int = 0
 
@@ -302,11 +304,12 @@ def sizes(expected: Tensor) -> Tensor:
     return wide.abs().clamp_min(max(float(wide.square().mean().sqrt()), 1e-30))
 
 
-def worst(found: Tensor, expected: Tensor) -> float:
-    """The largest relative difference of an element, infinite if one is not finite."""
-    assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    difference = float(((found.double() - expected.double()).abs() / sizes(expected)).max())
-    return difference if math.isfinite(difference) else math.inf
+def checked(name: str, found: Tensor, expected: Tensor) -> Check:
+    """The relative error by norm, and the largest difference of an element, as ``sizes`` says; infinite if an element is not finite."""
+    assert found.shape == expected.shape, f"{name}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    difference = (found.double() - expected.double()).abs()
+    norm, worst = float(difference.norm() / expected.double().norm().clamp_min(1e-30)), float((difference / sizes(expected)).max())
+    return Check(name, norm, worst) if math.isfinite(worst) else Check(name, math.inf, math.inf)
 
 
 def flips(name: str, own: Tensor, given: Tensor, rounding: Rounding) -> int:
@@ -404,9 +407,9 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         own = x.reshape(given.shape)
         if name.endswith(".o_proj.weight") and rounds:
             difference = (given - own).abs() - allowed.pop()
-            checks.append(Check(f"inputs of {name}", float((difference / sizes(own)).max())))
+            checks.append(Check(f"inputs of {name}", 0.0, float((difference / sizes(own)).max())))
             own = given
-        checks.append(Check(f"inputs of {name}", worst(given, own)))
+        checks.append(checked(f"inputs of {name}", given, own))
         if rounding is not None:
             checks[-1].rounded, checks[-1].flipped = given.numel(), flips(name, own, given, rounding)
         return multiply(own if rounding is None else given, weight).view(*x.shape[:-1], -1)
@@ -414,13 +417,13 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     def append(self: KVCache, *own: Tensor) -> tuple[Tensor, Tensor]:
         given = [values[:, :, before:] for values in next(kept)]
         for kind, mine, theirs in zip(("keys", "values"), own, given, strict=True):
-            checks.append(Check(kind, 0.0, mine.numel(), flips(kind, mine, theirs, rounding_of_kv(kv))))
+            checks.append(Check(kind, 0.0, 0.0, mine.numel(), flips(kind, mine, theirs, rounding_of_kv(kv))))
         return _append(self, *given)
 
     def output(kind: str) -> Callable[..., Tensor]:
         def hook(module: Any, inputs: Any, own: Tensor) -> Tensor:
             name, given = following("output", kind)
-            checks.append(Check(name, worst(given, own[0])))
+            checks.append(checked(name, given, own[0]))
             return given[None]
 
         return hook
@@ -442,8 +445,8 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         ):
             final = model.hidden_states(torch.from_numpy(tokens)[None].long(), state=state)[0]
             name, given = following("output", "final_layernorm")
-            checks.append(Check(name, worst(given, final)))
-            checks.append(Check("logits", worst(logits, model.logits(given))))
+            checks.append(checked(name, given, final))
+            checks.append(checked("logits", logits, model.logits(given)))
     finally:
         for hook in hooks:
             hook.remove()
@@ -452,7 +455,7 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     for i in range(config.num_hidden_layers):
         for kind, given_state, own_state in (("conv", mine.conv[i], state.conv[i]), ("ssm", mine.ssm[i], state.ssm[i])):
             assert given_state is not None and own_state is not None
-            checks.append(Check(f"{kind} state of layers.{i}", worst(given_state, own_state)))
+            checks.append(checked(f"{kind} state of layers.{i}", given_state, own_state))
     return checks
 
 
