@@ -77,7 +77,9 @@ const Config& checked(const Config& c) {
 }  // namespace
 
 struct Engine::Buffers {
-  std::vector<float> x, x0, square0, u, left, right, hoisted[2], qkv, attended, o, m, projected, adapted, low, f, t, proj, xbc, dt, y, gated, scores, final, scale;
+  std::vector<float> x, x0, square0, u, left, right, hoisted[2], o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale;
+  std::vector<float> wide;   // q, k and v; then in_proj's output
+  std::vector<float> mixed;  // attention's output; then the scan's, gated in place
   std::vector<bool> ready;
   std::vector<float> cosines, sines;
 };
@@ -365,8 +367,9 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
   }
   if (many) {
     for (int thread = 0; thread < pool_.size(); ++thread) panel(thread, 256 * static_cast<size_t>(w.groups()));
-    pool_.take((w.blocks() + 3) / 4, [&](int item, int thread) {
-      kernels.multiply_many(w, item * 4, std::min(w.blocks(), item * 4 + 4), a, y, static_cast<size_t>(w.rows), panel(thread, 0));
+    const int step = std::clamp(w.blocks() / (8 * pool_.size()), 4, 16);  // long enough runs of blocks to fetch ahead
+    pool_.take((w.blocks() + step - 1) / step, [&](int item, int thread) {
+      kernels.multiply_many(w, item * step, std::min(w.blocks(), (item + 1) * step), a, y, static_cast<size_t>(w.rows), panel(thread, 0));
     });
     return;
   }
@@ -443,7 +446,7 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
   const int rows = static_cast<int>(b.square0.size()), hidden = c.hidden_size;
   const size_t n = static_cast<size_t>(rows), h = static_cast<size_t>(hidden), width = static_cast<size_t>(c.q_rows() + 2 * c.kv_rows());
   b.left.resize(n * h);
-  b.qkv.resize(n * width);
+  b.wide.resize(n * width);
   each_row(rows, [&](size_t r) {
     const float* x = b.x.data() + r * h;
     const float square = kernels.sum_of_squares(x, hidden) + b.square0[r];
@@ -460,8 +463,8 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
     multiply(block.right, b.right.data(), h, rows, many, hoisted.data());
     b.ready[which] = true;
   }
-  multiply(block.left, b.left.data(), h, rows, many, b.qkv.data());
-  each_row(rows, [&](size_t r) { kernels.add_scaled(hoisted.data() + r * width, b.scale[r], static_cast<int>(width), b.qkv.data() + r * width); });
+  multiply(block.left, b.left.data(), h, rows, many, b.wide.data());
+  each_row(rows, [&](size_t r) { kernels.add_scaled(hoisted.data() + r * width, b.scale[r], static_cast<int>(width), b.wide.data() + r * width); });
   if (c.use_shared_attention_adapter) {
     b.f.resize(n * 2 * h);
     for (int r = 0; r < rows; ++r) {
@@ -477,13 +480,13 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
       multiply(adapter.down, b.f.data(), 2 * h, rows, many, b.low.data());
       multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), rows, many, b.adapted.data());
       for (int r = 0; r < rows; ++r)
-        kernels.add_scaled(b.adapted.data() + static_cast<size_t>(r) * adapter.up.rows, 1.0f, adapter.up.rows, b.qkv.data() + static_cast<size_t>(r) * width + offset);
+        kernels.add_scaled(b.adapted.data() + static_cast<size_t>(r) * adapter.up.rows, 1.0f, adapter.up.rows, b.wide.data() + static_cast<size_t>(r) * width + offset);
       offset += static_cast<size_t>(adapter.up.rows);
     }
   }
   attention(layer, segments, many);
   b.o.resize(n * h);
-  multiply(block.o_proj, b.attended.data(), static_cast<size_t>(c.q_rows()), rows, many, b.o.data());
+  multiply(block.o_proj, b.mixed.data(), static_cast<size_t>(c.q_rows()), rows, many, b.o.data());
   const std::string name = observer ? "layers." + std::to_string(layer.index) + ".shared_block" : std::string();
   observe(name + ".self_attn", b.o.data(), rows, hidden);
   b.m.resize(n * h);
@@ -546,12 +549,12 @@ void Engine::attention(const Layer& layer, const std::vector<Segment>& segments,
   Buffers& b = *b_;
   const size_t d = static_cast<size_t>(c.attention_head_dim), half = d / 2, width = static_cast<size_t>(c.q_rows() + 2 * c.kv_rows());
   const int rows = static_cast<int>(b.square0.size()), kv_heads = c.num_key_value_heads, per_kv = c.num_attention_heads / kv_heads;
-  b.attended.resize(b.square0.size() * static_cast<size_t>(c.q_rows()));
+  b.mixed.resize(b.square0.size() * static_cast<size_t>(c.q_rows()));
   if (c.use_mem_rope) {
     auto rotate = [&](int first, int last, int) {
       for (size_t r = static_cast<size_t>(first); r < static_cast<size_t>(last); ++r)
         for (int head = 0; head < c.num_attention_heads + kv_heads; ++head) {  // q and k lie side by side
-          float* x = b.qkv.data() + r * width + static_cast<size_t>(head) * d;
+          float* x = b.wide.data() + r * width + static_cast<size_t>(head) * d;
           for (size_t i = 0; i < half; ++i) {
             const float one = x[i], two = x[i + half], cosine = b.cosines[r * half + i], sine = b.sines[r * half + i];
             x[i] = one * cosine - two * sine;
@@ -566,7 +569,7 @@ void Engine::attention(const Layer& layer, const std::vector<Segment>& segments,
   std::vector<size_t> places;
   for (const Segment& s : segments) {
     Cache& cache = s.state->caches[static_cast<size_t>(layer.position)];
-    append(cache, s.length, b.qkv.data() + static_cast<size_t>(s.start) * width + c.q_rows(), width);
+    append(cache, s.length, b.wide.data() + static_cast<size_t>(s.start) * width + c.q_rows(), width);
     places.push_back(pages.size());
     for (const auto& page : cache.pages) pages.push_back(page->data);
   }
@@ -582,7 +585,7 @@ void Engine::attention(const Layer& layer, const std::vector<Segment>& segments,
     int count = 0;
     for (int i = block * at_once; i < std::min(s.length * per_kv, (block + 1) * at_once); ++i) {
       const size_t row = static_cast<size_t>(s.start + i / per_kv), column = static_cast<size_t>(head * per_kv + i % per_kv) * d;
-      queries[count++] = {b.qkv.data() + row * width + column, b.attended.data() + row * static_cast<size_t>(c.q_rows()) + column, before + i / per_kv + 1};
+      queries[count++] = {b.wide.data() + row * width + column, b.mixed.data() + row * static_cast<size_t>(c.q_rows()) + column, before + i / per_kv + 1};
     }
     if (!count) return;
     const KeysValues kv = layout.head(head, pages.data() + places[which]);
@@ -597,15 +600,14 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
   Buffers& b = *b_;
   const int rows = static_cast<int>(b.square0.size()), heads = c.n_mamba_heads, P = c.mamba_headdim, N = c.mamba_d_state, taps = c.mamba_d_conv;
   const size_t n = static_cast<size_t>(rows), in = static_cast<size_t>(c.in_proj_dim), inner = static_cast<size_t>(c.d_inner), conv_dim = static_cast<size_t>(c.conv_dim);
-  b.proj.resize(n * in);
+  b.wide.resize(n * in);
   b.xbc.resize(n * conv_dim);
   b.dt.resize(n * static_cast<size_t>(heads));
-  b.y.resize(n * inner);
-  b.gated.resize(n * inner);
-  multiply(m.in_proj, b.u.data(), static_cast<size_t>(c.hidden_size), rows, many, b.proj.data());
+  b.mixed.resize(n * inner);
+  multiply(m.in_proj, b.u.data(), static_cast<size_t>(c.hidden_size), rows, many, b.wide.data());
   each_row(rows, [&](size_t r) {
     for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
-      const float x = b.proj[r * in + inner + conv_dim + h] + m.dt_bias[h];
+      const float x = b.wide[r * in + inner + conv_dim + h] + m.dt_bias[h];
       b.dt[r * static_cast<size_t>(heads) + h] = x > 20.0f ? x : std::log1p(std::exp(x));  // softplus, no clamp
     }
   });
@@ -615,7 +617,7 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
     float* ssm = s.state->ssm->data() + static_cast<size_t>(layer.index) * inner * static_cast<size_t>(N);
     const size_t start = static_cast<size_t>(s.start);
     pool_.share(slices, [&](int first, int last, int) {
-      kernels.convolve(b.proj.data() + start * in + inner, in, s.length, m.conv_weight.data(), m.conv_bias.data(), taps, c.conv_dim, first * 16, std::min(c.conv_dim, last * 16),
+      kernels.convolve(b.wide.data() + start * in + inner, in, s.length, m.conv_weight.data(), m.conv_bias.data(), taps, c.conv_dim, first * 16, std::min(c.conv_dim, last * 16),
                        conv, b.xbc.data() + start * conv_dim);
     });
     if (!many) {
@@ -627,7 +629,7 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
             const float* B = xbc + inner + static_cast<size_t>(h / per_group) * N;
             const float dt = b.dt[r * static_cast<size_t>(heads) + static_cast<size_t>(h)];
             kernels.step(xbc + static_cast<size_t>(h) * P, dt, std::exp(dt * m.A[static_cast<size_t>(h)]), B, B + static_cast<size_t>(c.mamba_ngroups) * N, m.D[static_cast<size_t>(h)], P, N,
-                         ssm + static_cast<size_t>(h) * P * N, b.y.data() + r * inner + static_cast<size_t>(h) * P);
+                         ssm + static_cast<size_t>(h) * P * N, b.mixed.data() + r * inner + static_cast<size_t>(h) * P);
           }
         }
       });
@@ -648,13 +650,13 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
         const size_t item = static_cast<size_t>(from / kChunk * c.mamba_ngroups + h / per_group);
         kernels.chunk(std::min(kChunk, s.length - from), xbc + static_cast<size_t>(h) * P, conv_dim, b.dt.data() + r * static_cast<size_t>(heads) + h, static_cast<size_t>(heads),
                       m.A[static_cast<size_t>(h)], m.D[static_cast<size_t>(h)], b.scores.data() + item * kChunk * kChunk, B, B + static_cast<size_t>(c.mamba_ngroups) * N, conv_dim, P, N,
-                      ssm + static_cast<size_t>(h) * P * N, b.y.data() + r * inner + static_cast<size_t>(h) * P, inner, scratch_[static_cast<size_t>(thread)].data());
+                      ssm + static_cast<size_t>(h) * P * N, b.mixed.data() + r * inner + static_cast<size_t>(h) * P, inner, scratch_[static_cast<size_t>(thread)].data());
       }
     });
   }
-  each_row(rows, [&](size_t r) { kernels.gated_norm(b.y.data() + r * inner, b.proj.data() + r * in, m.norm.data(), c.d_inner, c.mamba_ngroups, kMixerEps, b.gated.data() + r * inner); });
+  each_row(rows, [&](size_t r) { kernels.gated_norm(b.mixed.data() + r * inner, b.wide.data() + r * in, m.norm.data(), c.d_inner, c.mamba_ngroups, kMixerEps, b.mixed.data() + r * inner); });
   b.o.resize(n * static_cast<size_t>(c.hidden_size));
-  multiply(m.out_proj, b.gated.data(), inner, rows, many, b.o.data());
+  multiply(m.out_proj, b.mixed.data(), inner, rows, many, b.o.data());
 }
 
 }  // namespace zamba2

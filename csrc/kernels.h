@@ -100,7 +100,7 @@ struct Kernels {
   float (*sum_of_squares)(const float* x, int n);
   void (*scale_by)(const float* x, const float* weight, float scale, int n, float* y);  // y = x * scale * weight
   void (*add_scaled)(const float* x, float scale, int n, float* y);                     // y += x * scale
-  // y = x * silu(z), then RMSNorm per group of n / groups, times weight.
+  // y = x * silu(z), then RMSNorm per group of n / groups, times weight. y may be x.
   void (*gated_norm)(const float* x, const float* z, const float* weight, int n, int groups, float eps, float* y);
   void (*geglu)(const float* projected, const float* adapted, int n, float* y);  // (2n), (2n) -> (n)
   // Causal convolution over T tokens and SiLU. x: (T, stride), first column first; state: (taps - 1, n), oldest first,
