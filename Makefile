@@ -38,15 +38,21 @@ clean:  ## Remove the environment, build results and caches
 check-tools:  ## Say which Debian package is missing
 	$(call require_tools)
 
-# The stamps: install again only when the requirements changed.
+# The stamps: install again only when the requirements changed. torch first and on its own, so that nothing else pulls in
+# another build of it.
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 $(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE)
 	$(call require_tools)
-	$(call install,torch)
+	$(call environment)
+	$(PIP) install --editable .
+	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE)
 	$(call require_tools)
-	$(call install,test)
+	$(call environment)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[test]'
+	@touch $@
 
 define require_tools
 @missing=; \
@@ -59,10 +65,6 @@ command -v g++ >/dev/null 2>&1 || missing="$$missing g++"; \
 if [ -n "$$missing" ]; then echo "Missing Debian package:$$missing; install with: apt install$$missing" >&2; exit 1; fi
 endef
 
-# torch first and on its own, so that nothing else pulls in another build of it.
-define install
+define environment
 @$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-$(PIP) install --constraint constraints.txt torch
-$(PIP) install --constraint constraints.txt --editable '.[$(1)]'
-@touch $@
 endef
