@@ -32,7 +32,7 @@ def commands() -> str:
     """Markdown of every command, its arguments and options, in the order of ``zamba2 --help``."""
     group: Any = typer.main.get_command(app)
     parts = ["# Commands\n\nWritten by `scripts/update_docs.py` from the command line itself.\n"]
-    for name, command in group.commands.items():
+    for name, command in flat(group).items():
         parts.append(f"\n## zamba2 {name}\n\n{inspect.cleandoc(command.help).strip()}\n\n| | |\n|---|---|\n")
         for parameter in command.params:
             flags = ", ".join(parameter.opts) if parameter.param_type_name == "option" else (parameter.metavar or parameter.name.upper())
@@ -40,6 +40,15 @@ def commands() -> str:
             shown = "" if default is None or callable(default) or default is False or parameter.required else f" Default: {default}."
             parts.append(f"| `{flags}` | {parameter.help}{shown} |\n")
     return "".join(parts)
+
+
+def flat(group: Any) -> dict[str, Any]:
+    """Full name -> command, those of groups too: "train preview"."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        inner = flat(command) if hasattr(command, "commands") else {}
+        found |= {f"{name} {part}": c for part, c in inner.items()} or {name: command}
+    return found
 
 
 def native_table(data: dict[str, Any]) -> str:

@@ -28,7 +28,8 @@ from zamba2.weights.hub import DEFAULT
 ROOT = Path(__file__).resolve().parent.parent
 CARD = ROOT / "examples" / "card_conversation.json"
 NOTICE = "zamba2: this model has random weights"
-COMMANDS = [str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback]
+GROUPS = [("", app), *((f"{group.name} ", group.typer_instance) for group in app.registered_groups)]
+COMMANDS = [prefix + str(c.name or c.callback.__name__) for prefix, group in GROUPS for c in group.registered_commands if c.callback]
 GREEDY_HI = ["generate", "hi", "-n", "6"]
 
 
@@ -67,24 +68,24 @@ def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
-    assert COMMANDS == ["generate", "chat", "info", "download", "quantize", "bench"]
+    assert COMMANDS == ["generate", "chat", "info", "download", "quantize", "bench", "train preview"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_examples(command: str, zamba: Any) -> None:
     """Each command's help has a sentence, the options and examples that begin with its own name."""
-    code, out, err = zamba(command, "--help")
+    code, out, err = zamba(*command.split(), "--help")
     assert code == 0 and err == []
     assert "Usage:" in out and "Examples" in out and "--help" in out
     assert out.count(f"zamba2 {command}") >= 2
-    assert zamba(command, "-h") == (code, out, err)
+    assert zamba(*command.split(), "-h") == (code, out, err)
 
 
 def test_bare_command_is_help(zamba: Any) -> None:
     """Without arguments the program lists its commands."""
     code, out, _ = zamba()
     assert code == 0 and out == zamba("--help")[1]
-    assert all(re.search(rf"\b{command}\b", out) for command in COMMANDS)
+    assert all(re.search(rf"\b{command.split()[0]}\b", out) for command in COMMANDS)
 
 
 def test_version(zamba: Any) -> None:
@@ -92,7 +93,7 @@ def test_version(zamba: Any) -> None:
     assert zamba("--version") == (0, f"zamba2 {zamba2.__version__}\n", [])
 
 
-@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.2), *[([command, "--help"], 1.0) for command in COMMANDS]])
+@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.2), *[([*command.split(), "--help"], 1.0) for command in COMMANDS]])
 def test_help_is_instant(arguments: list[str], seconds: float) -> None:
     """Help is there at once. The best of several runs counts: other programs may take the processor meanwhile."""
     best = float("inf")
@@ -514,6 +515,8 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setitem(names.ALIASES, name, DEFAULT)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "novel.txt").write_text("It is a truth universally acknowledged. " * 400, encoding="utf-8")
+    question = {"question": "How many are two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(question), encoding="utf-8")
     code, out, err = zamba(*shlex.split(line, comments=True)[1:], stdin=b"/help\n")
     assert code == 0 and (out or err)
     assert not any(text.startswith("zamba2:") and not text.startswith("zamba2: packing") for text in err)
@@ -523,7 +526,8 @@ def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys:
     """The README shows every command, and its Python lines run as printed."""
     from zamba2.weights import hub as names
 
-    assert {line.split()[1] for line in readme_commands()} == set(COMMANDS)
+    lines = [f"{line} " for line in readme_commands()]
+    assert [command for command in COMMANDS if not any(line.startswith(f"zamba2 {command} ") for line in lines)] == []
     (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.setitem(names.ALIASES, "2.7b-instruct", DEFAULT)
     exec(compile(source, "README.md", "exec"), {})

@@ -44,6 +44,11 @@ PresencePenalty = Annotated[float, typer.Option(help="Taken from the score of ev
 LogitBias = Annotated[Optional[list[str]], typer.Option(metavar="ID=VALUE", help="Added to a token's score; repeatable.")]
 Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same text.")]
 Stop = Annotated[Optional[list[str]], typer.Option(help="End the text before this; repeatable.")]
+# The names of zamba2.train.data.SOURCES, which is slow to import.
+DATA_SETS = (
+    "ultrachat, infinity, infinity-3m, infinity-0625, infinity-gen, infinity-7m_domains, gsm8k, self-instruct, sharegpt, messages; "
+    "or ultrafeedback, orca, openhermes, llama-factory, preferences"
+)
 System = Annotated[Optional[str], typer.Option("--system", "-s", help="System message.")]
 
 
@@ -256,6 +261,54 @@ def bench(
     from zamba2.commands.bench import main
 
     main(shape, model, format, kv_format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out)
+
+
+train = typer.Typer(
+    help="Post-train a model. So far: look at the data.", no_args_is_help=True, rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+app.add_typer(train, name="train")
+
+
+@train.command()
+def preview(
+    sets: Annotated[list[str], typer.Argument(metavar="NAME[:PATH][=WEIGHT]...", help=f"Data sets of one stage: {DATA_SETS}.")],
+    model: Annotated[
+        str, typer.Option("--model", "--tokenizer", "-m", help="Whose tokenizer and chat template: alias, Hub id or folder.")
+    ] = "default",
+    count: Annotated[int, typer.Option("--count", "-c", help="Examples to show, drawn by weight.")] = 3,
+    rows: Annotated[int, typer.Option(help="Most rows of each set to read; 0 reads all.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The same seed shows the same examples.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Longer examples are dropped.")] = 4096,
+    language: Annotated[str, typer.Option(help="Of the sets that name it, keep this language; all keeps every one.")] = "en",
+    ties: Annotated[bool, typer.Option("--ties", help="Keep preferences with equal answers or scores.")] = False,
+    against: Annotated[
+        Optional[list[Path]],
+        typer.Option(metavar="FILE", help="Drop prompts of this evaluation (JSON lines with prompt or turns); repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Show training data as the model gets it: rendered, tokenized, and in colour what is trained on.
+
+    A set is a name, read from the Hub, or NAME:PATH for files of its format (.parquet, .jsonl, .json, or a folder). The table
+    at the end counts what was dropped and why, repeated prompts included.
+
+    Examples:
+
+        zamba2 train preview ultrachat infinity=2 --against question.jsonl
+
+        zamba2 train preview gsm8k:train.jsonl --model 2.7b-instruct --count 5
+
+        zamba2 train preview ultrafeedback orca openhermes=0.5 --max-tokens 2048 --json
+    """
+    from zamba2.commands.train import preview as main
+
+    main(
+        sets, model, count=count, rows=rows, seed=seed, max_tokens=max_tokens, language=language, ties=ties, against=against or [],
+        as_json=as_json, revision=revision, offline=offline,
+    )  # fmt: skip
 
 
 def version(wanted: bool) -> None:

@@ -1,0 +1,152 @@
+"""``zamba2 train``: so far what training data looks like once it is filtered, tokenized and masked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, mix
+from zamba2.train.masks import Masked
+from zamba2.weights.hub import resolve
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["preview"]
+
+OPEN, CLOSE = "«", "»"  # around what is trained on, where there are no colours
+# Styles in turn, so that each token is seen.
+TRAINED, CONTEXT = ("black on green", "black on bright_green"), ("default", "dim")
+
+
+def preview(
+    sets: Sequence[str], model: str, *, count: int, rows: int, seed: int, max_tokens: int, language: str, ties: bool,
+    against: Sequence[Path], as_json: bool, revision: str | None, offline: bool,
+) -> None:  # fmt: skip
+    """Read up to ``rows`` rows of each set (0: all); print ``count`` examples drawn by weight, what was kept, and why the rest was not.
+
+    Raises Zamba2Error.
+    """
+    for name, value, least in (("--count", count, 0), ("--rows", rows, 0), ("--max-tokens", max_tokens, 1)):
+        if value < least:
+            raise Zamba2Error(f"{name} is {value}; at least {least} is needed.")
+    parts = [Part.parse(written) for written in sets]
+    kind = check_parts(parts)
+    for part in parts:
+        if part.path is None:
+            quieten(part, offline)
+    path = resolve(model, revision=revision, offline=offline, weights=False)
+    if path.is_file():
+        raise Zamba2Error(f"{path} is a standalone file; a checkpoint folder with a tokenizer.json is needed.")
+    config = Config.from_file(path / "config.json") if (path / "config.json").exists() else None
+    tokenizer = Tokenizer.from_folder(path, config=config)
+    prompts = Prompts(itertools.chain.from_iterable(map(evaluation_prompts, against)))
+    filters = Filters(language=None if language == "all" else language, max_tokens=max_tokens, ties=ties)
+    readers = [Reader(part, tokenizer, filters, prompts, rows or None) for part in parts]
+    samples = [sample(reader, f"{seed} {i}", count) for i, reader in enumerate(readers)]
+    drawn = mix([opener(examples) for examples in samples], [part.weight for part in parts], seed=seed) if count else iter(())
+    examples = list(itertools.islice(drawn, count))
+    if as_json:
+        report = [{"set": reader.part.label, "weight": reader.part.weight, **reader.tally.to_dict()} for reader in readers]
+        print(json.dumps({"kind": kind, "sets": report, "examples": [as_data(example) for example in examples]}))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    for number, example in enumerate(examples, 1):
+        print_example(console, number, example)
+    print_report(console, readers)
+
+
+def quieten(part: Part, offline: bool) -> None:
+    """The Hub's libraries tell of every retry; here the end of it is one line. Raises Zamba2Error if there is to be no Hub."""
+    from huggingface_hub.utils import logging
+
+    if offline:
+        raise Zamba2Error(f"{part.label} is read from the Hub; leave out --offline, or give its files as {part.label}:PATH.")
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def opener(examples: Sequence[Example]) -> Callable[[int], Iterable[Example]]:
+    return lambda round: examples
+
+
+def sample(examples: Iterable[Example], seed: str, count: int) -> list[Example]:
+    """``count`` of the examples at random, in random order; all are read, but only so many held."""
+    rng, held = random.Random(seed), list[Example]()
+    for number, example in enumerate(examples):
+        if len(held) < count:
+            held.append(example)
+        elif (i := rng.randrange(number + 1)) < count:
+            held[i] = example
+    rng.shuffle(held)
+    return held
+
+
+def sides(example: Example) -> dict[str, Masked]:
+    """The tokenized conversations of an example by name."""
+    masked = example.masked
+    if masked is None:
+        return {}
+    return {"messages": masked} if isinstance(masked, Masked) else {"chosen": masked.chosen, "rejected": masked.rejected}
+
+
+def as_data(example: Example) -> dict[str, Any]:
+    """An example as plain JSON data: the messages, and each side's text, ids and mask."""
+    tokens = {name: {"text": s.text, "ids": s.ids.tolist(), "loss": s.loss.tolist()} for name, s in sides(example).items()}
+    return {"set": example.part.label, "place": example.place, **example.data, "tokens": tokens}
+
+
+def pieces(masked: Masked) -> Iterator[tuple[str, bool]]:
+    """The text each token stands for, and whether it is trained on; "" for all but the first of one character's tokens."""
+    done = 0
+    for (_, end), loss in zip(masked.offsets.tolist(), masked.loss.tolist(), strict=True):
+        piece = masked.text[done : max(done, end)]
+        yield "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), loss
+        done = max(done, end)
+
+
+def print_example(console: Console, number: int, example: Example) -> None:
+    from rich.text import Text
+
+    for name, masked in sides(example).items():
+        side = "" if name == "messages" else f", {name}"
+        head = f"{number}{side}: {example.place}; {int(masked.loss.sum())} of {len(masked)} tokens are trained on"
+        console.print(Text(head, style="bold"), soft_wrap=True)
+        shown, before = Text(), False
+        for turn, (piece, loss) in enumerate(pieces(masked)):
+            if not console.color_system and loss != before:
+                shown.append(OPEN if loss else CLOSE)
+            shown.append(piece, (TRAINED if loss else CONTEXT)[turn % 2] if console.color_system else "")
+            before = loss
+        if before and not console.color_system:
+            shown.append(CLOSE)
+        console.print(shown, soft_wrap=True)
+
+
+def print_report(console: Console, readers: Sequence[Reader]) -> None:
+    """A table: for each set what was read and kept, and beneath it what was dropped, by reason."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("set", overflow="fold")
+    for name in ("read", "kept", "dropped", "tokens", "trained on"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for reader in readers:
+        part, tally = reader.part, reader.tally
+        label = part.source.name + ("" if part.path is None else f":{part.path.name}") + ("" if part.weight == 1 else f"={part.weight:g}")
+        counts = [f"{tally.read:,}{'' if tally.whole else '+'}", *(f"{n:,}" for n in (tally.kept, tally.read - tally.kept, tally.tokens))]
+        table.add_row(label, *counts, f"{tally.trained / max(tally.tokens, 1):.0%}")
+        for reason, number in tally.dropped.most_common():
+            table.add_row(f"  {reason}", "", "", f"{number:,}")
+    console.print(table)
+    if not all(reader.tally.whole for reader in readers):
+        console.print("+: there is more; --rows 0 reads all.")
