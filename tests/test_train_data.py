@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -340,6 +341,26 @@ def test_messages_with_special_tokens_are_dropped(default: Tokenizer, tmp_path: 
     assert len(list(reader)) == 1 and reader.tally.dropped == {"special token in a message": 2}
 
 
+def test_rows_come_one_at_a_time(tmp_path: Path) -> None:
+    """A set is streamed: its first row is there before what is damaged behind it is read; only ``rows`` of it are read."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(simple("a?")) + "\n{")
+    reader = Reader(part("messages", tmp_path / "a.jsonl"))
+    assert next(iter(reader)).data == simple("a?")
+    with pytest.raises(Zamba2Error, match="line 2 is not valid JSON"):
+        list(reader)
+    write(tmp_path / "b.jsonl", [simple(f"{i}?") for i in range(5)])
+    reader = Reader(part("messages", tmp_path / "b.jsonl"), rows=3)
+    assert len(list(reader)) == reader.tally.read == 3 and not reader.tally.whole
+
+
+def test_endless_rows_and_hidden_files(tmp_path: Path, default: Tokenizer) -> None:
+    """A row of millions of characters is dropped like any other that is too long; hidden files of a folder are no data."""
+    path = write(tmp_path / "a.jsonl", [simple("a?", "b" * 5_000_000), simple("c?")])
+    write(tmp_path / ".cache" / "b.jsonl", [{"other": 1}])
+    reader = Reader(part("messages", path.parent), default)
+    assert len(list(reader)) == 1 and reader.tally.dropped == {"longer than 1000000 characters": 1}
+
+
 # ---- repeated prompts ------------------------------------------------------------------------------------------------
 
 
@@ -587,6 +608,13 @@ def test_templates_that_cannot_be_masked(template: str, said: str, tmp_path: Pat
         mask_conversation(with_template(template, tmp_path), [U, {"role": "assistant", "content": "said"}, U])
 
 
+def test_a_refusing_template_names_the_row(tmp_path: Path) -> None:
+    """Where a template refuses a conversation, the sentence says in which row."""
+    path = write(tmp_path / "a.jsonl", [simple("a?")])
+    with pytest.raises(Zamba2Error, match=r"a\.jsonl, line 1: the chat template refuses .* not this"):
+        list(Reader(part("messages", path), with_template("{{ raise_exception('not this') }}", tmp_path)))
+
+
 def test_malformed_preferences(default: Tokenizer) -> None:
     """A side of a preference is one assistant message."""
     for wrong in ([U], [U, A], [A, A]):
@@ -644,6 +672,31 @@ def test_hub_rows_are_streamed(name: str, tmp_path_factory: pytest.TempPathFacto
     )
     local = data.replace(source, hub=str(folder))
     assert [example.data for example in Reader(Part(local))] == [expected for _, expected in pairs]
+
+
+def test_what_the_hub_may_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gated set, one that is not there, and a connection that breaks half-way are one sentence each; what is asked for is the split."""
+    asked: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        asked.append((arguments, options))
+        if "Infinity" in arguments[0]:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{arguments[0]}' is a gated dataset on the Hub. Visit it.")
+        if "orca" in arguments[0]:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{arguments[0]}' doesn't exist on the Hub.")
+        yield simple("a?") | {"prompt": "a?", "prompt_id": "0"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    wanted = {"infinity": "accept its terms on the Hub and set HF_TOKEN", "orca": "doesn't exist", "ultrachat": "behind row 1 "}
+    for name, said in wanted.items():
+        with pytest.raises(Zamba2Error, match=said):
+            list(Reader(Part(SOURCES[name])))
+    assert asked == [
+        (("BAAI/Infinity-Instruct", "7M"), {"split": "train", "streaming": True}),
+        (("Intel/orca_dpo_pairs", None), {"split": "train", "streaming": True}),
+        (("HuggingFaceH4/ultrachat_200k", None), {"split": "train_sft", "streaming": True}),
+    ]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

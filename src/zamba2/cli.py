@@ -264,7 +264,7 @@ def bench(
 
 
 train = typer.Typer(
-    help="Post-train a model. So far: look at the data.", no_args_is_help=True, rich_markup_mode="markdown",
+    help="Post-train a model. So far: look at the data.", rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.add_typer(train, name="train")

@@ -42,6 +42,7 @@ CALCULATIONS = re.compile(r"<<[^<>]*>>")  # GSM8K's notes for a calculator
 WINDOW = 13  # words in a row that count as the same text: the custom since GPT-3
 BATCH = 256  # rows of a parquet file in memory
 BUFFER = 10_000  # rows that shuffling holds
+CHARACTERS = 1_000_000  # in one example, far beyond any context here; chat templates are given less than five times that
 END: Any = object()
 
 
@@ -338,7 +339,11 @@ def _files(source: Source, path: Path) -> list[Path]:
         return [path]
     if source.config is not None and (path / source.config).is_dir():
         path = path / source.config
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in FILE_KINDS)
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in FILE_KINDS and file.is_file() and not any(name.startswith(".") for name in file.relative_to(path).parts)
+    )
     if not files:
         raise Zamba2Error(f"{path} holds no data; files ({kinds}) are needed.")
     own = [file for file in files if re.match(re.escape(source.split) + r"([-.]|$)", file.name)]
@@ -569,7 +574,10 @@ class Reader:
             self._check_tie(data, row)
         masked = None
         if self.tokenizer is not None:
-            masked = self._masked(data, self.tokenizer)
+            try:
+                masked = self._masked(data, self.tokenizer)
+            except Zamba2Error as error:
+                raise Zamba2Error(f"{place}: {error}") from None
         if self.prompts is not None and (reason := self.prompts.repeated(data, (self.part.label, self.tally.read))):
             raise Unusable(reason)
         return Example(self.part, place, data, masked)
@@ -587,6 +595,8 @@ class Reader:
         special = {*MARKS, tokenizer.bos_token, tokenizer.eos_token} - {None, ""}
         if any(str(mark) in message["content"] for messages in data.values() for message in messages for mark in special):
             raise Unusable("special token in a message")
+        if sum(len(message["content"]) for messages in data.values() for message in messages) > CHARACTERS:
+            raise Unusable(f"longer than {CHARACTERS} characters")
         pair = "chosen" in data
         masked = mask_pair(tokenizer, **data) if pair else mask_conversation(tokenizer, data["messages"])
         if self.filters.max_tokens is not None and len(masked) > self.filters.max_tokens:

@@ -76,7 +76,7 @@ def mask_pair(
 def _span(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], i: int, text: str) -> tuple[int, int]:
     """Where message i and its end token stand in the rendered conversation, in characters."""
     before = tokenizer.render_chat(messages[:i], add_generation_prompt=True) if i else _opening(tokenizer, messages[0])
-    upto = tokenizer.render_chat(messages[: i + 1], add_generation_prompt=False)
+    upto = text if i + 1 == len(messages) else tokenizer.render_chat(messages[: i + 1], add_generation_prompt=False)
     if not text.startswith(upto) or not upto.startswith(before):
         raise Zamba2Error("the chat template renders a conversation's beginning otherwise than the whole; a ChatML template is needed.")
     rest, content = upto[len(before) :], str(messages[i]["content"])
