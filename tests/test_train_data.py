@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from zamba2.cli import DATA_SETS, run
 from zamba2.errors import Zamba2Error
@@ -400,6 +400,16 @@ def test_evaluation_prompts_are_kept_out(words: list[str], seed: int) -> None:
     assert (found == f"{WINDOW} words of an evaluation prompt") == (length >= WINDOW)
 
 
+@pytest.mark.parametrize("length", range(WINDOW - 2, WINDOW + 3))
+def test_thirteen_words_are_enough(length: int) -> None:
+    """A text of 13 words and more is found wherever it stands in another; of 12 it is not."""
+    words = [f"w{i}" for i in range(length)]
+    prompts = Prompts([" ".join(words)])
+    for before, behind in (([], ["z"]), (["z"], []), (["z"], ["z"])):
+        found = prompts.repeated(simple(" ".join(before + words + behind)), ("x", 1))
+        assert (found is not None and "evaluation" in found) == (length >= WINDOW)
+
+
 def test_evaluation_files(tmp_path: Path) -> None:
     """IFEval's "prompt" and MT-Bench's "turns" are both read."""
     path = write(tmp_path / "a.jsonl", [{"key": 1, "prompt": "one"}, {"question_id": 81, "turns": ["two", "three"]}])
@@ -478,7 +488,7 @@ ANY = st.lists(
 def byte_level() -> tokenizers.Tokenizer:
     """A byte-level BPE whose merges reach over the header's line end and cut characters in two."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("Ġ", "a"), ("ð", "Ł"), ("Ã", "©")]
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("Ġ", "a"), ("ð", "Ł"), ("Ã", "©"), (">", "Ċ")]
     vocabulary = {piece: i for i, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -487,11 +497,26 @@ def byte_level() -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def trimming() -> tokenizers.Tokenizer:
+    """The same, with white space left out of the offsets."""
+    tokenizer = byte_level()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+def plain() -> tokenizers.Tokenizer:
+    """The same without marks of its own: the end token is ordinary text, and merges with the line end behind it."""
+    tokenizer = tokenizers.Tokenizer(byte_level().model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, default: Tokenizer) -> dict[str, Tokenizer]:
     """Tokenizers of several families; Mistral's, renamed as the instruct checkpoints have it, where the shared data is present."""
     made = {"default": default}
-    texts = {"byte level": byte_level().to_str()}
+    texts = {"byte level": byte_level().to_str(), "trimming": trimming().to_str(), "plain": plain().to_str()}
     mistral = SHARED / "tokenizer" / "mistral_v1_tokenizer.json"
     if mistral.exists():
         texts["base"] = mistral.read_text(encoding="utf-8")
@@ -507,7 +532,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, default: Tokenizer) -> dic
     return made
 
 
-KINDS = ["default", "byte level", "base", "instruct"]
+KINDS = ["default", "byte level", "trimming", "base", "instruct"]
 
 
 def pick(folders: dict[str, Tokenizer], kind: str) -> Tokenizer:
@@ -535,7 +560,7 @@ def check_mask(tokenizer: Tokenizer, messages: Messages, masked: Masked, last_on
         assert loss == (start < end and all(wanted[start:end]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
 @given(messages=ANY)
 def test_exactly_answers_and_their_ends_carry_loss(folders: dict[str, Tokenizer], kind: str, messages: Messages) -> None:
     """For any conversation: the ids are the chat template's, and a token carries loss if and only if all of it is the assistant's."""

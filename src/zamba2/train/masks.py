@@ -106,7 +106,10 @@ def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> 
         raise
     ids = np.array(encoding.ids, np.int32)
     offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+    first, behind = offsets.T
+    # Some tokenizers leave white space out of a token's offsets (ByteLevel's trim_offsets): what no token covers is the next one's.
+    first[1:] = np.where(behind[:-1] < first[1:], behind[:-1], first[1:])
     loss = np.zeros(len(ids), np.bool_)
     for start, end in spans:
-        loss |= (offsets[:, 0] >= start) & (offsets[:, 0] < end) & (offsets[:, 1] <= end)
+        loss |= (first >= start) & (first < behind) & (behind <= end)
     return Masked(ids, loss, text, offsets)
