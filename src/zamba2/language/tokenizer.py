@@ -81,18 +81,21 @@ class Tokenizer:
             raise Zamba2Error(f"{path} is not a tokenizer that the tokenizers library reads ({error}); download the file again.") from None
         return cls(Path(folder), backend, config)
 
+    def _encoding(self, text: str, add_special_tokens: bool) -> Any:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise Zamba2Error(f"the text holds half a surrogate pair ({found}); valid Unicode text is needed.") from None
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; special tokens written in it are recognized.
 
         ``add_special_tokens``: what a base model's prompt starts with, bos exactly once even where the text begins with it.
         Raises Zamba2Error for lone surrogates, which no UTF-8 text holds.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise Zamba2Error(f"the text holds half a surrogate pair ({found}); valid Unicode text is needed.") from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
         bos = self.bos_token_id
         if not add_special_tokens or bos is None:
             return ids
@@ -112,6 +115,12 @@ class Tokenizer:
             bos_token=self.bos_token,
             eos_token=self.eos_token,
         )
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text as it stands, special tokens recognized and none added, and for each the first character and the one behind its
+        last. Raises Zamba2Error as ``encode`` does."""
+        encoding = self._encoding(text, False)
+        return encoding.ids, encoding.offsets
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of ``render_chat``; the template writes bos itself, so none is added."""

@@ -99,13 +99,8 @@ def _opening(tokenizer: Tokenizer, message: Mapping[str, Any]) -> str:
 
 
 def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Masked:
-    try:
-        encoding = tokenizer._backend.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError):
-        tokenizer.encode(text)  # says what is wrong with the text
-        raise
-    ids = np.array(encoding.ids, np.int32)
-    offsets = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+    own_ids, own_offsets = tokenizer.encode_with_offsets(text)
+    ids, offsets = np.array(own_ids, np.int32), np.array(own_offsets, np.int32).reshape(-1, 2)
     first, behind = offsets.T
     # Some tokenizers leave white space out of a token's offsets (ByteLevel's trim_offsets): what no token covers is the next one's.
     first[1:] = np.where(behind[:-1] < first[1:], behind[:-1], first[1:])
