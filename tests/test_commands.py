@@ -93,17 +93,19 @@ def test_version(zamba: Any) -> None:
     assert zamba("--version") == (0, f"zamba2 {zamba2.__version__}\n", [])
 
 
-@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.2), *[([*command.split(), "--help"], 1.0) for command in COMMANDS]])
+@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.1), *[([*command.split(), "--help"], 0.9) for command in COMMANDS]])
 def test_help_is_instant(arguments: list[str], seconds: float) -> None:
-    """Help is there at once. The best of several runs counts: other programs may take the processor meanwhile."""
-    best = float("inf")
+    """Help is there at once: so many seconds behind what typer itself takes to start on this machine. The best of several runs counts:
+    other programs may take the processor meanwhile."""
+    best = {"own": float("inf"), "typer": float("inf")}
     for _ in range(12):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "zamba2", *arguments], check=True, capture_output=True)
-        best = min(best, time.perf_counter() - started)
-        if best < seconds:
+        for name, command in (("own", ["-m", "zamba2", *arguments]), ("typer", ["-c", "import typer.rich_utils"])):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            best[name] = min(best[name], time.perf_counter() - started)
+        if best["own"] < best["typer"] + seconds:
             return
-    pytest.fail(f"{arguments} takes {best:.2f} s")
+    pytest.fail(f"{arguments} takes {best['own']:.2f} s, {best['typer']:.2f} of which are typer's")
 
 
 ALWAYS_HEAVY = {"torch", "transformers", "huggingface_hub", "prompt_toolkit"}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import _signal as signal  # type: ignore[import-not-found]  # signal itself first makes enums, milliseconds in which Ctrl-C prints a traceback
 import os
-import signal
 import sys
 
 __all__ = ["main"]
@@ -35,8 +34,10 @@ def leave(*_: object) -> None:
 
     Raised inside the imports of PyTorch, KeyboardInterrupt now and then aborts the program or is lost.
     """
-    with contextlib.suppress(OSError):
+    try:  # noqa: SIM105 - contextlib, too, would have to be imported first
         os.write(2, b"\x1b[?25hzamba2: interrupted.\n" if os.isatty(2) else b"zamba2: interrupted.\n")  # and show the cursor
+    except OSError:
+        pass
     os._exit(2)
 
 
