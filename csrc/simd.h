@@ -446,7 +446,9 @@ struct F16 {
   friend F16 where_at_least(F16 x, F16 bound, F16 a) { ZAMBA2_EACH(x.v[i] < bound.v[i] ? 0.0f : a.v[i]); }
   friend float sum(F16 a) { for (int w = 8; w; w /= 2) for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w]; return a.v[0]; }
   friend float largest(F16 a) { for (int i = 1; i < 16; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0]; return a.v[0]; }
-  void store_i8(int8_t* p) const { for (int i = 0; i < 16; ++i) p[i] = v[i] == v[i] ? static_cast<int8_t>(std::nearbyintf(v[i])) : 0; }
+  void store_i8(int8_t* p) const {  // saturates, as vector units do: near the least numbers there are, 127 / peak is infinite
+    for (int i = 0; i < 16; ++i) p[i] = v[i] == v[i] ? static_cast<int8_t>(std::nearbyintf(v[i] < -128.0f ? -128.0f : v[i] > 127.0f ? 127.0f : v[i])) : 0;
+  }
 };
 
 struct I16 {
