@@ -32,8 +32,11 @@ struct Leaf {  // a part of what cpuid says about features
   unsigned a = 7, b, c, d;
   explicit Leaf(unsigned part) : c(part) { __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d)); }
 };
-bool has_amx() { return Leaf(0).d >> 22 & Leaf(0).d >> 24 & 1; }            // AMX-BF16, AMX-TILE
-bool has_avx_vnni() { return Leaf(0).a >= 1 && (Leaf(1).a >> 4 & 1); }
+bool has_amx() {
+  const unsigned d = Leaf(0).d;
+  return (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+}
+bool has_avx_vnni() { return Leaf(0).a >= 1 && (Leaf(1).a >> 4 & 1); }  // Leaf(0).a: how many parts there are
 #elif defined(__aarch64__) && defined(__APPLE__)
 bool has(const char* feature) {
   int value = 0;
