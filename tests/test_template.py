@@ -234,3 +234,19 @@ def test_malformed_messages_are_located(messages, match):
         check_messages(messages)
     check_messages(CHAT)
     check_messages(tuple(CHAT))
+
+
+def test_the_deadline_is_not_lost_in_a_discarded_generator(monkeypatch):
+    """When time is up while jinja2 drops a generator halfway, where Python ignores what is raised, the next step still stops."""
+    namespace: dict[str, object] = {}
+    exec(compile("def numbers():\n    yield 1\n    yield 2\n", module.jinja2.lexer.__file__, "exec"), namespace)
+
+    def late(text):
+        halfway = namespace["numbers"]()
+        next(halfway)
+        module._budget.deadline, halfway = 0, None  # an error raised in here would be a warning, and the end of tracing
+        return list(map(len, [text]))
+
+    monkeypatch.setattr(module, "_compile", late)
+    with pytest.raises(Zamba2Error, match="seconds"):
+        render("x", USER)

@@ -8,6 +8,7 @@ template makes are measured as they appear, so that no single operation in C has
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 import sys
@@ -115,14 +116,20 @@ class _Budget(threading.local):
     characters = 0
 
     def charge(self, characters: int) -> None:
+        self.check()
         self.characters -= characters
         if characters > VALUE or self.characters < 0:
             raise _Stop(f"it makes values of more than {VALUE} characters, or {TOTAL} in all")
 
-    def trace(self, frame: FrameType, event: str, argument: Any) -> Callable[[FrameType, str, Any], Any] | None:
-        """Called by Python for every function that the template and jinja2 enter, and for every line of most."""
+    def check(self) -> None:
         if time.monotonic() > self.deadline:
             raise _Stop(f"it takes more than {SECONDS} seconds")
+
+    def trace(self, frame: FrameType, event: str, argument: Any) -> Callable[[FrameType, str, Any], Any] | None:
+        """Called by Python for every function that the template and jinja2 enter, and for every line of most."""
+        # A generator may be entered to be thrown away: Python ignores what is raised there, and traces no more.
+        if event == "line" or (event == "call" and not frame.f_code.co_flags & inspect.CO_GENERATOR):
+            self.check()
         return None if frame.f_code.co_filename in CALLS_ONLY else self.trace
 
 
@@ -137,6 +144,7 @@ def _run(template: str, variables: dict[str, Any]) -> str:
         _measured(variables)
         pieces = _Buffer()
         pieces.extend(_compile(template).generate(**variables))
+        _budget.check()
         return "".join(pieces)
     finally:
         sys.settrace(before)
