@@ -117,10 +117,10 @@ ANIMAL = (
 LAND = ANIMAL + "drinks cold water/hides from the rain/lies in the warm sun/plays with a young {animal}/looks at the moon/"
 ANIMAL_PEOPLE = "watches/=likes/draws/sees/=knows/follows/looks at/thinks about/tells a story about/talks about"
 OBJECT = (
-    "=belongs to {name}/=is {colour}/=is {adj}/=is not very expensive/=is near the door/=looks {adj}/=was a gift from {name}/"
+    "=belongs to {name}/=is {colour}/=is {adj}/=is not very expensive/=is near the door/=looks {adj}/=was a gift from a friend/"
     "=comes from the market/=is next to the {colour} box/=is made with great care/=has been here for a long time/"
 )
-OBJECT_PEOPLE = "=likes/buys/=needs/finds/cleans/brings/=wants/=keeps/looks for/shows {friend}/takes care of"
+OBJECT_PEOPLE = "=likes/buys/=needs/finds/cleans/brings/=wants/=keeps/looks for/=shows {friend}/takes care of"
 FOOD = (
     "=tastes {adj}/=smells good/=is {adj}/lies on the table/=is good for you/=comes from the market/waits in the kitchen/"
     "makes {name} happy/=is part of a good lunch/=is ready for {name}/stands on a {colour} plate/=goes well with other food/"
@@ -181,7 +181,7 @@ GROUPS = (
            OBJECT + "helps/=is a tool/helps the builder/=makes hard work easy/hangs in the shed/=is strong and simple/"
            "lies on the workbench/", OBJECT_PEOPLE + "/uses/carries", "tool work builder shed strong simple", arcs=OBJECTS),
     _group("piece of furniture", "furniture", "chair table bed desk shelf sofa stool bench lamp cupboard cradle wardrobe",
-           "old new wooden small big heavy low",
+           "old new fine small big heavy low",
            OBJECT + "stands in the corner/=is a piece of furniture/=fits into the room/=is made of wood/stands by the window/"
            "=makes the room nice/=came with the old house/", OBJECT_PEOPLE + "/paints/builds/moves",
            "furniture wood room window house old corner", arcs=("broken", "wanted", "found")),
@@ -310,11 +310,11 @@ MASS_SUBJECTS = ("the {x}", "the {adj} {x}", "this {x}", "this {adj} {x}")
 KNOWN = ("the {x}", "the {adj} {x}")
 OBJECT_FORMS = ("the {x}", "the {adj} {x}", "this {x}", "{its}")
 TAILS = (
-    "", "", "", "", "today", "again", "every day", "at home", "every morning", "on Sunday", "after lunch", "in the evening",
+    "", "", "", "", "today", "again", "every day", "now and then", "every morning", "on Sunday", "after lunch", "in the evening",
     "in the morning", "before it gets dark", "on a sunny day", "when it is cold", "for a long time", "while the others work",
 )  # fmt: skip
-THING_TAILS = ("", "", "", "today", "again", "at the moment", "this week", "for now", "as it always does")
-PERSON_TAILS = (*TAILS, "with {friend}", "near the {land}", "with a smile", "on the way home", "because {friend} asked for it")
+THING_TAILS = ("", "", "", "", "again", "today", "every day", "all day long")
+PERSON_TAILS = (*TAILS, "at home", "with {friend}", "near the {land}", "with a smile", "on the way home", "because {friend} asked for it")
 LANDS = _split("forest garden meadow park field valley village")
 SLOTS: dict[str, Sequence[str]] = {"colour": COLOURS, "animal": ANIMAL_THINGS, "land": LANDS}
 ARTICLE = re.compile(r"\b([Aa]) (?=[aeiouAEIOU])")
@@ -332,7 +332,7 @@ class Slots(dict[str, str]):
     def __missing__(self, slot: str) -> str:
         girl = self.name in GIRLS
         if slot == "friend":
-            value = next(name for name in iter(lambda: self.chance.choice(NAMES), "") if name != self.name)
+            value = self.chance.choice(BOYS if girl else GIRLS)  # so that "he" and "she" say who is meant
         elif slot == "adj":
             value = self.chance.choice(GROUP[self.thing].looks)
         elif slot == "animal":
@@ -367,15 +367,18 @@ def sentence(chance: Chance, thing: str, slots: Slots | None = None, words: int 
     slots = slots if slots is not None else Slots(chance, thing)
     living = group.family in ("animal", "job")
     while True:
-        if chance.random() < 0.3:
+        if chance.random() < (0.2 if used else 0.3):
             said = chance.choice(group.people)
-            parts = ["{name}", said.removeprefix("="), chance.choice(KNOWN if used else OBJECT_FORMS)]
+            who = "{He}" if used and "{name}" in used and group.family != "job" else "{name}"
+            parts = [who, said.removeprefix("="), chance.choice(OBJECT_FORMS if used is None else KNOWN)]
         else:
             subject = chance.choice(KNOWN) if used else chance.choice(MASS_SUBJECTS if group.mass else SUBJECTS)
             if used and chance.random() < 0.5:
                 subject = group.pronoun
             said = chance.choice(group.does)
-            if "{adj}" in said:  # not "the old fox is old"
+            if "{adj}" in said:  # not "the old fox is old", nor that after "the old fox"
+                if "adj" in slots:
+                    continue
                 subject = subject.replace("{adj} ", "")
             parts = [subject, said.removeprefix("=")]
         tails = PERSON_TAILS if said in group.people else TAILS if living else THING_TAILS
@@ -385,8 +388,8 @@ def sentence(chance: Chance, thing: str, slots: Slots | None = None, words: int 
             continue
         if used is not None:
             new = [said] if not tail else [said, tail]
-            if "{adj}" in said:
-                new.append("{adj}")
+            if said in group.people:
+                new.append(parts[0])
             if not used.isdisjoint(new):
                 continue
             used.update(new)
@@ -474,7 +477,7 @@ ARCS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
          "{name} wanted to use {his} {x}, but it was broken.", "One evening, {friend} broke the {x} that {name} loved."),
         ("{He} did not know how to mend it.", "{friend} came to help and brought everything they needed.",
          "{He} tried all morning, but it was hard work.", "An old man told {him} what to do."),
-        ("They worked together until the {x} was as good as new.", "By evening, {name} had mended the {x}.",
+        ("{name} and {friend} worked until the {x} was as good as new.", "By evening, {name} had mended the {x}.",
          "The next day, the {x} was whole again and even better than before."),
     ),
     "wanted": (
@@ -1475,7 +1478,7 @@ def _chat(chance: Chance) -> Made:
                  chance.choice(("Nice to meet you, {}!", "Hello, {}! How can I help you?", "Good to meet you, {}.")).format(x),
                  chance.choice(("What is my name?", "Do you know my name?", "Who am I?", "Can you say my name?")),
                  chance.choice(("Your name is {}.", "You are {}.", "You told me that your name is {}.")).format(x)]  # fmt: skip
-        return Made(arguments, turns, {**_talk([x.lower()], ["you", "your"]), "avoids": ["my", "me", "i"]})
+        return Made(arguments, turns, {**_talk([x.lower()], ["you", "your"]), "avoids": ["my", "i", "call"]})
     said, answers, keywords = TOPICS[topic]
     asked, answer = chance.choice(said), chance.choice(answers).format(to=", " + x if x else "")
     if x:
