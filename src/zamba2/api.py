@@ -19,7 +19,7 @@ from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format, format_named, kv_format_named
-from zamba2.weights.hub import resolve
+from zamba2.weights.hub import cache_folder, resolve
 from zamba2.weights.hub_files import HubFiles
 from zamba2.weights.packed import VERSION, is_packed, quantize
 
@@ -147,8 +147,7 @@ def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
     files = [*sorted(path.glob("*.safetensors")), path / "config.json"]
     marks = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     name = hashlib.sha256(json.dumps([VERSION, format.name, marks]).encode()).hexdigest()[:20]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(base) / "zamba2" / "packed" / f"{format.name}-{name}"
+    target = cache_folder() / "packed" / f"{format.name}-{name}"
     if not is_packed(target):
         why = " (the fastest on a CPU; format q8 or bf16 is nearer to the original)" if explain else ""
         notice(f"packing {path} as {format.name}{why} into {target}, once.")

@@ -46,7 +46,7 @@ Seed = Annotated[Optional[int], typer.Option(help="The same seed gives the same 
 Stop = Annotated[Optional[list[str]], typer.Option(help="End the text before this; repeatable.")]
 # The names of zamba2.train.data.SOURCES, which is slow to import.
 DATA_SETS = (
-    "ultrachat, infinity, infinity-3m, infinity-0625, infinity-gen, infinity-7m_domains, gsm8k, self-instruct, sharegpt, messages; "
+    "ultrachat, infinity, infinity-3m, infinity-0625, infinity-gen, infinity-7m_domains, gsm8k, self-instruct, sharegpt, text, messages; "
     "or ultrafeedback, orca, openhermes, llama-factory, preferences"
 )
 System = Annotated[Optional[str], typer.Option("--system", "-s", help="System message.")]

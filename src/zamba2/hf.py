@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from zamba2.config import Config
 from zamba2.model.model import Context, Conv1d, Mamba2, SharedBlock, Zamba2
@@ -113,6 +113,68 @@ class Zamba2Cache(Cache):
         raise ValueError("assisted generation needs a cache that can be cut back, and a recurrent state cannot; leave assistants out")
 
 
+class Backbone(Zamba2):
+    """Everything but the head, called as transformers calls the ``model`` inside a causal language model."""
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: Zamba2Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
+        seq_idx: Tensor | None = None, **packed: Any,
+    ) -> BaseModelOutputWithPast:  # fmt: skip
+        """The normalized hidden states (b, T, H); arguments and errors as in ``Zamba2ForCausalLM.forward``.
+
+        use_cache: by default, in inference and where rows are not packed.
+        """
+        for name in packed.keys() - PACKED_OPTIONS:
+            raise TypeError(f"forward got an unexpected keyword argument {name!r}")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        rows, length = given.shape[:2]
+        if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != rows):
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; {rows} rows of 0 and 1 are needed")
+        seq_idx = _documents(seq_idx, position_ids, attention_mask, rows, length)
+        if seq_idx is not None:
+            if past_key_values is not None or use_cache:
+                raise ValueError("rows hold several documents (position_ids start again, or seq_idx); a cache cannot be used with them")
+            attention_mask = None  # padding is a document of its own
+        elif any(value is not None for value in packed.values()):
+            raise ValueError("cu_seq_lens were given without borders in position_ids or seq_idx; pass one of the two with them")
+        if use_cache is None:
+            use_cache = not self.training and seq_idx is None
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = Zamba2Cache(self.config)
+        state = None
+        if cache is not None:
+            attention_mask = _check_past(cache, attention_mask, rows, length)
+            state = cache.state.copy()  # the cache moves on when the call has succeeded
+        elif attention_mask is not None and attention_mask.shape[1] != length:
+            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns and the call {length} tokens; they must agree")
+        x = self.hidden_states(input_ids, inputs_embeds=inputs_embeds, state=state, attention_mask=attention_mask, seq_idx=seq_idx)
+        if cache is not None and state is not None:
+            cache.state = state
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache if use_cache else None)
+
+
+class TiedHead(nn.Module):
+    """The embedding as a head: a view that owns nothing, for those who want a head's weight (trl's losses do)."""
+
+    bias = None
+
+    def __init__(self, model: Zamba2) -> None:
+        super().__init__()
+        self.__dict__["owner"] = model
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.__dict__["owner"].embed_tokens.weight
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
 class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     """Our Zamba2 (attribute ``model``) with the methods that transformers, trl and peft expect of a causal language model."""
 
@@ -128,11 +190,11 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE,
     ]  # fmt: skip
 
-    def __init__(self, config: Zamba2Config, model: Zamba2 | None = None) -> None:
+    def __init__(self, config: Zamba2Config, model: Backbone | None = None) -> None:
         super().__init__(config)
         if config.attention_dropout:
             raise ValueError(f"config.attention_dropout is {config.attention_dropout}; only 0, as in published Zamba2 models, exists here")
-        self.model = Zamba2(shape_of(config)) if model is None else model
+        self.model = Backbone(shape_of(config)) if model is None else model
         self.model.embed_tokens.padding_idx = config.pad_token_id  # as in transformers: reading padding trains nothing
         self.register_load_state_dict_pre_hook(_accept_hub_names)
         self.post_init()
@@ -180,7 +242,7 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         chosen = _dtype(dtype if dtype is not None else torch_dtype) or _dtype(config.dtype)
         config.name_or_path = str(source)
         with init.no_init_weights():
-            model = cls(config, load_model(path, dtype=chosen, device=device, config=shape_of(config)))
+            model = cls(config, load_model(path, dtype=chosen, device=device, config=shape_of(config), kind=Backbone))
         config.dtype = model.dtype
         if generation_config is not None:
             model.generation_config = copy.deepcopy(generation_config)
@@ -244,11 +306,12 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head, or None where it is tied: then the embedding is used directly."""
-        return self.model.lm_head
+        """The head; where it is tied, a view of the embedding."""
+        return TiedHead(self.model) if self.model.lm_head is None else self.model.lm_head
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.model.lm_head = new_embeddings
+        if not isinstance(new_embeddings, TiedHead):
+            self.model.lm_head = new_embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -300,39 +363,17 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is not available in zamba2.hf; leave it out")
         for name in kwargs.keys() - LOSS_OPTIONS - PACKED_OPTIONS:
             raise TypeError(f"forward got an unexpected keyword argument {name!r}")
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or (input_ids is not None and inputs_embeds is not None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        rows, length = given.shape[:2]
-        if attention_mask is not None and (attention_mask.dim() != 2 or len(attention_mask) != rows):
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}; {rows} rows of 0 and 1 are needed")
-        seq_idx = _documents(seq_idx, position_ids, attention_mask, rows, length)
-        if seq_idx is not None:
-            if past_key_values is not None or use_cache:
-                raise ValueError("rows hold several documents (position_ids start again, or seq_idx); a cache cannot be used with them")
-            attention_mask = None  # padding is a document of its own
-        elif any(kwargs.get(name) is not None for name in PACKED_OPTIONS):
-            raise ValueError("cu_seq_lens were given without borders in position_ids or seq_idx; pass one of the two with them")
-        if use_cache is None:
-            use_cache = self.config.use_cache and labels is None and not self.training and seq_idx is None
-        cache = past_key_values
-        if cache is None and use_cache:
-            cache = Zamba2Cache(self.model.config)
-        state = None
-        if cache is not None:
-            attention_mask = _check_past(cache, attention_mask, rows, length)
-            state = cache.state.copy()  # the cache moves on when the call has succeeded
-        elif attention_mask is not None and attention_mask.shape[1] != length:
-            raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns and the call {length} tokens; they must agree")
-        x = self.model.hidden_states(input_ids, inputs_embeds=inputs_embeds, state=state, attention_mask=attention_mask, seq_idx=seq_idx)
-        if cache is not None and state is not None:
-            cache.state = state
+        if use_cache is None and (labels is not None or not self.config.use_cache):
+            use_cache = False
+        options = {name: kwargs[name] for name in kwargs.keys() & PACKED_OPTIONS}
+        read = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, **options)
+        x = read.last_hidden_state
         logits = self.model.logits(x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep])
         loss = None
         if labels is not None:
             options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **options)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=read.past_key_values)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _prepare_cache_for_generation(

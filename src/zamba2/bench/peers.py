@@ -17,15 +17,11 @@ from zamba2.bench import llama_cpp_peer
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.weights.files import replacing
+from zamba2.weights.hub import cache_folder
 
-__all__ = ["PEERS", "Worker", "cache_folder", "llama_cpp_folder", "llama_cpp_python", "need_disk", "random_checkpoint"]
+__all__ = ["PEERS", "Worker", "llama_cpp_folder", "llama_cpp_python", "need_disk", "random_checkpoint"]
 
 TRANSFORMERS = "5.23.0"
-
-
-def cache_folder() -> Path:
-    """This program's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2"
 
 
 def need_disk(target: Path, nbytes: float) -> None:

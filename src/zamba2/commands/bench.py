@@ -16,14 +16,14 @@ from typing import Any
 
 from zamba2.api import packed_copy, read_config
 from zamba2.bench.measure import kv_bytes_per_token
-from zamba2.bench.peers import PEERS, Worker, cache_folder, need_disk
+from zamba2.bench.peers import PEERS, Worker, need_disk
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.processors import default_threads
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named, kv_format_named
-from zamba2.weights.hub import DEFAULT, resolve
+from zamba2.weights.hub import DEFAULT, cache_folder, resolve
 from zamba2.weights.packed import VERSION, Packing, is_packed, open_packed
 from zamba2.weights.synthetic import packed_bytes, write_synthetic
 

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 from zamba2.errors import Zamba2Error
 from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.train.masks import Masked, MaskedPair, mask_conversation, mask_pair
+from zamba2.train.masks import Masked, MaskedPair, mask_conversation, mask_pair, mask_text
 
 __all__ = [
-    "SOURCES", "Example", "Filters", "Part", "Prompts", "Reader", "Source", "Tally", "Unusable", "check_parts", "evaluation_prompts", "mix",
-    "mixture", "read_rows", "shuffled",
+    "SOURCES", "Example", "Filters", "Part", "Prompts", "Reader", "Source", "Tally", "Unusable", "check_parts", "evaluation_prompts",
+    "local_files", "mix", "mixture", "read_rows", "shuffled",
 ]  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -127,6 +127,11 @@ def from_self_instruct(row: Row) -> dict[str, Messages]:
     return {"messages": conversation("\n\n".join(filter(str.strip, (text(row["instruction"]), given))), instances[0].get("output"))}
 
 
+def from_text(row: Row) -> dict[str, str]:
+    """{text}: plain text, of which everything is learned."""
+    return {"text": text(row["text"])}
+
+
 def from_dialogues(row: Row) -> dict[str, Messages]:
     """{chosen, rejected}, each a whole dialogue [{role, content}]."""
     return preference(turns(row["chosen"]), turns(row["rejected"]))
@@ -182,7 +187,7 @@ class Source:
 
     name: str
     kind: str
-    convert: Callable[[Row], dict[str, Messages]]
+    convert: Callable[[Row], Mapping[str, Any]]
     columns: Mapping[str, tuple[type, ...]]
     reads: tuple[str, ...]
     hub: str | None = None
@@ -231,6 +236,7 @@ ROWS = (
         "llama-factory", "dpo", from_llama_factory, {"conversations": TURNS, "chosen": (dict,), "rejected": (dict,)},
         ("conversations", "chosen", "rejected"),
     ),
+    Source("text", "sft", from_text, {"text": TEXT}, ("text",)),
     Source("messages", "sft", from_messages, {"messages": TURNS}, ("messages",)),
     Source(
         "preferences", "dpo", from_preference, {name: (str, list) for name in ("prompt", "chosen", "rejected")},
@@ -326,6 +332,11 @@ def _local_rows(source: Source, path: Path) -> Iterator[tuple[str, Any]]:
     readers = {".parquet": _parquet_rows, ".jsonl": _json_rows, ".json": _json_rows}
     for file in _files(source, path):
         yield from readers[file.suffix](file)
+
+
+def local_files(part: Part) -> list[Path]:
+    """The files a part is read from, [] for the Hub. Raises Zamba2Error."""
+    return [] if part.path is None else _files(part.source, part.path)
 
 
 def _files(source: Source, path: Path) -> list[Path]:
@@ -466,13 +477,16 @@ class Prompts:
             self._evaluation.add(_digest(plain))
             self._windows.update(_windows(plain))
 
-    def repeated(self, data: Mapping[str, Messages], owner: tuple[str, int]) -> str | None:
+    def repeated(self, data: Mapping[str, Any], owner: tuple[str, int]) -> str | None:
         """Why not to train on an example: "evaluation prompt", or whose prompt it repeats. ``owner``: its set and row.
 
         A prompt belongs to the first row that had it, so that reading a set again changes nothing.
         """
-        messages = data["prompt"] if "prompt" in data else data["messages"]
-        said = [_plain(message["content"]) for message in messages if message["role"] == "user"]
+        if "text" in data:
+            said = [_plain(data["text"])]
+        else:
+            messages = data["prompt"] if "prompt" in data else data["messages"]
+            said = [_plain(message["content"]) for message in messages if message["role"] == "user"]
         if any(_digest(plain) in self._evaluation for plain in said):
             return "evaluation prompt"
         if self._windows and any(window in self._windows for plain in said for window in _windows(plain)):
@@ -521,11 +535,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Example:
-    """data: {"messages"} or {"prompt", "chosen", "rejected"}. masked: its tokens, None without a tokenizer. place: where its row stands."""
+    """data: {"messages"}, {"text"} or {"prompt", "chosen", "rejected"}. masked: its tokens, None without a tokenizer. place: of its row."""
 
     part: Part
     place: str
-    data: dict[str, Messages]
+    data: Mapping[str, Any]
     masked: Masked | MaskedPair | None = None
 
 
@@ -582,7 +596,7 @@ class Reader:
             raise Unusable(reason)
         return Example(self.part, place, data, masked)
 
-    def _check_tie(self, data: Mapping[str, Messages], row: Row) -> None:
+    def _check_tie(self, data: Mapping[str, Any], row: Row) -> None:
         if data["chosen"][0]["content"].strip() == data["rejected"][0]["content"].strip():
             raise Unusable("tie: equal answers")
         if self.part.source.scores is None:
@@ -591,14 +605,18 @@ class Reader:
         if better is not None and worse is not None and not better > worse:
             raise Unusable("tie: equal scores" if better == worse else "rejected scores higher")
 
-    def _masked(self, data: Mapping[str, Messages], tokenizer: Tokenizer) -> Masked | MaskedPair:
+    def _masked(self, data: Mapping[str, Any], tokenizer: Tokenizer) -> Masked | MaskedPair:
         special = {*MARKS, tokenizer.bos_token, tokenizer.eos_token} - {None, ""}
-        if any(str(mark) in message["content"] for messages in data.values() for message in messages for mark in special):
+        texts = [data["text"]] if "text" in data else [message["content"] for messages in data.values() for message in messages]
+        if any(str(mark) in text for text in texts for mark in special):
             raise Unusable("special token in a message")
-        if sum(len(message["content"]) for messages in data.values() for message in messages) > CHARACTERS:
+        if sum(map(len, texts)) > CHARACTERS:
             raise Unusable(f"longer than {CHARACTERS} characters")
-        pair = "chosen" in data
-        masked = mask_pair(tokenizer, **data) if pair else mask_conversation(tokenizer, data["messages"])
+        masked: Masked | MaskedPair
+        if "chosen" in data:
+            masked = mask_pair(tokenizer, **data)
+        else:
+            masked = mask_text(tokenizer, data["text"]) if "text" in data else mask_conversation(tokenizer, data["messages"])
         if self.filters.max_tokens is not None and len(masked) > self.filters.max_tokens:
             raise Unusable(f"longer than {self.filters.max_tokens} tokens")
         return masked

@@ -13,7 +13,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.messages import check_messages
 from zamba2.language.tokenizer import CHATML_END, Tokenizer
 
-__all__ = ["Masked", "MaskedPair", "mask_conversation", "mask_pair"]
+__all__ = ["Masked", "MaskedPair", "mask_conversation", "mask_pair", "mask_text"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,20 @@ def mask_conversation(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [_span(tokenizer, messages, i, text) for i in (said[-1:] if last_only else said)]
     return _mask(tokenizer, text, spans)
+
+
+def mask_text(tokenizer: Tokenizer, text: str) -> Masked:
+    """Tokenize plain text as a base model's prompt starts, with the end token behind it; every token carries loss.
+
+    Raises Zamba2Error for a tokenizer without an end token.
+    """
+    if not tokenizer.eos_token_ids:
+        raise Zamba2Error("the tokenizer names no eos_token, so texts would have no end; add it to tokenizer_config.json.")
+    start = tokenizer.encode("")
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    ids = [*start, *ids, tokenizer.eos_token_ids[0]]
+    places = [(0, 0)] * len(start) + list(offsets) + [(len(text), len(text))]
+    return Masked(np.array(ids, np.int32), np.ones(len(ids), np.bool_), text, np.array(places, np.int32))
 
 
 def mask_pair(

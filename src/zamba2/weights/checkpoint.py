@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # fp32 whatever the model's dtype: small, and what exponents, recurrences and norms depend on (FACTS 2)
 FP32_PARTS = ("A_log", "D", "dt_bias", "norm.weight", "layernorm.weight", "conv1d.weight", "conv1d.bias")
 SHARD_BYTES = 5_000_000_000
+M = TypeVar("M", bound=Zamba2)
 SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
@@ -118,13 +120,13 @@ def read_config(path: Path) -> Config:
 
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Config | None = None,
-    ops: str = "torch", unmapped: tuple[str, ...] = (),
-) -> Zamba2:  # fmt: skip
+    ops: str = "torch", unmapped: tuple[str, ...] = (), kind: type[M] = Zamba2,  # type: ignore[assignment]
+) -> M:  # fmt: skip
     """Load a checkpoint folder in the Hub's layout, or a standalone ``.pt`` file.
 
     dtype: of the large weights (default: the file's); small ones that need it stay fp32. unmapped: ends of names whose
-    weights the caller replaces at once, so that their mapped pages would only take memory. Raises Zamba2Error naming
-    the tensor for missing, unexpected, misshapen or non-float ones, and for copies of shared weights that differ.
+    weights the caller replaces at once, so that their mapped pages would only take memory. kind: the model's class. Raises
+    Zamba2Error naming the tensor for missing, unexpected, misshapen or non-float ones, and for copies of shared weights that differ.
     """
     config = config or read_config(path)
     device = torch.device(device)
@@ -135,7 +137,7 @@ def load_model(
     else:
         source = HubSource(HubFiles(path, config))
     with torch.device("meta"):
-        model = Zamba2(config, ops=ops)
+        model = kind(config, ops=ops)
     if dtype is None:
         dtype = source.dtype(source.plan["embed_tokens.weight"][0])
     for name, (stored, part) in source.plan.items():

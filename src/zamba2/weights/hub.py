@@ -14,7 +14,7 @@ from typing import Any
 
 from zamba2.errors import Zamba2Error, notice
 
-__all__ = ["ALIASES", "DEFAULT", "resolve"]
+__all__ = ["ALIASES", "DEFAULT", "cache_folder", "resolve"]
 
 DEFAULT = Path(__file__).resolve().parent.parent / "default"  # the tiny random model inside the package
 
@@ -31,6 +31,11 @@ ALIASES: dict[str, str | Path] = {
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def cache_folder() -> Path:
+    """This program's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2"
 
 
 def resolve(

@@ -1,0 +1,158 @@
+"""From a recipe's data sets to what a trainer reads: tokenized, masked and packed once.
+
+Kept in the user's cache under a hash of all that decides it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zamba2.errors import Zamba2Error
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, local_files, mixture
+from zamba2.train.masks import Masked, MaskedPair
+from zamba2.train.packing import IGNORED, pack
+from zamba2.train.recipe import Recipe
+from zamba2.weights.files import replacing
+from zamba2.weights.hub import cache_folder
+
+__all__ = ["Prepared", "prepare"]
+
+VERSION = 1  # of what is written; another one is prepared anew
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """train, held_out: datasets.Dataset of packed rows {"input_ids", "labels", "lengths"} or pairs {"prompt_ids", "chosen_ids",
+    "rejected_ids"}; held_out is None where nothing is held out. report: what was read, kept and dropped, by set."""
+
+    train: Any
+    held_out: Any
+    report: dict[str, Any]
+
+
+def prepare(recipe: Recipe, tokenizer: Tokenizer, tokenizer_files: Iterable[Path], progress: Callable[[int], None]) -> Prepared:
+    """Tokenize, filter, mix and pack a recipe's data, or take what an earlier run with the same data and settings left.
+
+    progress: told the number of examples so far. Raises Zamba2Error for what ``Reader`` raises it for, for sets of another stage, and
+    when nothing is left to train on.
+    """
+    parts = [Part.parse(written) for written in recipe.data]
+    kind = check_parts(parts)
+    if kind != recipe.stage:
+        raise Zamba2Error(f"{parts[0].label} is for {kind} and the recipe for {recipe.stage}; use data of its stage.")
+    key = _key(recipe, parts, tokenizer, tokenizer_files)
+    folder = cache_folder() / "train" / key
+    if not (folder / "report.json").is_file():
+        _write(recipe, parts, tokenizer, folder, progress)
+    from datasets import Dataset
+
+    report = json.loads((folder / "report.json").read_text())
+    train, held_out = (Dataset.from_file(str(folder / f"{name}.arrow")) if report[name] else None for name in ("train", "held_out"))
+    for name, dataset in (("train", train), ("held_out", held_out)):
+        if dataset is not None:
+            dataset._fingerprint = f"{key}-{name}"  # trl keeps reference log-probabilities under this and the model's hash
+    return Prepared(train, held_out, report)
+
+
+def _key(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, tokenizer_files: Iterable[Path]) -> str:
+    """A hash of the data, the tokenizer and the settings that decide the examples."""
+    settings: dict[str, Any] = recipe.model_dump(
+        mode="json", include={"stage", "data", "until", "examples", "held_out", "language", "ties", "max_tokens", "packing", "seed"}
+    )
+    files = [file for part in parts if part.path is not None for file in local_files(part)]
+    settings["files"] = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in [*files, *recipe.against]]
+    settings["tokenizer"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in tokenizer_files] + [tokenizer.chat_template]
+    settings["version"] = VERSION
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path, progress: Callable[[int], None]) -> None:
+    from datasets.arrow_writer import ArrowWriter
+    from datasets.features import Features, List, Value
+
+    prompts = Prompts(itertools.chain.from_iterable(map(evaluation_prompts, recipe.against)))
+    filters = Filters(language=recipe.language, max_tokens=recipe.max_tokens, ties=recipe.ties)
+    readers = [Reader(part, tokenizer, filters, prompts) for part in parts]
+    examples = itertools.islice(_counted(mixture(readers, seed=recipe.seed, until=recipe.until), progress), recipe.examples)
+    columns = ("input_ids", "labels", "lengths") if recipe.stage == "sft" else ("prompt_ids", "chosen_ids", "rejected_ids")
+    features = Features({name: List(Value("int32")) for name in columns})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial."))
+    try:
+        report: dict[str, Any] = {}
+        for name, some in (("held_out", itertools.islice(examples, recipe.held_out)), ("train", examples)):
+            report[name] = 0
+            with ArrowWriter(path=str(temporary / f"{name}.arrow"), features=features) as writer:
+                for row in _rows(recipe, some):
+                    writer.write(row)
+                    report[name] += 1
+                if report[name]:
+                    writer.finalize()
+        if not report["train"]:
+            raise Zamba2Error(f"nothing is left to train on: held_out is {recipe.held_out} and there are no more examples; lower it.")
+        report["sets"] = [{"set": reader.part.label, "weight": reader.part.weight, **reader.tally.to_dict()} for reader in readers]
+        with replacing(temporary / "report.json") as place:
+            place.write_text(json.dumps(report, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _counted(examples: Iterable[Example], progress: Callable[[int], None]) -> Iterator[Example]:
+    for number, example in enumerate(examples, 1):
+        if number % 100 == 0:
+            progress(number)
+        yield example
+
+
+def _rows(recipe: Recipe, examples: Iterable[Example]) -> Iterator[Mapping[str, Any]]:
+    if recipe.stage == "dpo":
+        for example in examples:
+            assert isinstance(example.masked, MaskedPair)
+            yield pair_row(example.masked)
+        return
+    documents = ({"input_ids": m.ids.tolist(), "labels": labels(m)} for m in map(_masked, examples))
+    if recipe.packing:
+        yield from pack(documents, recipe.max_tokens)
+    else:
+        for document in documents:
+            yield {**document, "lengths": [len(document["input_ids"])]}
+
+
+def _masked(example: Example) -> Masked:
+    assert isinstance(example.masked, Masked)
+    return example.masked
+
+
+def labels(masked: Masked) -> list[int]:
+    """The ids where the token is a target, IGNORED elsewhere."""
+    return [token if target else IGNORED for token, target in zip(masked.ids.tolist(), masked.loss.tolist(), strict=True)]
+
+
+def pair_row(masked: MaskedPair) -> dict[str, list[int]]:
+    """A preference as trl's DPO collator reads it: the prompt's ids, and the two answers' up to their end token.
+
+    Both answers start where the two conversations part from the prompt as it is asked: a token that holds characters of both sides
+    belongs to the answer. Raises Zamba2Error when an answer begins elsewhere.
+    """
+    prompt = masked.prompt.tolist()
+    rows = {"prompt_ids": prompt}
+    for name, side in (("chosen_ids", masked.chosen), ("rejected_ids", masked.rejected)):
+        ids = side.ids.tolist()
+        if ids[: len(prompt)] != prompt:
+            raise Zamba2Error("a prompt's tokens change with its answer; the chat template must end prompts in a token of their own.")
+        last = max(i for i, target in enumerate(side.loss.tolist()) if target)
+        rows[name] = ids[len(prompt) : last + 1]
+    return rows

@@ -1,0 +1,130 @@
+"""What a training run shows: a live line, a file of metrics, and a plot at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zamba2.train.adapters import Coverage
+
+__all__ = ["Progress", "peak_memory"]
+
+SHOWN = ("loss", "eval_loss", "rewards/accuracies", "learning_rate", "tokens_per_second")
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak resident bytes of this process, and of its GPU where there is one."""
+    import torch
+
+    peaks = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+class Progress:
+    """Writes to standard error: a bar where it is a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = self._logged = time.monotonic()
+        self._tokens = 0.0
+        self._text = ""
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        from rich.progress import Progress as Bar
+        from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Bar(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as self._bar:
+            self._task = self._bar.add_task("reading, tokenizing and packing the data", total=None)
+            yield
+
+    def prepared(self, examples: int) -> None:
+        self._bar.update(self._task, description=f"reading, tokenizing and packing the data: {examples:,} examples")
+
+    def coverage(self, rows: Sequence[Coverage]) -> None:
+        """The table of what is trained."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE, title="what is trained")
+        table.add_column("layer type")
+        for name in ("modules", "parameters", "trained"):
+            table.add_column(name, justify="right")
+        table.add_column("acts at", overflow="fold")
+        for row in rows:
+            table.add_row(row.name, f"{row.modules}", f"{row.parameters:,}", f"{row.trained:,}" if row.trained else "-", row.where)
+        self.console.print(table)
+
+    def training(self, step: int, steps: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+            TextColumn("of"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("", total=steps, completed=step)
+        self._bar.start()
+        self._started = self._logged = time.monotonic()
+        self._tokens = 0.0
+
+    def step(self, step: int) -> None:
+        self._bar.update(self._task, completed=step, description=self._text)
+        if self._bar.finished:
+            self._bar.stop()
+
+    def log(self, folder: Path, step: int, numbers: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl: what the trainer logged, tokens per second since the last one, and memory."""
+        now, tokens = time.monotonic(), numbers.get("num_tokens", self._tokens)
+        line: dict[str, Any] = {"step": step, "seconds": round(now - self._started, 3), **numbers}
+        if tokens > self._tokens and "loss" in numbers:
+            line["tokens_per_second"] = (tokens - self._tokens) / (now - self._logged)
+            self._tokens, self._logged = tokens, now
+        line |= peak_memory()
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
+        shown = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
+        self._text = ", ".join(shown) + f", {line['peak_rss_bytes'] / 1e9:.2f} GB"
+        if not self.console.is_terminal:
+            print(f"step {step}: {self._text}", file=sys.stderr, flush=True)
+
+    def plot(self, folder: Path) -> None:
+        """loss.png and loss.svg from metrics.jsonl. Leaves them out where matplotlib is not installed."""
+        from importlib.util import find_spec
+
+        if find_spec("matplotlib") is None:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        figure, left = pyplot.subplots(figsize=(8, 4.5))
+        for name, style in (("loss", "-"), ("eval_loss", "o-")):
+            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+            if points:
+                left.plot(*zip(*points, strict=True), style, label=name.replace("eval_", "held-out "), linewidth=1)
+        left.set_xlabel("step")
+        left.set_ylabel("loss (nats)")
+        left.legend()
+        left.grid(alpha=0.3)
+        for suffix in ("png", "svg"):
+            figure.savefig(folder / f"loss.{suffix}", dpi=150, bbox_inches="tight")
+        pyplot.close(figure)

@@ -1,0 +1,299 @@
+"""A training run: a recipe, trl's trainer around our model, and a folder that holds all that is needed to repeat it.
+
+    recipe.yaml       the recipe with every field          data.json    what was read, kept and dropped, by set
+    versions.json     of the libraries, and the machine    metrics.jsonl, loss.png, loss.svg    while and after training
+    checkpoint-N/     to resume from                       model/       the result, in the Hub's layout (adapter/ for LoRA alone)
+"""
+
+# trl, peft and transformers are typed in parts.
+# mypy: disable-error-code="misc, no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, TrainerCallback, Zamba2Config
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error, notice
+from zamba2.hf import Zamba2ForCausalLM
+from zamba2.language.messages import brief
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.runtime.torch import device_of
+from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.packing import collate_packed
+from zamba2.train.prepare import Prepared, prepare
+from zamba2.train.progress import Progress
+from zamba2.train.recipe import Recipe
+from zamba2.weights.files import replacing
+from zamba2.weights.hub import resolve
+
+__all__ = ["checkpoints", "make_trainer", "run"]
+
+COMPLETE = "complete"  # written into a checkpoint when all of it is on disk
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+LIBRARIES = ("zamba2", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+STILL_STEPS = 20  # optimizer steps behind the warm-up over which a DPO loss must leave ln 2 ...
+STILL = 1e-3  # ... by more than this on average
+
+
+def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = None) -> Path:
+    """Train as the recipe says. Returns the folder of the resulting model. Raises Zamba2Error.
+
+    resume: go on from the last complete checkpoint of ``recipe.out``, on the trajectory an uninterrupted run would have had.
+    """
+    progress = progress or Progress()
+    _check_folder(recipe, resume)
+    model, tokenizer, source = load(recipe)
+    with progress.preparing():
+        prepared = prepare(recipe, Tokenizer.from_folder(source, config=model.model.config), _tokenizer_files(source), progress.prepared)
+    _write_facts(recipe, prepared)
+    trainer = make_trainer(recipe, model, tokenizer, prepared, progress)
+    if recipe.lora is not None:
+        progress.coverage(coverage(trainer.model, model.model.config))
+    checkpoint = checkpoints(recipe.out)[-1] if resume else None
+    with _sentences(recipe):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.verify_finite()
+        if prepared.held_out is not None:
+            trainer.evaluate()
+        folder = export(recipe, trainer, source)
+    if trainer.is_world_process_zero():
+        progress.plot(recipe.out)
+    return folder
+
+
+def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
+    """The recipe's model in training mode, its tokenizer, and the folder the tokenizer's files are in. Raises Zamba2Error."""
+    torch.manual_seed(recipe.seed)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    path = Path(recipe.model)
+    if path.suffix == ".json":
+        model = Zamba2ForCausalLM(Zamba2Config.from_dict(Config.from_file(path).to_dict()))
+        if dtype != torch.float32:
+            raise Zamba2Error("precision is bf16, but new weights learn nothing in it; use bf16-mixed or fp32.")
+        folder = path.parent
+    else:
+        folder = resolve(recipe.model)
+        model = Zamba2ForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    source = folder if recipe.tokenizer is None else resolve(recipe.tokenizer, weights=False)
+    Tokenizer.from_folder(source, config=model.model.config)  # says what is wrong with it in our own words
+    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.train(), tokenizer, source
+
+
+def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, progress: Progress) -> Any:
+    """trl's trainer for the recipe's stage. model: a Zamba2ForCausalLM; with ``recipe.lora``, adapters are added to it."""
+    if recipe.lora is not None:
+        model = add_lora(model, recipe.lora)
+    device = device_of(recipe.device)
+    workers = int(os.environ.get("WORLD_SIZE", 1))
+    accumulate, rest = divmod(recipe.batch_size, recipe.device_batch_size * workers)
+    if rest or not accumulate:
+        raise Zamba2Error(
+            f"batch_size is {recipe.batch_size}; a multiple of device_batch_size {recipe.device_batch_size} times the {workers} processes "
+            f"is needed."
+        )
+    shared: dict[str, Any] = {
+        "output_dir": str(recipe.out), "seed": recipe.seed, "data_seed": recipe.seed,
+        "num_train_epochs": recipe.epochs, "max_steps": recipe.steps or -1,
+        "per_device_train_batch_size": recipe.device_batch_size, "per_device_eval_batch_size": recipe.device_batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
+        "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1],
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule), "warmup_steps": recipe.warmup,
+        "bf16": recipe.precision == "bf16-mixed", "use_cpu": device.type == "cpu",
+        "gradient_checkpointing": recipe.checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "torch_compile": recipe.compile,
+        "logging_steps": recipe.log_every, "logging_first_step": True, "logging_nan_inf_filter": False,
+        "save_steps": recipe.save_every, "save_total_limit": recipe.keep,
+        "eval_strategy": "no" if recipe.evaluate_every is None else "steps", "eval_steps": recipe.evaluate_every,
+        "report_to": [] if recipe.tracker == "none" else [recipe.tracker],
+        "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": device.type == "cuda",
+    }  # fmt: skip
+    common: dict[str, Any] = {
+        "model": model, "processing_class": tokenizer, "train_dataset": prepared.train, "eval_dataset": prepared.held_out,
+        "callbacks": [Watch(recipe, progress)],
+    }  # fmt: skip
+    if recipe.stage == "sft":
+        options = SFTConfig(**shared, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
+        collate = partial(collate_packed, size=recipe.max_tokens if recipe.packing else None, padding=tokenizer.pad_token_id)
+        trainer: Any = Conversations(args=options, data_collator=collate, **common)
+    else:
+        preferences = DPOConfig(
+            **shared, max_length=None, beta=recipe.beta, loss_type=[recipe.loss], label_smoothing=recipe.label_smoothing,
+            precompute_ref_log_probs=True, precompute_ref_batch_size=recipe.device_batch_size,
+        )  # fmt: skip
+        trainer = Preferences(args=preferences, **common)
+    for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+class Watched:
+    """Among a trainer's bases: notices a loss that is no number before it reaches a checkpoint."""
+
+    finite: Any = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        good = torch.isfinite(loss).all()
+        self.finite = good if self.finite is None else self.finite & good
+        return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.verify_finite()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """trl writes one into every checkpoint; the run's folder says more."""
+
+    def verify_finite(self) -> None:
+        """Raises Zamba2Error if a loss since the last call was NaN or infinite."""
+        if self.finite is not None and not bool(self.finite):
+            step = self.state.global_step  # type: ignore[attr-defined]
+            raise not_finite(step)
+        self.finite = None
+
+
+def not_finite(step: int) -> Zamba2Error:
+    return Zamba2Error(f"the loss is NaN or infinite by step {step}; the last checkpoint is intact: lower learning_rate or check the data.")
+
+
+class Conversations(Watched, SFTTrainer):
+    """trl's SFTTrainer on packed rows."""
+
+
+class Preferences(Watched, DPOTrainer):
+    """trl's DPOTrainer on pairs that are tokenized already, where trl would render and cut them its own way."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset
+
+
+class Watch(TrainerCallback):
+    """Metrics to a file and the screen; marks complete checkpoints; stops a DPO run in which nothing is trained."""
+
+    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        self.recipe, self.progress = recipe, progress
+        self.still: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.training(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        self.progress.log(self.recipe.out, state.global_step, numbers)
+        if "loss" in numbers and not math.isfinite(numbers["loss"]):
+            raise not_finite(state.global_step)
+        if self.recipe.stage == "dpo" and self.recipe.loss == "sigmoid" and "loss" in numbers:
+            self._check_still(state, numbers["loss"])
+
+    def _check_still(self, state: Any, loss: float) -> None:
+        warmup = math.ceil(self.recipe.warmup * state.max_steps)
+        if state.global_step <= warmup:
+            return
+        self.still.append((state.global_step, abs(loss - math.log(2))))
+        first, last = self.still[0][0], state.global_step
+        if last - first >= STILL_STEPS and sum(distance for _, distance in self.still) / len(self.still) < STILL:
+            raise Zamba2Error(
+                f"the DPO loss stands at ln 2 from step {first} to {last}: the model does not move away from its reference. Nothing that "
+                f"is trained reaches the output, or learning_rate {self.recipe.learning_rate} is far too small; see the coverage table."
+            )
+        if last - first >= STILL_STEPS:
+            self.still = [(last, math.inf)]  # it moves: no more to see
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            (self.recipe.out / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).is_file() and path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def export(recipe: Recipe, trainer: Any, source: Path) -> Path:
+    """Write the trained model (with LoRA: merged, and the adapter beside it) in the Hub's layout. Returns its folder."""
+    folder = recipe.out / "model"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if recipe.lora is not None:
+        model.save_pretrained(recipe.out / "adapter")
+        model = model.merge_and_unload()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder)
+        for file in _tokenizer_files(source):
+            with replacing(folder / file.name) as place:
+                shutil.copyfile(file, place)
+    return folder
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _check_folder(recipe: Recipe, resume: bool) -> None:
+    """Raises Zamba2Error if the run's folder holds another run, or nothing to resume."""
+    out, before = recipe.out, recipe.out / "recipe.yaml"
+    if resume:
+        if not checkpoints(out):
+            raise Zamba2Error(f"{out} holds no complete checkpoint to resume from; leave out --resume.")
+        if before.is_file() and before.read_text(encoding="utf-8") != recipe.to_yaml():
+            notice(f"the recipe differs from the one in {before}; what follows may leave the first run's trajectory.")
+    elif checkpoints(out) or (out / "model").exists():
+        raise Zamba2Error(f"{out} holds a run already; give --resume, or another folder with out=FOLDER.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _write_facts(recipe: Recipe, prepared: Prepared) -> None:
+    versions = {name: version(name) for name in LIBRARIES}
+    machine = {"python": platform.python_version(), "machine": platform.platform(), "processors": os.cpu_count()}
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    for name, text in (
+        ("recipe.yaml", recipe.to_yaml()),
+        ("data.json", json.dumps(prepared.report, indent=1)),
+        ("versions.json", json.dumps(versions | machine | {"command": sys.argv, "started": started}, indent=1)),
+    ):
+        with replacing(recipe.out / name) as place:
+            place.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _sentences(recipe: Recipe) -> Iterator[None]:
+    """What goes wrong while training, as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Zamba2Error(f"the disk of {recipe.out} is full; free some space, then go on with --resume.") from None
+    except torch.OutOfMemoryError as error:
+        what = "lower device_batch_size or max_tokens, or set checkpointing"
+        raise Zamba2Error(f"there is not enough memory ({brief(error)}); {what}.") from None
