@@ -38,6 +38,15 @@ constexpr int kSums = 8;
 #else
 constexpr int kSums = 4;
 #endif
+// How far before its use a weight is fetched, in bytes of each of so many streams, and into which cache. Zen 5 wants it in the
+// first level and therefore soon.
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+constexpr size_t kAhead(int streams) { return 6144 / static_cast<size_t>(streams); }
+#define ZAMBA2_FETCH_INTO _MM_HINT_T0
+#else
+constexpr size_t kAhead(int) { return 4096; }
+#define ZAMBA2_FETCH_INTO _MM_HINT_T1
+#endif
 // Whether long calls spread q4's codes to bytes once, since taking them apart costs much beside the products.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 constexpr bool kSpread = true;
@@ -117,7 +126,7 @@ ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
 #endif
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), ZAMBA2_FETCH_INTO); }
 
 // 32 bf16 weights of 16 rows, two inputs each: even and odd inputs as floats.
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
@@ -285,7 +294,7 @@ ZAMBA2_INLINE Sum4 dot(Sum4 acc, Codes codes, int32_t four) {
 
 #endif
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), ZAMBA2_FETCH_INTO); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
 #pragma GCC unroll 2
