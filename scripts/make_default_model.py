@@ -18,22 +18,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from zamba2.config import Config
+from zamba2.train.demo import BYTES, SPECIAL, learn_tokenizer, tokenizer_settings
 from zamba2.weights.files import write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "src" / "zamba2" / "default"
 TEXT = ROOT.parent / "shared" / "data" / "text"
 SEED = 20241014
-SPECIAL = ("[PAD]", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in the instruct checkpoints
-BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 # Small, but with everything the 2.7B has: two shared blocks used in turn (A B A), adapters per position, several heads.
 CONFIG = Config(
     hidden_size=64,
@@ -139,59 +132,6 @@ def novels(folder: Path) -> Iterator[str]:
         yield from (" ".join(line.split()) for line in body.splitlines() if line.strip())
 
 
-def tokenizer(lines: Iterator[str], vocab_size: int) -> dict[str, Any]:
-    """Learn the vocabulary and return ``tokenizer.json``."""
-    learner = Tokenizer(models.BPE())
-    learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # While learning only: no piece spans two words, joins letters and punctuation or holds two digits, as in SentencePiece.
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("▁", "merged_with_next"),
-            pre_tokenizers.Punctuation("isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
-        ]
-    )
-    learner.train_from_iterator(
-        lines,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[*SPECIAL, *BYTES],
-            initial_alphabet=["▁", *map(chr, range(33, 127))],
-            limit_alphabet=110,
-            show_progress=False,
-        ),
-    )
-    learnt = json.loads(learner.to_str())["model"]
-
-    final = Tokenizer(models.BPE(byte_fallback=True))
-    final.normalizer = learner.normalizer
-    final.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    final.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIAL[1]} $A",
-        pair=f"{SPECIAL[1]} $A {SPECIAL[1]}:1 $B:1",
-        special_tokens=[(SPECIAL[1], 1)],
-    )
-    document: dict[str, Any] = json.loads(final.to_str())
-    document["model"] |= {"vocab": learnt["vocab"], "merges": learnt["merges"]}
-    document["added_tokens"] = [
-        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        for i, text in enumerate(SPECIAL)
-    ]
-    return document
-
-
-def tokenizer_config(config: Config) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL[1],
-        "eos_token": SPECIAL[2],
-        "pad_token": SPECIAL[0],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config.max_position_embeddings,
-        "chat_template": CHATML,
-    }
-
-
 def write_model(out: Path, config: Config = CONFIG) -> None:
     """Write config.json, generation_config.json and model.safetensors into ``out``."""
     write_json(out / "config.json", config.to_dict())
@@ -211,8 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_model(arguments.out)
-    write_json(arguments.out / "tokenizer.json", tokenizer(novels(arguments.text), CONFIG.vocab_size))
-    write_json(arguments.out / "tokenizer_config.json", tokenizer_config(CONFIG))
+    write_json(arguments.out / "tokenizer.json", learn_tokenizer(novels(arguments.text), CONFIG.vocab_size))
+    write_json(arguments.out / "tokenizer_config.json", tokenizer_settings(CONFIG))
     print(f"{arguments.out}: {sum(path.stat().st_size for path in arguments.out.iterdir()):,} bytes")
 
 

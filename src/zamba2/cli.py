@@ -264,7 +264,7 @@ def bench(
 
 
 train = typer.Typer(
-    help="Post-train a model. So far: look at the data.", rich_markup_mode="markdown",
+    help="Post-train a model: look at the data, then SFT, then DPO.", rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.add_typer(train, name="train")
@@ -309,6 +309,50 @@ def preview(
         sets, model, count=count, rows=rows, seed=seed, max_tokens=max_tokens, language=language, ties=ties, against=against or [],
         as_json=as_json, revision=revision, offline=offline,
     )  # fmt: skip
+
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or one of ours by name.")]
+Changes = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe in other words, as in out=run2 lora.rank=8.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
+Show = Annotated[bool, typer.Option("--show", help="Print the recipe with every field, and train nothing.")]
+
+
+@train.command()
+def sft(recipe: RecipeName, changes: Changes = None, resume: Resume = False, show: Show = False) -> None:
+    """Supervised fine-tuning: learn what the assistant says in conversations, or all of plain texts.
+
+    The recipe decides everything; the run's folder (out) gets the recipe, the metrics, checkpoints, a plot and the model.
+
+    Examples:
+
+        zamba2 train sft sft-2.7b --show
+
+        zamba2 train sft sft-2.7b-lora out=run1 learning_rate=1e-4
+
+        zamba2 train sft my-recipe.yaml --resume
+    """
+    from zamba2.commands.train import stage
+
+    stage("sft", recipe, changes or [], resume=resume, show=show)
+
+
+@train.command()
+def dpo(recipe: RecipeName, changes: Changes = None, resume: Resume = False, show: Show = False) -> None:
+    """Direct preference optimization: move from rejected answers to chosen ones, held to where the model started.
+
+    The recipe decides everything; the run's folder (out) gets the recipe, the metrics, checkpoints, a plot and the model.
+
+    Examples:
+
+        zamba2 train dpo dpo-2.7b --show
+
+        zamba2 train dpo dpo-2.7b-lora model=run1/model out=run2 beta=0.05
+    """
+    from zamba2.commands.train import stage
+
+    stage("dpo", recipe, changes or [], resume=resume, show=show)
 
 
 def version(wanted: bool) -> None:

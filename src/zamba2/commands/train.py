@@ -1,11 +1,14 @@
-"""``zamba2 train``: so far what training data looks like once it is filtered, tokenized and masked."""
+"""``zamba2 train``: what training data looks like once it is filtered, tokenized and masked; and the two stages."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ from zamba2.weights.hub import resolve
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["preview"]
+__all__ = ["preview", "stage"]
 
 OPEN, CLOSE = "«", "»"  # around what is trained on, where there are no colours
 # Styles in turn, so that each token is seen.
@@ -63,6 +66,31 @@ def preview(
     for number, example in enumerate(examples, 1):
         print_example(console, number, example)
     print_report(console, readers)
+
+
+def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show: bool) -> None:
+    """Train by a recipe with changes. show: print it instead. Raises Zamba2Error."""
+    need("pydantic", "yaml", *(() if show else ("torch", "trl", "peft", "datasets")))
+    from zamba2.train.recipe import read_recipe
+
+    wanted = read_recipe(recipe, changes, stage=name)
+    if show:
+        print(wanted.to_yaml(), end="")
+        return
+    warnings.filterwarnings("ignore")  # trl, transformers and torch tell each other what is deprecated
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from zamba2.train.run import run
+
+    folder = run(wanted, resume=resume)
+    print(folder)
+
+
+def need(*modules: str) -> None:
+    """Raises Zamba2Error unless these can be imported."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise Zamba2Error(f"training needs {', '.join(missing)}; install with `pip install 'zamba2[train]'`.")
 
 
 def quieten(part: Part, offline: bool) -> None:

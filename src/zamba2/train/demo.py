@@ -1,0 +1,330 @@
+"""The demonstration model: a small Zamba2 trained from nothing by the recipes ``demo-*``, on a subject narrow enough to be good at.
+
+    base/       config.json and a tokenizer learned from the generator's text
+    data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, and pairs.jsonl, sampled from the SFT model
+    pretrain/, sft/, dpo/     the three runs
+    report.json               what was measured on held-out prompts after each stage and in each format
+    model/                    the result, in q8, with its card
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zamba2.api import load
+from zamba2.config import Config
+from zamba2.language.model import LanguageModel
+from zamba2.runtime.backend import Row
+from zamba2.train.instructions import Task, documents, passes, tasks
+from zamba2.weights.files import replacing
+from zamba2.weights.formats import format_named
+from zamba2.weights.packed import is_packed, quantize
+
+__all__ = ["CONFIG", "Sizes", "answers", "bootstrap", "build", "measure"]
+
+SEED = 2024
+SPECIAL = ("[PAD]", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in the instruct checkpoints
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LONGEST = 120  # tokens of an answer
+TOGETHER = 32  # prompts in a batch
+SAMPLES = 4  # answers sampled to make a pair of
+
+# Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
+CONFIG = Config(
+    hidden_size=128, num_hidden_layers=8, vocab_size=2048, hybrid_layer_ids=(1, 3, 5, 7), num_mem_blocks=2, mamba_d_state=32,
+    n_mamba_heads=4, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512, chunk_size=64, adapter_rank=16,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: documents and conversations to learn from, prompts to sample pairs for, prompts and texts to measure on."""
+
+    documents: int = 32_000
+    conversations: int = 300_000
+    prompts: int = 12_000
+    held_out: int = 1_000
+    texts: int = 200
+
+
+def build(folder: Path, *, sizes: Sizes | None = None, changes: Sequence[str] = (), say: Callable[[str], None] = print) -> Path:
+    """Train the demonstration model in ``folder``, or go on where an earlier try stopped. Returns the folder of the result.
+
+    changes: to the recipes, KEY=VALUE. Raises Zamba2Error.
+    """
+    from zamba2.train.recipe import read_recipe
+    from zamba2.train.run import checkpoints, run
+
+    sizes = sizes or Sizes()
+    started = time.monotonic()
+    write_base(folder / "base")
+    write_data(folder / "data", sizes)
+    seconds = {}
+    for stage in ("pretrain", "sft", "dpo"):
+        if stage == "dpo" and not (folder / "data" / "pairs.jsonl").exists():
+            say("sampling the SFT model; the checkers choose")
+            write_pairs(folder, sizes)
+        out = folder / stage
+        if not (out / "model" / "tokenizer.json").exists():
+            say(f"training: {stage}")
+            begun = time.monotonic()
+            source = {"pretrain": "base/config.json", "sft": "pretrain/model", "dpo": "sft/model"}[stage]
+            data = {"pretrain": "text:{}/pretrain.jsonl", "sft": "messages:{}/sft.jsonl", "dpo": "preferences:{}/pairs.jsonl"}[stage]
+            own = [f"model={folder / source}", f"out={out}", f"data=[{json.dumps(data.format(folder / 'data'))}]"]
+            run(read_recipe(f"demo-{stage}", [*own, *changes]), resume=bool(checkpoints(out)))
+            seconds[stage] = time.monotonic() - begun
+    report = write_report(folder, sizes, seconds | {"all": time.monotonic() - started}, say)
+    target = folder / "model"
+    shutil.copytree(packed(folder, "dpo", "q8"), target, dirs_exist_ok=True)
+    with replacing(target / "README.md") as place:
+        place.write_text(card(report), encoding="utf-8")
+    return target
+
+
+# ---- what it learns from ---------------------------------------------------------------------------------------------
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """A file of JSON lines; one that is there already stays."""
+    if not path.exists():
+        with replacing(path) as place, place.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
+    """pretrain.jsonl and sft.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "pretrain.jsonl", ({"text": text} for text in itertools.islice(documents(seed, split="train"), sizes.documents)))
+    chats = itertools.islice(tasks(seed, split="train"), sizes.conversations)
+    write_lines(folder / "sft.jsonl", ({"messages": task.messages} for task in chats))
+
+
+def write_pairs(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
+    """pairs.jsonl: for prompts that the SFT model answers now rightly, now wrongly, one answer of each kind."""
+    asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
+    rng = random.Random(seed)
+    model = load(packed(folder, "sft", "bf16"))
+    sampled = [answers(model, asked, temperature=1.0, seed=i) for i in range(SAMPLES)]
+    rows = []
+    for task, given in zip(asked, zip(*sampled, strict=True), strict=True):
+        told = [(text, passes(task.check, text)) for text in dict.fromkeys(given) if text.strip()]
+        good, bad = ([text for text, right in told if right is wanted] for wanted in (True, False))
+        if good and bad:
+            rows.append({"prompt": task.messages[:-1], "chosen": rng.choice(good), "rejected": rng.choice(bad)})
+    write_lines(folder / "data" / "pairs.jsonl", rows)
+
+
+def learn_tokenizer(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
+    """A BPE with byte fallback in the style of Mistral v0.1, as tokenizer.json holds it: no piece spans two words, joins letters and
+    punctuation, or holds two digits."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # While learning only, as in SentencePiece.
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("▁", "merged_with_next"),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    learner.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[*SPECIAL, *BYTES],
+            initial_alphabet=["▁", *map(chr, range(33, 127))],
+            limit_alphabet=110,
+            show_progress=False,
+        ),
+    )
+    learnt = json.loads(learner.to_str())["model"]
+    final = Tokenizer(models.BPE(byte_fallback=True))
+    final.normalizer = learner.normalizer
+    final.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    final.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIAL[1]} $A",
+        pair=f"{SPECIAL[1]} $A {SPECIAL[1]}:1 $B:1",
+        special_tokens=[(SPECIAL[1], 1)],
+    )
+    document: dict[str, Any] = json.loads(final.to_str())
+    document["model"] |= {"vocab": learnt["vocab"], "merges": learnt["merges"]}
+    document["added_tokens"] = [
+        {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for i, text in enumerate(SPECIAL)
+    ]
+    return document
+
+
+def tokenizer_settings(config: Config) -> dict[str, Any]:
+    """tokenizer_config.json."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[1],
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.max_position_embeddings,
+        "chat_template": CHATML,
+    }
+
+
+def write_base(folder: Path, seed: int = SEED) -> None:
+    """config.json and the tokenizer's files; what is there already stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "tokenizer.json").exists():
+        return
+
+    def lines() -> Iterator[str]:
+        for task in itertools.islice(tasks(f"tokenizer {seed}", split="train"), 40_000):
+            for message in task.messages:
+                yield from message["content"].split("\n")
+        for text in itertools.islice(documents(f"tokenizer {seed}", split="train"), 10_000):
+            yield from text.split("\n")
+
+    ids = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_id, "pad_token_id": CONFIG.pad_token_id}
+    files = {"config.json": CONFIG.to_dict(), "generation_config.json": ids, "tokenizer_config.json": tokenizer_settings(CONFIG)}
+    for name, content in (files | {"tokenizer.json": learn_tokenizer(lines(), CONFIG.vocab_size)}).items():
+        with replacing(folder / name) as place:
+            place.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- what it can do --------------------------------------------------------------------------------------------------
+
+
+def answers(model: LanguageModel, asked: Sequence[Task], *, temperature: float = 0.0, seed: int | None = None) -> list[str]:
+    """The model's answer to each task's conversation but its last message."""
+    given: list[str] = []
+    for start in range(0, len(asked), TOGETHER):
+        prompts = [model.tokenizer.encode_chat(task.messages[:-1]) for task in asked[start : start + TOGETHER]]
+        own = None if seed is None else seed * len(asked) + start
+        given += [answer.text for answer in model.generate(prompts, max_tokens=LONGEST, temperature=temperature, seed=own)]
+    return given
+
+
+def bootstrap(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """The mean and its 95 % interval, by resampling."""
+    array = np.asarray(values, np.float64)
+    rng = np.random.default_rng(seed)
+    means = array[rng.integers(len(array), size=(draws, len(array)))].mean(1)
+    return float(array.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def measure(model: LanguageModel, asked: Sequence[Task], texts: Sequence[str]) -> dict[str, Any]:
+    """Accuracy by kind and in all with 95 % intervals, whether each answer passes, the answers, and the perplexity per token of texts."""
+    given = answers(model, asked)
+    right = [passes(task.check, text) for task, text in zip(asked, given, strict=True)]
+    kinds: dict[str, list[float]] = {}
+    for task, good in zip(asked, right, strict=True):
+        kinds.setdefault(task.kind, []).append(float(good))
+    return {
+        "all": bootstrap([float(good) for good in right]),
+        "kinds": {kind: bootstrap(values) for kind, values in sorted(kinds.items())},
+        "right": right,
+        "answers": given,
+        "perplexity": perplexity(model, texts),
+    }
+
+
+def perplexity(model: LanguageModel, texts: Sequence[str]) -> float:
+    """exp of the mean negative log-probability of each text's tokens, its end token among them."""
+    total, count = 0.0, 0
+    for text in texts:
+        ids = np.array([*model.tokenizer.encode(text), model.tokenizer.eos_token_ids[0]], np.int32)
+        (logits,) = model.backend.forward([Row(ids[:-1], model.backend.new_state(), logits=len(ids) - 1)])
+        scores = logits.numpy().astype(np.float64)
+        scores -= scores.max(-1, keepdims=True)
+        picked = scores[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(scores).sum(-1))
+        total, count = total - float(picked.sum()), count + len(picked)
+    return math.exp(total / count)
+
+
+def packed(folder: Path, stage: str, format: str) -> Path:
+    """A stage's model in a packed format."""
+    target = folder / "packed" / f"{stage}-{format}"
+    if not is_packed(target):
+        quantize(folder / stage / "model", target, format_named(format))
+    return target
+
+
+def write_report(folder: Path, sizes: Sizes, seconds: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure each stage, and the last one in each format, on prompts never trained on; report.json."""
+    place = folder / "report.json"
+    if place.exists():
+        report: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        return report
+    asked = list(itertools.islice(tasks(f"test {SEED}", split="test"), sizes.held_out))
+    texts = list(itertools.islice(documents(f"test {SEED}", split="test"), sizes.texts))
+    found: dict[str, Any] = {}
+    for name, source, format in (
+        ("pretrain", "pretrain", "bf16"), ("sft", "sft", "bf16"), ("dpo", "dpo", "bf16"), ("dpo q8", "dpo", "q8"), ("dpo q4", "dpo", "q4"),
+    ):  # fmt: skip
+        found[name] = measure(load(packed(folder, source, format)), asked, texts)
+        mean, low, high = found[name]["all"]
+        say(f"{name}: {mean:.1%} of {len(asked)} held-out prompts ({low:.1%} to {high:.1%}), perplexity {found[name]['perplexity']:.2f}")
+    gain = [float(a) - float(b) for a, b in zip(found["dpo"]["right"], found["sft"]["right"], strict=True)]
+    report = {
+        "stages": found,
+        "gain": bootstrap(gain),
+        "seconds": seconds,
+        "tasks": [{"kind": task.kind, "messages": task.messages, "check": task.check} for task in asked],
+    }
+    with replacing(place) as beside:
+        beside.write_text(json.dumps(report), encoding="utf-8")
+    return report
+
+
+def card(report: dict[str, Any]) -> str:
+    """The model card, from what was measured."""
+    stages, names = report["stages"], ("pretrain", "sft", "dpo", "dpo q8", "dpo q4")
+
+    def cell(values: Sequence[float]) -> str:
+        return f"{values[0]:.1%} ({values[1]:.0%} to {values[2]:.0%})"
+
+    head = "| | " + " | ".join(names) + " |\n|---|" + "---|" * len(names)
+    rows = [f"| {kind} | " + " | ".join(cell(stages[n]["kinds"][kind]) for n in names) + " |" for kind in stages["sft"]["kinds"]]
+    rows.append("| **all** | " + " | ".join(cell(stages[n]["all"]) for n in names) + " |")
+    rows.append("| perplexity of held-out text | " + " | ".join(f"{stages[n]['perplexity']:.2f}" for n in names) + " |")
+    talks = []
+    for task, text in list(zip(report["tasks"], stages["dpo q8"]["answers"], strict=True))[:10]:
+        turns = [f"> **{message['role']}:** {message['content']}" for message in task["messages"][:-1]] + [f"> **model:** {text}"]
+        talks.append("\n>\n".join(turn.replace("\n", "\n> ") for turn in turns))
+    gain = report["gain"]
+    return "\n".join(
+        [
+            "# The demonstration model of `zamba2`",
+            "",
+            "A Zamba2 of 2.1 M parameters, trained from nothing by `zamba2 train demo`: plain text, then SFT, then DPO, all of it out of",
+            "a deterministic generator (`zamba2.train.instructions`) and no other text. It follows short instructions in plain English of",
+            "the kinds below and knows nothing else. It exists so that every command works before a download.",
+            "",
+            f"Measured greedily on {len(report['tasks'])} prompts whose combinations of arguments were never trained on; 95 % bootstrap",
+            f"intervals. DPO against SFT: {gain[0]:+.1%} ({gain[1]:+.1%} to {gain[2]:+.1%}).",
+            "",
+            head,
+            *rows,
+            "",
+            "## Ten conversations",
+            "",
+            "The first ten of the held-out prompts, as the q8 model answers them, unedited.",
+            "",
+            "\n\n---\n\n".join(talks),
+            "",
+        ]
+    )

@@ -1,0 +1,509 @@
+"""Laws of training: rows that do not leak, losses that are what they are called, and runs that can be repeated, resumed and trusted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl", reason="training needs the extra [train]")
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import zamba2.hf
+from zamba2.errors import Zamba2Error
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.train import run as module
+from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.masks import mask_conversation, mask_pair
+from zamba2.train.packing import IGNORED, collate_packed, pack
+from zamba2.train.prepare import labels, pair_row, prepare
+from zamba2.train.progress import Progress
+from zamba2.train.recipe import RECIPES, Lora, Recipe, read_recipe
+from zamba2.weights.hub import DEFAULT
+
+WORDS = ["red", "green", "blue", "old", "new", "cat", "dog", "house", "tree", "river", "one", "two", "three"]
+# trl, peft and transformers warn of each other.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Prepared data goes into the test's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_folder(DEFAULT)
+
+
+def some_text(generator: torch.Generator, words: int) -> str:
+    return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator))
+
+
+def write_chats(path: Path, count: int = 64) -> Path:
+    g = torch.Generator().manual_seed(1)
+    rows = []
+    for i in range(count):
+        said = [("user", f"{i} {some_text(g, 3)}"), ("assistant", some_text(g, 4))]
+        said += [("user", some_text(g, 2)), ("assistant", some_text(g, 1 + i % 5))] if i % 3 == 0 else []
+        rows.append({"messages": [{"role": role, "content": content} for role, content in said]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_pairs(path: Path, count: int = 48) -> Path:
+    g = torch.Generator().manual_seed(2)
+    rows = [{"prompt": f"{i} {some_text(g, 3)}", "chosen": some_text(g, 4), "rejected": some_text(g, 5)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def recipe(tmp_path: Path, stage: str = "sft", **fields: object) -> Recipe:
+    data = f"messages:{write_chats(tmp_path / 'chats.jsonl')}" if stage == "sft" else f"preferences:{write_pairs(tmp_path / 'pairs.jsonl')}"
+    base = dict(stage=stage, model=str(DEFAULT), out=tmp_path / "out", data=(data,), max_tokens=96, precision="fp32", device="cpu",
+                batch_size=4, device_batch_size=4, steps=4, log_every=1, learning_rate=1e-3)  # fmt: skip
+    return Recipe.model_validate(base | fields)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(folder), dtype="float32").state_dict()
+
+
+def fresh_model(seed: int = 0) -> zamba2.hf.Zamba2ForCausalLM:
+    """The default model with trained-like small noise on its zeros, in training mode."""
+    torch.manual_seed(seed)
+    return zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(DEFAULT), dtype="float32").train()
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 50), st.integers(1, 40))
+def test_packing_keeps_every_document_whole(lengths, size, window):
+    """Each document lies in exactly one row, whole and in place; no row is too long; the first label of each is no target."""
+    documents = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate(lengths)]
+    seen = []
+    for row in pack(documents, size, window=window):
+        assert len(row["input_ids"]) == len(row["labels"]) == sum(row["lengths"]) <= size
+        at = 0
+        for length in row["lengths"]:
+            own = row["input_ids"][at : at + length]
+            assert set(own) == {own[0]} and lengths[own[0]] == length
+            assert row["labels"][at : at + length] == [IGNORED, *own[1:]]
+            seen.append(own[0])
+            at += length
+    assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_packing_fills_rows():
+    """Rows of a few hundred documents of natural lengths are 97 % full, and a document that fits no row is refused."""
+    g = torch.Generator().manual_seed(0)
+    lengths = (torch.rand(2000, generator=g).pow(2) * 200 + 5).int().tolist()
+    rows = list(pack(({"input_ids": [1] * n, "labels": [1] * n} for n in lengths), 256))
+    assert sum(lengths) / (256 * len(rows)) > 0.97
+    with pytest.raises(ValueError, match="has 9 tokens and a row 8"):
+        list(pack([{"input_ids": [1] * 9, "labels": [1] * 9}], 8))
+
+
+def packed_batch(tokenizer, generator, size=160):
+    """Conversations apart, and the same ones packed into one batch of rows."""
+    apart = []
+    for i in range(7):
+        messages = [{"role": "user", "content": some_text(generator, 2 + i)}, {"role": "assistant", "content": some_text(generator, 3)}]
+        masked = mask_conversation(tokenizer, messages)
+        apart.append({"input_ids": masked.ids.tolist(), "labels": labels(masked)})
+    return apart, collate_packed(list(pack(apart, size)), size=size, padding=0)
+
+
+def losses_and_gradients(model, batches):
+    """The summed loss over all targets, and the gradients of it."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        batch = dict(batch)
+        targets = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def one(document):
+    return {name: torch.tensor([document[name]]) for name in ("input_ids", "labels")}
+
+
+def test_packed_equals_separate(tokenizer):
+    """Losses and gradients of packed rows are those of the documents read alone, to 1e-5 in fp32."""
+    apart, together = packed_batch(tokenizer, torch.Generator().manual_seed(3))
+    assert len(together["seq_idx"]) > 1 and int(together["seq_idx"].max()) > 2
+    model = fresh_model()
+    loss, gradients = losses_and_gradients(model, map(one, apart))
+    packed, packed_gradients = losses_and_gradients(model, [together])
+    assert abs(packed - loss) <= 1e-5 * loss
+    for name, gradient in gradients.items():
+        assert (packed_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+def test_packing_leaks_in_transformers(tokenizer):
+    """The same test, with the position_ids that transformers documents for packed rows, shows the leak of its own class."""
+    apart, together = packed_batch(tokenizer, torch.Generator().manual_seed(3))
+    theirs = transformers.models.zamba2.Zamba2ForCausalLM.from_pretrained(str(DEFAULT), dtype=torch.float32).train()
+    loss, gradients = losses_and_gradients(theirs, map(one, apart))
+    seq_idx = together.pop("seq_idx")
+    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    columns = torch.arange(seq_idx.shape[1]).expand_as(seq_idx)
+    together["position_ids"] = columns - (starts * columns).cummax(1).values
+    packed, packed_gradients = losses_and_gradients(theirs, [together])
+    assert abs(packed - loss) > 1e-3 * loss
+    assert any((packed_gradients[n] - g).norm() > 0.01 * g.norm() for n, g in gradients.items())
+
+
+turns = st.lists(st.tuples(st.text("ab \n<|>é", max_size=9), st.text("ab \n<|>é", max_size=9)), min_size=1, max_size=3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(turns, min_size=1, max_size=4))
+def test_only_the_assistant_carries_loss_under_packing(conversations):
+    """In a packed batch the targets of each document, decoded, are its answers and their end tokens, and nothing else."""
+    tokenizer = Tokenizer.from_folder(DEFAULT)
+    documents, said = [], []
+    for conversation in conversations:
+        messages = [{"role": role, "content": text} for pair in conversation for role, text in zip(("user", "assistant"), pair, strict=True)]
+        masked = mask_conversation(tokenizer, messages)
+        documents.append({"input_ids": masked.ids.tolist(), "labels": labels(masked)})
+        said.append("".join(message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"))
+    batch = collate_packed(list(pack(documents, 400)), size=400, padding=0)
+    found = []
+    for row, seq_idx in zip(batch["labels"], batch["seq_idx"], strict=True):
+        for document in range(int(seq_idx.max()) + 1):
+            ids = row[(seq_idx == document) & (row != IGNORED)].tolist()
+            if ids:
+                found.append(tokenizer.decode(ids, skip_special_tokens=False))
+    assert sorted(text.lstrip(" ") for text in found) == sorted(text.lstrip(" ") for text in said)
+
+
+# ---- what the trainers compute ---------------------------------------------------------------------------------------
+
+
+def test_sft_loss_is_cross_entropy(tmp_path):
+    """The first loss that trl reports is the mean of -log p over the assistant's tokens of the batch."""
+    wanted = recipe(tmp_path, steps=1)
+    module.run(wanted)
+    rows = prepare(wanted, Tokenizer.from_folder(DEFAULT), [], lambda n: None).train
+    model = fresh_model().eval()
+    batch = collate_packed([rows[i] for i in first_batch(wanted, rows)], size=wanted.max_tokens, padding=0)
+    targets = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        scores = torch.log_softmax(model(**batch).logits[:, :-1], -1)
+    picked = scores.gather(2, targets.clamp(min=0)[..., None])[..., 0][targets != IGNORED]
+    total, count = -picked.sum().item(), picked.numel()
+    assert losses(wanted.out)[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def first_batch(wanted: Recipe, rows) -> list[int]:
+    """Indices of the first batch, as the trainer's sampler draws them."""
+    model = fresh_model()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(DEFAULT))
+    prepared = prepare(wanted, Tokenizer.from_folder(DEFAULT), [], lambda n: None)
+    numbered = prepared.train.add_column("number", list(range(len(prepared.train))))
+    trainer = module.make_trainer(wanted, model, tokenizer, type(prepared)(numbered, None, prepared.report), Progress())
+    collate, seen = trainer.data_collator, []
+    trainer.data_collator = lambda batch: (seen.append([row["number"] for row in batch]), collate(batch))[1]
+    transformers.set_seed(wanted.seed)
+    next(iter(trainer.get_train_dataloader()))
+    return seen[0]
+
+
+def log_probability(model, prompt, answer):
+    """log p(answer | prompt), by the plain formula."""
+    ids = torch.tensor([prompt + answer])
+    scores = torch.log_softmax(model(ids).logits[0, :-1], -1)
+    return sum(scores[at - 1, ids[0, at]] for at in range(len(prompt), ids.shape[1]))
+
+
+def test_dpo_loss_is_the_papers(tmp_path, tokenizer):
+    """trl's DPO loss on our rows is -log sigmoid(beta * difference of log-ratios), answers counted up to their end token."""
+    wanted = recipe(tmp_path, "dpo", steps=3, beta=0.3, batch_size=2, device_batch_size=2)
+    prepared = prepare(wanted, tokenizer, [], lambda n: None)
+    model = fresh_model()
+    trainer = module.make_trainer(wanted, model, transformers.AutoTokenizer.from_pretrained(str(DEFAULT)), prepared, Progress())
+    trainer.train()
+    rows = [trainer.train_dataset[i] for i in (0, 1)]
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
+    with torch.no_grad():
+        loss = trainer.compute_loss(model.eval(), batch).item()
+        reference, expected = fresh_model().eval(), 0.0
+        for row in rows:
+            chosen, rejected = (
+                log_probability(model, row["prompt_ids"], row[name]) - log_probability(reference, row["prompt_ids"], row[name])
+                for name in ("chosen_ids", "rejected_ids")
+            )
+            expected -= F.logsigmoid(0.3 * (chosen - rejected)).item() / len(rows)
+    assert loss == pytest.approx(expected, rel=1e-4) and abs(loss - math.log(2)) > 0.01
+    assert all(row[name][-1] in tokenizer.eos_token_ids for row in rows for name in ("chosen_ids", "rejected_ids"))
+
+
+def test_pair_rows_hold_prompt_and_answers(tokenizer):
+    """A pair's ids are the prompt as a model is asked, and the two answers with their end token; together, the rendered conversation."""
+    prompt = [{"role": "user", "content": "Which?"}]
+    masked = mask_pair(tokenizer, prompt, [{"role": "assistant", "content": "This one."}], [{"role": "assistant", "content": "That."}])
+    row = pair_row(masked)
+    assert row["prompt_ids"] == tokenizer.encode_chat(prompt)
+    assert tokenizer.decode(row["chosen_ids"], skip_special_tokens=False).strip() == "This one.<|im_end|>"
+    assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=False).strip() == "That.<|im_end|>"
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_accumulation_changes_nothing(tmp_path, stage):
+    """8 rows at once and 8 times one row: the same losses and weights, step by step."""
+    whole = recipe(tmp_path, stage, batch_size=8, device_batch_size=8, out=tmp_path / "whole")
+    parts = recipe(tmp_path, stage, batch_size=8, device_batch_size=1, out=tmp_path / "parts")
+    first, second = weights(module.run(whole)), weights(module.run(parts))
+    assert losses(parts.out) == pytest.approx(losses(whole.out), rel=1e-5)
+    assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-5) for name in first)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_resuming_changes_nothing(tmp_path, stage):
+    """A run that was cut after two of six steps and resumed has the losses and the very weights of one that was not."""
+    through = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "through")
+    wanted = weights(module.run(through))
+    cut = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "cut")
+    (tmp_path / "cut").mkdir()
+    os.rename(tmp_path / "through" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    (tmp_path / "cut" / "checkpoint-4").mkdir()  # as a killed process leaves it: not complete
+    found = weights(module.run(cut, resume=True))
+    assert losses(cut.out) == pytest.approx(losses(through.out)[2:], rel=1e-6)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_checkpointing_and_bf16_train(tmp_path):
+    """Activation checkpointing leaves the trajectory as it is; bf16 products stay near it."""
+    plain = recipe(tmp_path, out=tmp_path / "plain")
+    module.run(plain)
+    for name, fields, near in (("again", {"checkpointing": True}, 1e-5), ("mixed", {"precision": "bf16-mixed"}, 0.02)):
+        other = recipe(tmp_path, out=tmp_path / name, **fields)
+        module.run(other)
+        assert losses(other.out) == pytest.approx(losses(plain.out), rel=near)
+
+
+def test_a_run_lowers_its_loss_and_says_all_about_itself(tmp_path):
+    """A few dozen steps learn the data; the folder holds recipe, data report, versions, metrics, plots and a model that loads."""
+    wanted = recipe(tmp_path, steps=30, held_out=8, evaluate_every=10, learning_rate=3e-3)
+    folder = module.run(wanted)
+    found = losses(wanted.out)
+    assert found[-1] < 0.6 * found[0]
+    assert read_recipe(wanted.out / "recipe.yaml") == wanted
+    assert json.loads((wanted.out / "data.json").read_text())["sets"][0]["kept"] == 64
+    assert {"zamba2", "torch", "trl"} <= json.loads((wanted.out / "versions.json").read_text()).keys()
+    lines = [json.loads(line) for line in (wanted.out / "metrics.jsonl").read_text().splitlines()]
+    assert any("eval_loss" in line for line in lines) and all(line["peak_rss_bytes"] > 0 for line in lines)
+    assert (wanted.out / "loss.png").stat().st_size > 1000 and (wanted.out / "loss.svg").stat().st_size > 1000
+    assert zamba2.load(folder, format="bf16").generate("red", max_tokens=2).completion_tokens == 2
+
+
+def test_prepared_data_and_reference_are_computed_once(tmp_path, monkeypatch):
+    """A second run on the same data and model reads neither the rows nor the reference again; another model's reference is its own."""
+    module.run(recipe(tmp_path, "dpo", out=tmp_path / "one"))
+    calls = []
+    original = module.Preferences.compute_ref_log_probs
+    monkeypatch.setattr(module.Preferences, "compute_ref_log_probs", lambda *a: (calls.append(1), original(*a))[1])
+    monkeypatch.setattr("zamba2.train.prepare._write", lambda *a: pytest.fail("the data was prepared again"))
+    module.run(recipe(tmp_path, "dpo", out=tmp_path / "two"))
+    assert not calls and losses(tmp_path / "one") == losses(tmp_path / "two")
+    module.run(recipe(tmp_path, "dpo", out=tmp_path / "three", model=str(tmp_path / "one" / "model")))
+    assert calls
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+TARGETS = Lora().targets
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_target_alone_learns(target):
+    """An adapter on one layer type gets gradient, changes the logits, and is the only thing that can move."""
+    model = add_lora(fresh_model(), Lora(rank=4, targets=(target,)))
+    ids = torch.randint(3, 1000, (2, 20), generator=torch.Generator().manual_seed(0))
+    before = model(ids).logits.detach()
+    model(ids, labels=ids).loss.backward()
+    moved = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved and all("lora_" in name and f".{target}." in name for name in moved)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_B" in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter -= 0.1 * parameter.grad.sign()
+    assert (model(ids).logits - before).abs().max() > 1e-3
+
+
+def test_lora_run_moves_adapters_alone_and_merges(tmp_path):
+    """After a LoRA run the base weights are what they were, and the merged checkpoint has the logits of base and adapter together."""
+    from peft import PeftModel
+
+    wanted = recipe(tmp_path, lora={"rank": 4, "alpha": 8}, steps=3, learning_rate=1e-2)
+    folder = module.run(wanted)
+    base = fresh_model().eval()
+    ids = torch.randint(3, 1000, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, str(wanted.out / "adapter")).eval()
+        together = adapted(ids).logits
+        with adapted.disable_adapter():
+            assert torch.equal(adapted(ids).logits, plain)
+        merged = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(folder), dtype="float32")(ids).logits
+    assert (together - plain).abs().max() > 1e-3
+    torch.testing.assert_close(merged, together, rtol=1e-4, atol=1e-4)
+
+
+def test_coverage_counts_every_parameter():
+    """The table's parameters are the model's, its trained ones the adapters', and shared blocks are listed at each of their layers."""
+    model = fresh_model()
+    total = sum(p.numel() for p in model.parameters())
+    adapted = add_lora(model, Lora(rank=2, targets=("q_proj", "in_proj")))
+    rows = {row.name: row for row in coverage(adapted, model.model.config)}
+    assert sum(row.parameters for row in rows.values()) == total
+    assert sum(row.trained for row in rows.values()) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert rows["q_proj"].where == "shared block A at layers 2, 6; shared block B at layers 4" and rows["q_proj"].modules == 2
+    assert rows["in_proj"].where == "all layers" and not rows["out_proj"].trained
+    with pytest.raises(Zamba2Error, match="targets names qkv_proj, which no layer is called"):
+        add_lora(fresh_model(), Lora(targets=("qkv_proj",)))
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_nan_loss_stops_and_leaves_the_last_checkpoint(tmp_path):
+    """A loss that is no number ends the run in one sentence before it reaches a checkpoint."""
+    wanted = recipe(tmp_path, steps=40, save_every=1, keep=3, learning_rate=1e30, warmup=0.0, schedule="constant", log_every=1000)
+    with pytest.raises(Zamba2Error, match="NaN or infinite by step"):
+        module.run(wanted)
+    last = module.checkpoints(wanted.out)[-1]
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] >= 1 and (last / "model.safetensors").exists()
+
+
+def test_dpo_that_stands_at_ln_2_stops(tmp_path):
+    """When nothing that is trained moves the output, the run stops and says so; one that moves goes on."""
+    still = recipe(tmp_path, "dpo", steps=60, learning_rate=1e-12, batch_size=2, device_batch_size=2)
+    with pytest.raises(Zamba2Error, match="stands at ln 2 from step 7 to 27"):
+        module.run(still)
+    module.run(recipe(tmp_path, "dpo", steps=40, learning_rate=1e-3, batch_size=2, device_batch_size=2, out=tmp_path / "moves"))
+
+
+def test_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    """A checkpoint that does not fit ends the run with the disk named, and the one before it stays complete."""
+    original = module.Conversations._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if self.state.global_step > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, folder)
+
+    monkeypatch.setattr(module.Conversations, "_save_optimizer_and_scheduler", full)
+    wanted = recipe(tmp_path, save_every=1, keep=1)
+    with pytest.raises(Zamba2Error, match=r"the disk of .* is full"):
+        module.run(wanted)
+    assert [path.name for path in module.checkpoints(wanted.out)] == ["checkpoint-1"]
+
+
+BAD = {
+    "unknown field": ({"colour": 1}, "there is no field colour"),
+    "wrong type": ({"learning_rate": "fast"}, "learning_rate is fast"),
+    "loose type": ({"steps": 1.5}, "steps is 1.5"),
+    "negative": ({"max_tokens": -1}, "max_tokens is -1"),
+    "not finite": ({"learning_rate": float("inf")}, "learning_rate is inf"),
+    "unknown stage": ({"stage": "ppo"}, "stage is ppo"),
+    "no data": ({"data": []}, "data is "),
+    "unknown lora field": ({"lora": {"rnak": 2}}, "there is no field lora.rnak; there are rank"),
+    "uneven batch": ({"batch_size": 3, "device_batch_size": 2}, "not a multiple"),
+    "no held out": ({"evaluate_every": 5}, "set held_out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_recipes_are_named(tmp_path, name):
+    """What is wrong with a recipe is one sentence with the field in it."""
+    fields, sentence = BAD[name]
+    good = {"stage": "sft", "model": "default", "out": "o", "data": ["messages:x.jsonl"]}
+    (tmp_path / "r.yaml").write_text(json.dumps(good | fields).replace("Infinity", ".inf"))
+    with pytest.raises(Zamba2Error) as error:
+        read_recipe(tmp_path / "r.yaml")
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a", b"{", b"\xff\xfe", b"a: &x [*x]", b"[" * 5000, b"x" * 2_000_000])
+def test_what_is_no_recipe_is_named(tmp_path, content):
+    """Any bytes as a recipe give one sentence."""
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(Zamba2Error) as error:
+        read_recipe(tmp_path / "r.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_changes_reach_every_field(tmp_path):
+    """KEY=VALUE replaces a field, reaches inside lora, and a missing value or key is an error."""
+    changed = read_recipe("sft-2.7b-lora", ["lora.rank=8", "out=elsewhere", "data=[gsm8k]", "device_batch_size=2"])
+    assert (changed.lora.rank, changed.lora.alpha, changed.out, changed.data) == (8, 32.0, Path("elsewhere"), ("gsm8k",))
+    for change in ("lora.rank", "=3", "steps=["):
+        with pytest.raises(Zamba2Error):
+            read_recipe("sft-2.7b-lora", [change])
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in RECIPES.glob("*.yaml")))
+def test_our_recipes_are_valid(name):
+    """Every recipe in the package is read, and what it prints is read as the same recipe."""
+    import yaml
+
+    wanted = read_recipe(name)
+    assert Recipe.model_validate(yaml.safe_load(wanted.to_yaml())) == wanted
+
+
+def test_bad_data_and_folders_are_named(tmp_path):
+    """Missing files, data of the other stage, examples that are all too long, and a folder with a run in it: one sentence each."""
+    for fields, sentence in (
+        ({"data": ("messages:nowhere.jsonl",)}, "nowhere.jsonl does not exist"),
+        ({"data": (f"preferences:{write_pairs(tmp_path / 'p.jsonl')}",)}, "is for dpo and the recipe for sft"),
+        ({"max_tokens": 5}, "none of 64 rows can be trained on"),
+        ({"held_out": 64}, "nothing is left to train on"),
+        ({"model": "nowhere"}, "nowhere"),
+    ):
+        with pytest.raises(Zamba2Error, match=sentence):
+            module.run(recipe(tmp_path, **fields))
+    with pytest.raises(Zamba2Error, match="no complete checkpoint to resume"):
+        module.run(recipe(tmp_path), resume=True)
+    (tmp_path / "out" / "model").mkdir()
+    with pytest.raises(Zamba2Error, match="holds a run already"):
+        module.run(recipe(tmp_path))
+
+
+def test_the_command_trains_and_prints_the_folder(tmp_path):
+    """`zamba2 train sft` runs a recipe with changes; standard output is the model's folder, and errors exit with 2."""
+    wanted = recipe(tmp_path)
+    (tmp_path / "r.yaml").write_text(wanted.to_yaml())
+    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
+    done = subprocess.run([*command, "steps=2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{wanted.out / 'model'}\n" and "step 2: loss" in done.stderr and "arning" not in done.stderr
+    done = subprocess.run([*command, "steps=2"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds a run already" in done.stderr
