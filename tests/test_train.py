@@ -261,6 +261,41 @@ def test_dpo_loss_is_the_papers(tmp_path, tokenizer):
     assert all(row[name][-1] in tokenizer.eos_token_ids for row in rows for name in ("chosen_ids", "rejected_ids"))
 
 
+def test_trl_alone_packs_and_masks_as_we_do(tmp_path, tokenizer):
+    """trl's own SFTTrainer, with our model and template, packs without leaks, and trains on the very tokens that our masks name."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [json.loads(line) for line in write_chats(tmp_path / "chats.jsonl", 12).read_text().splitlines()]
+    theirs = transformers.AutoTokenizer.from_pretrained(str(DEFAULT))
+    theirs.chat_template = zamba2.hf.TRAINING_TEMPLATE
+    plain = theirs.apply_chat_template(rows[0]["messages"], tokenize=False, chat_template=tokenizer.chat_template)
+    assert theirs.apply_chat_template(rows[0]["messages"], tokenize=False) == plain
+    options = SFTConfig(
+        str(tmp_path / "out"), assistant_only_loss=True, packing=True, max_length=128, use_cpu=True, bf16=False, max_steps=1, report_to=[],
+        per_device_train_batch_size=2, activation_checkpointing=False, disable_tqdm=True, shuffle_dataset=False,
+    )  # fmt: skip
+    model = fresh_model()
+    trainer = SFTTrainer(model=model, args=options, processing_class=theirs, train_dataset=Dataset.from_list(rows))
+    ours = sorted(
+        (masked.ids.tolist(), labels(masked)) for masked in (mask_conversation(tokenizer, row["messages"]) for row in rows)
+    )
+    found, packed = [], 0
+    for row in trainer.train_dataset:
+        at, packed = 0, max(packed, len(row["seq_lengths"]))
+        for length in row["seq_lengths"]:
+            found.append((row["input_ids"][at : at + length], row["labels"][at : at + length]))
+            at += length
+    assert packed > 1 and sorted(found) == ours
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    loss, gradients = losses_and_gradients(model, [{k: v for k, v in batch.items() if k in ("input_ids", "labels", "position_ids")}])
+    apart = [dict(zip(("input_ids", "labels"), pair, strict=True)) for pair in found[: len(trainer.train_dataset[0]["seq_lengths"])]]
+    alone, alone_gradients = losses_and_gradients(model, map(one, apart))
+    assert loss == pytest.approx(alone, rel=1e-5)
+    assert all((gradients[n] - g).norm() <= 1e-5 * g.norm() + 1e-9 for n, g in alone_gradients.items())
+    assert math.isfinite(trainer.train().training_loss)
+
+
 def test_pair_rows_hold_prompt_and_answers(tokenizer):
     """A pair's ids are the prompt as a model is asked, and the two answers with their end token; together, the rendered conversation."""
     prompt = [{"role": "user", "content": "Which?"}]

@@ -355,6 +355,27 @@ def dpo(recipe: RecipeName, changes: Changes = None, resume: Resume = False, sho
     stage("dpo", recipe, changes or [], resume=resume, show=show)
 
 
+@train.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="The folder to build in; what an earlier try left there is used.")] = Path("demo"),
+    changes: Changes = None,
+    small: Annotated[float, typer.Option(min=1e-5, max=1, help="The share of data and prompts to use: 0.01 shows how it goes.")] = 1.0,
+) -> None:
+    """Build the demonstration model that ships in the package, from nothing: text, SFT, DPO, measurements and its card.
+
+    Hours on two cores. The result is OUT/model, in q8.
+
+    Examples:
+
+        zamba2 train demo
+
+        zamba2 train demo try --small 0.01 compile=false
+    """
+    from zamba2.commands.train import demonstration
+
+    demonstration(out, changes or [], small=small)
+
+
 def version(wanted: bool) -> None:
     if wanted:
         from zamba2 import __version__

@@ -9,6 +9,9 @@ class reads too. Parameter names are those of ``zamba2.model`` behind "model.": 
 ``model.shared_blocks.{b}``, not once per position. For peft, target_modules are q_proj, k_proj, v_proj, o_proj,
 gate_up_proj, down_proj (shared blocks: a LoRA there acts at every position that uses the block), in_proj, out_proj
 (mixers) and linear (behind each block). ``load_state_dict`` takes the Hub's names as well, so a Trainer can resume.
+
+trl's trainers take the model as it is, ``packing=True`` included: documents of a row do not see each other. For
+``assistant_only_loss=True``, set ``tokenizer.chat_template = zamba2.hf.TRAINING_TEMPLATE``.
 """
 
 # transformers is typed in parts: its base classes and decorators are not.
@@ -46,7 +49,14 @@ from zamba2.weights.files import replacing
 from zamba2.weights.hub import SMALL_FILES, WEIGHT_FILES, resolve
 from zamba2.weights.names import hub_names
 
-__all__ = ["Zamba2Cache", "Zamba2ForCausalLM"]
+__all__ = ["TRAINING_TEMPLATE", "Zamba2Cache", "Zamba2ForCausalLM"]
+
+# ChatML for trl's ``assistant_only_loss``: what is trained on, answers and their end token, stands between generation marks.
+TRAINING_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 # from_pretrained options of transformers that hold here whatever their value ...
 ALWAYS = {"low_cpu_mem_usage", "trust_remote_code", "weights_only", "code_revision", "_from_auto", "_from_pipeline", "_commit_hash"}

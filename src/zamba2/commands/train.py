@@ -8,12 +8,13 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zamba2.config import Config
-from zamba2.errors import Zamba2Error
+from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, mix
 from zamba2.train.masks import Masked
@@ -22,7 +23,7 @@ from zamba2.weights.hub import resolve
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["preview", "stage"]
+__all__ = ["demonstration", "preview", "stage"]
 
 OPEN, CLOSE = "«", "»"  # around what is trained on, where there are no colours
 # Styles in turn, so that each token is seen.
@@ -70,20 +71,35 @@ def preview(
 
 def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show: bool) -> None:
     """Train by a recipe with changes. show: print it instead. Raises Zamba2Error."""
-    need("pydantic", "yaml", *(() if show else ("torch", "trl", "peft", "datasets")))
+    need("pydantic", "yaml")
     from zamba2.train.recipe import read_recipe
 
     wanted = read_recipe(recipe, changes, stage=name)
     if show:
         print(wanted.to_yaml(), end="")
         return
-    warnings.filterwarnings("ignore")  # trl, transformers and torch tell each other what is deprecated
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    prepare_libraries()
     from zamba2.train.run import run
 
-    folder = run(wanted, resume=resume)
-    print(folder)
+    print(run(wanted, resume=resume))
+
+
+def demonstration(out: Path, changes: Sequence[str], *, small: float) -> None:
+    """Build the demonstration model. small: the share of everything to use. Raises Zamba2Error."""
+    need("pydantic", "yaml")
+    prepare_libraries()
+    from zamba2.train.demo import Sizes, build
+
+    sizes = Sizes(**{name: max(8, round(size * small)) for name, size in asdict(Sizes()).items()})
+    print(build(out, sizes=sizes, changes=changes, say=lambda line: notice(line, once=False)))
+
+
+def prepare_libraries() -> None:
+    """Before trl and transformers are imported: they tell each other, and us, what is deprecated."""
+    need("torch", "trl", "peft", "datasets")
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def need(*modules: str) -> None:
