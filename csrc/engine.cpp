@@ -366,10 +366,9 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
     else quantize(0, rows, 0);
   }
   if (many) {
-    for (int thread = 0; thread < pool_.size(); ++thread) panel(thread, 256 * static_cast<size_t>(w.groups()));
-    const int step = std::clamp(w.blocks() / (8 * pool_.size()), 4, 16);  // long enough runs of blocks to fetch ahead
-    pool_.take((w.blocks() + step - 1) / step, [&](int item, int thread) {
-      kernels.multiply_many(w, item * step, std::min(w.blocks(), (item + 1) * step), a, y, static_cast<size_t>(w.rows), panel(thread, 0));
+    const int step = std::clamp(w.blocks() / (8 * pool_.size()), 4, 16) / 2 * 2;  // long enough runs of blocks to fetch ahead; pairs
+    pool_.take((w.blocks() + step - 1) / step, [&](int item, int) {
+      kernels.multiply_many(w, item * step, std::min(w.blocks(), (item + 1) * step), a, y, static_cast<size_t>(w.rows), nullptr);
     });
     return;
   }

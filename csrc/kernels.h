@@ -90,8 +90,7 @@ struct Kernels {
   void (*quantize)(const float* x, int cols, Format weights, int row, int rows, int8_t* codes, float* scales, int32_t* starts);
   // y[m][r] = W x_(row + m) for rows r of blocks [first, last) and the tile of x that begins at row. Each m's arithmetic is its own.
   void (*multiply)(const Matrix& w, int first, int last, const Activations& x, int row, float* y, size_t stride);
-  // The same for many rows, through bf16 matrix units where there are any; panel: room for these blocks in bf16 with matrix units,
-  // else for one block with a byte a code; aligned to 64.
+  // The same for many rows, through bf16 matrix units where there are any; panel: with these, room for the blocks in bf16, aligned to 64.
   void (*multiply_many)(const Matrix& w, int first, int last, const Activations& x, float* y, size_t stride, uint16_t* panel);
   void (*to_bf16)(const float* x, int n, uint16_t* y);
   void (*to_tiles)(const float* x, int cols, int row, uint16_t* tiles);  // one row of activations into their tiles

@@ -47,11 +47,14 @@ constexpr size_t kAhead(int streams) { return 6144 / static_cast<size_t>(streams
 constexpr size_t kAhead(int) { return 4096; }
 #define ZAMBA2_FETCH_INTO _MM_HINT_T1
 #endif
-// Whether long calls spread q4's codes to bytes once, since taking them apart costs much beside the products.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool kSpread = true;
+// Calls of so many rows spread codes to bytes once, that many blocks side by side: taking codes apart and loading activations costs much
+// beside the products.
+#if defined(__AVX512F__)
+constexpr int kSpreadFrom = 32, kSpreadBlocks = 2;
+#elif defined(__AVX2__)
+constexpr int kSpreadFrom = 8, kSpreadBlocks = 1;
 #else
-constexpr bool kSpread = false;
+constexpr int kSpreadFrom = INT32_MAX, kSpreadBlocks = 1;
 #endif
 
 #if defined(__AVX512F__)
@@ -497,6 +500,13 @@ ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
 
 #if !defined(ZAMBA2_SUM4)
 using Sum4 = I16;
+#endif
+
+// Has a value computed here, not where it is used.
+#if defined(__AVX512F__)
+ZAMBA2_INLINE void keep(F16 x) { asm volatile("" : : "v"(x.v)); }
+#else
+ZAMBA2_INLINE void keep(F16) {}
 #endif
 
 // e^x within 2 ulp; 0 below -87, where fp32 would be denormal. Cephes' polynomial for the remainder after powers of two.
