@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import zamba2.hf
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
+from zamba2.runtime.backend import Row
 from zamba2.train import run as module
 from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.masks import mask_conversation, mask_pair
@@ -186,7 +187,8 @@ def test_only_the_assistant_carries_loss_under_packing(conversations):
     tokenizer = Tokenizer.from_folder(DEFAULT)
     documents, said = [], []
     for conversation in conversations:
-        messages = [{"role": role, "content": text} for pair in conversation for role, text in zip(("user", "assistant"), pair, strict=True)]
+        said_by = [said for pair in conversation for said in zip(("user", "assistant"), pair, strict=True)]
+        messages = [{"role": role, "content": text} for role, text in said_by]
         masked = mask_conversation(tokenizer, messages)
         documents.append({"input_ids": masked.ids.tolist(), "labels": labels(masked)})
         said.append("".join(message["content"] + "<|im_end|>" for message in messages if message["role"] == "assistant"))
@@ -542,3 +544,40 @@ def test_the_command_trains_and_prints_the_folder(tmp_path):
     assert done.stdout == f"{wanted.out / 'model'}\n" and "step 2: loss" in done.stderr and "arning" not in done.stderr
     done = subprocess.run([*command, "steps=2"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds a run already" in done.stderr
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_with_fsdp_train_as_one(tmp_path):
+    """Two gloo processes with spread weights: the losses and the model of one process, and a checkpoint that transformers and the engine read."""
+    alone = recipe(tmp_path, batch_size=4, device_batch_size=4, out=tmp_path / "alone")
+    wanted = weights(module.run(alone))
+    both = recipe(tmp_path, batch_size=4, device_batch_size=2, out=tmp_path / "both")
+    (tmp_path / "r.yaml").write_text(both.to_yaml())
+    worker = Path(__file__).parent / "fsdp_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker), str(tmp_path / "r.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "facts")], capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rror" in line)[-3000:]
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"facts.{rank}").read_text())
+        assert facts["world"] == 2 and facts["rank"] == rank
+        assert facts["spread"] == facts["parameters"] > 50 and 0.4 < facts["share"] < 0.6
+    assert losses(both.out) == pytest.approx(losses(alone.out), rel=1e-4)
+    folder = both.out / "model"
+    found = weights(folder)
+    assert all(torch.allclose(wanted[name], found[name], rtol=1e-3, atol=1e-4) for name in wanted)
+    theirs = transformers.models.zamba2.Zamba2ForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+    for layer in theirs.modules():
+        if hasattr(layer, "time_step_limit"):
+            layer.time_step_limit = (0.0, float("inf"))  # its floor of dt, which the models never had
+    ids = torch.randint(3, 1000, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits[0, -1]
+        ours = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(folder), dtype="float32").eval()(ids).logits[0, -1]
+        rounded = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(folder), dtype="bfloat16").eval()(ids).logits[0, -1].float()
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    engine = zamba2.load(folder, format="bf16").backend
+    (logits,) = engine.forward([Row(ids[0].int().numpy(), engine.new_state())])
+    assert (torch.from_numpy(logits.numpy()[0]) - expected).norm() <= 1.5 * (rounded - expected).norm()

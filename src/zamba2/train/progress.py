@@ -31,12 +31,12 @@ def peak_memory() -> dict[str, int]:
 
 
 class Progress:
-    """Writes to standard error: a bar where it is a terminal, else a line now and then."""
+    """Writes to standard error: a bar where it is a terminal, else a line now and then; nothing where it is to be quiet."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self._bar: Any = None
         self._task: Any = None
         self._started = self._logged = time.monotonic()

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import AutoTokenizer, TrainerCallback, Zamba2Config
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -61,12 +62,15 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
 
     resume: go on from the last complete checkpoint of ``recipe.out``, on the trajectory an uninterrupted run would have had.
     """
-    progress = progress or Progress()
-    _check_folder(recipe, resume)
+    processes = PartialState(cpu=device_of(recipe.device).type == "cpu")  # one, unless torchrun or accelerate started more
+    progress = progress or Progress(quiet=not processes.is_main_process)
+    with processes.main_process_first():
+        _check_folder(recipe, resume, others=not processes.is_main_process)
     model, tokenizer, source = load(recipe)
-    with progress.preparing():
+    with processes.main_process_first(), progress.preparing():
         prepared = prepare(recipe, Tokenizer.from_folder(source, config=model.model.config), _tokenizer_files(source), progress.prepared)
-    _write_facts(recipe, prepared)
+    if processes.is_main_process:
+        _write_facts(recipe, prepared)
     trainer = make_trainer(recipe, model, tokenizer, prepared, progress)
     if recipe.lora is not None:
         progress.coverage(coverage(trainer.model, model.model.config))
@@ -77,8 +81,9 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
         if prepared.held_out is not None:
             trainer.evaluate()
         folder = export(recipe, trainer, source)
-    if trainer.is_world_process_zero():
+    if processes.is_main_process:
         progress.plot(recipe.out)
+    processes.wait_for_everyone()
     return folder
 
 
@@ -241,14 +246,23 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def export(recipe: Recipe, trainer: Any, source: Path) -> Path:
-    """Write the trained model (with LoRA: merged, and the adapter beside it) in the Hub's layout. Returns its folder."""
+    """Write the trained model (with LoRA: merged, and the adapter beside it) in the Hub's layout. Returns its folder.
+
+    Weights that FSDP has spread over processes are gathered; a tied head is written once, as the config says.
+    """
     folder = recipe.out / "model"
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if recipe.lora is not None:
-        model.save_pretrained(recipe.out / "adapter")
-        model = model.merge_and_unload()
+    model, tensors = trainer.accelerator.unwrap_model(trainer.model), None
+    if trainer.is_fsdp_enabled:
+        tensors = trainer.accelerator.get_state_dict(trainer.model)
     if trainer.is_world_process_zero():
-        model.save_pretrained(folder)
+        if recipe.lora is not None:
+            if tensors is not None:  # spread weights cannot be merged where they lie
+                model, trained = add_lora(load(recipe)[0], recipe.lora), tensors
+                model.load_state_dict(trained)
+                tensors = None
+            model.save_pretrained(recipe.out / "adapter")
+            model = model.merge_and_unload()
+        model.save_pretrained(folder, state_dict=tensors)
         for file in _tokenizer_files(source):
             with replacing(folder / file.name) as place:
                 shutil.copyfile(file, place)
@@ -259,9 +273,11 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _check_folder(recipe: Recipe, resume: bool) -> None:
-    """Raises Zamba2Error if the run's folder holds another run, or nothing to resume."""
+def _check_folder(recipe: Recipe, resume: bool, *, others: bool) -> None:
+    """Raises Zamba2Error if the run's folder holds another run, or nothing to resume. others: than the main process, which has looked."""
     out, before = recipe.out, recipe.out / "recipe.yaml"
+    if others:
+        return
     if resume:
         if not checkpoints(out):
             raise Zamba2Error(f"{out} holds no complete checkpoint to resume from; leave out --resume.")
