@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """One of two processes that torchrun starts: a recipe under accelerate with FSDP2, on CPUs.
 
 accelerate keeps FSDP from CPUs: two of them would be plain data parallelism. So its state is told here that

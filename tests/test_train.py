@@ -550,13 +550,14 @@ def test_the_command_trains_and_prints_the_folder(tmp_path):
 
 
 def test_two_processes_with_fsdp_train_as_one(tmp_path):
-    """Two gloo processes with spread weights: the losses and the model of one process, and a checkpoint that transformers and the engine read."""
+    """Two gloo processes with spread weights: losses and model of one process; transformers and the engine read the checkpoint alike."""
     alone = recipe(tmp_path, batch_size=4, device_batch_size=4, out=tmp_path / "alone")
     wanted = weights(module.run(alone))
     both = recipe(tmp_path, batch_size=4, device_batch_size=2, out=tmp_path / "both")
     (tmp_path / "r.yaml").write_text(both.to_yaml())
     worker = Path(__file__).parent / "fsdp_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker), str(tmp_path / "r.yaml")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(worker), str(tmp_path / "r.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(tmp_path / "facts")], capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rror" in line)[-3000:]
