@@ -107,10 +107,10 @@ nb::dict export_state(const State& state, const Engine& engine) {
   return d;
 }
 
-State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const std::vector<Bytes>& parts) {
+State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const std::vector<Bytes>& parts, int adapter) {
   const Config& c = engine.config;
   const PageLayout& layout = engine.layout;
-  State state = engine.new_state();
+  State state = engine.new_state(adapter);
   const size_t layers = static_cast<size_t>(c.num_hidden_layers);
   if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state ||
       parts.size() != layout.parts.size() * state.caches.size())
@@ -196,10 +196,14 @@ NB_MODULE(_engine, m) {
         e.set_matrix(name, static_cast<Format>(format), data.data(), data.size());
       }, nb::keep_alive<1, 4>())
       .def("set_vector", [](Engine& e, const std::string& name, Floats data) { e.set_vector(name, data.data(), data.size()); })
+      .def("add_adapter", &Engine::add_adapter)
+      .def("add_part", [](Engine& e, int adapter, const std::string& name, int column, int rank, int outputs, int inputs, Bytes down, Bytes up, float scale) {
+        e.add_part(adapter, name, column, rank, outputs, inputs, down.data(), down.size(), up.data(), up.size(), scale);
+      }, nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
       .def("check_complete", &Engine::check_complete)
       .def_prop_ro("threads", &Engine::threads)
       .def_prop_ro("isa", [](const Engine& e) { return std::string(e.kernels.name); })
-      .def("new_state", &Engine::new_state)
+      .def("new_state", [](const Engine& e, int adapter) { return e.new_state(adapter); }, nb::arg("adapter") = -1)
       .def("observe", [](Engine& e, nb::object f) { e.observer = observer_of(f); }, nb::arg("function").none(),
            "Calls function(name, float32 (rows, cols)) with every block's output; None ends it.")
       .def("observe_inputs", [](Engine& e, nb::object f) { e.input_observer = observer_of(f); }, nb::arg("function").none(),
@@ -226,5 +230,5 @@ NB_MODULE(_engine, m) {
         return owned(std::move(logits), rows, static_cast<size_t>(e.config.vocab_size));
       })
       .def("export_state", [](const Engine& e, const State& s) { return export_state(s, e); })
-      .def("import_state", &import_state);
+      .def("import_state", &import_state, nb::arg("position"), nb::arg("conv"), nb::arg("ssm"), nb::arg("parts"), nb::arg("adapter") = -1);
 }

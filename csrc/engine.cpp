@@ -77,7 +77,7 @@ const Config& checked(const Config& c) {
 }  // namespace
 
 struct Engine::Buffers {
-  std::vector<float> x, x0, square0, u, left, right, hoisted[2], o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale;
+  std::vector<float> x, x0, square0, u, left, right, hoisted[2], o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale, lora_low, lora_out;
   std::vector<float> wide;   // q, k and v; then in_proj's output
   std::vector<float> mixed;  // attention's output; then the scan's, gated in place
   std::vector<bool> ready;
@@ -206,8 +206,36 @@ void Engine::check_complete() const {
     if (!seen_.contains(name)) throw std::invalid_argument("vector " + name + " is missing");
 }
 
-State Engine::new_state() const {
+int Engine::add_adapter() {
+  loras_.push_back(std::make_unique<Lora>());
+  return static_cast<int>(loras_.size()) - 1;
+}
+
+void Engine::add_part(int adapter, const std::string& name, int column, int rank, int outputs, int inputs, const uint8_t* down, size_t down_bytes, const uint8_t* up,
+                      size_t up_bytes, float scale) {
+  if (adapter < 0 || adapter >= static_cast<int>(loras_.size())) throw std::invalid_argument("there is no such adapter");
+  const auto found = matrices_.find(name);
+  if (found == matrices_.end()) throw std::invalid_argument("the model has no matrix " + name);
+  const Matrix& w = *found->second;
+  const bool qkv = name.ends_with("qkv_proj.left.weight");
+  if (rank < 1 || outputs < 1 || column < 0 || rank > kWidest || outputs > w.rows || column > w.rows - outputs || inputs != (qkv ? 2 * w.cols : w.cols))
+    throw std::invalid_argument("the adapter's part for " + name + " does not fit it");
+  Lora::Part part{};
+  for (auto [m, rows, cols, data, bytes] : {std::tuple(&part.down, rank, inputs, down, down_bytes), std::tuple(&part.up, outputs, rank, up, up_bytes)}) {
+    m->rows = rows;
+    m->cols = cols;
+    m->format = Format::bf16;
+    m->data = data;
+    if (bytes != m->bytes()) throw std::invalid_argument("the adapter's part for " + name + " has the wrong number of bytes");
+  }
+  part.column = column;
+  part.scale = scale;
+  loras_[static_cast<size_t>(adapter)]->parts[&w].push_back(part);
+}
+
+State Engine::new_state(int adapter) const {
   State state;
+  if (adapter >= 0) state.lora = loras_.at(static_cast<size_t>(adapter)).get();
   state.caches.resize(config.hybrid_layer_ids.size());
   return state;
 }
@@ -227,9 +255,10 @@ void Engine::observe(const std::string& name, const float* data, int rows, int c
 }
 
 void Engine::observe_input(const Matrix& w, const float* x, size_t stride, int rows) {
+  const auto found = std::find_if(matrices_.begin(), matrices_.end(), [&](const auto& named) { return named.second == &w; });
+  if (found == matrices_.end() && &w != &head_) return;  // of a run-time adapter
   std::vector<float> inputs;
   for (int r = 0; r < rows; ++r) inputs.insert(inputs.end(), x + static_cast<size_t>(r) * stride, x + static_cast<size_t>(r) * stride + w.cols);
-  const auto found = std::find_if(matrices_.begin(), matrices_.end(), [&](const auto& named) { return named.second == &w; });
   input_observer(found == matrices_.end() ? "embed_tokens.weight" : found->first, inputs.data(), rows, w.cols);  // a tied head is a copy
 }
 
@@ -378,6 +407,27 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
   });
 }
 
+void Engine::add_low_rank(const Matrix& down, const Matrix& up, float scale, const float* x, size_t stride, int rows, bool many, float* y, size_t width) {
+  Buffers& b = *b_;
+  const size_t low = static_cast<size_t>(down.rows), out = static_cast<size_t>(up.rows);
+  b.lora_low.resize(static_cast<size_t>(rows) * low);
+  b.lora_out.resize(static_cast<size_t>(rows) * out);
+  multiply(down, x, stride, rows, many, b.lora_low.data());
+  multiply(up, b.lora_low.data(), low, rows, many, b.lora_out.data());
+  each_row(rows, [&](size_t r) { kernels.add_scaled(b.lora_out.data() + r * out, scale, up.rows, y + r * width); });
+}
+
+void Engine::adapt(const Matrix& w, const std::vector<Segment>& segments, const float* x, size_t stride, int from, int rows, bool many, float* y, size_t width) {
+  for (const Segment& s : segments) {
+    if (!s.state->lora) continue;
+    const int first = std::max(s.start, from), last = std::min(s.start + s.length, from + rows);
+    const auto found = s.state->lora->parts.find(&w);
+    if (first >= last || found == s.state->lora->parts.end()) continue;
+    const size_t at = static_cast<size_t>(first - from);
+    for (const Lora::Part& part : found->second) add_low_rank(part.down, part.up, part.scale, x + at * stride, stride, last - first, many, y + at * width + part.column, width);
+  }
+}
+
 void Engine::norm_rows(const float* x, const std::vector<float>& weight, int rows, int n, float* y) {
   each_row(rows, [&](size_t r) {
     const float* from = x + r * static_cast<size_t>(n);
@@ -417,6 +467,7 @@ void Engine::run(const std::vector<Segment>& segments, const int32_t* tokens, in
     if (layer.position >= 0) {
       shared_block(layer, segments, many);
       multiply(layer.linear, b.t.data(), hidden, rows, many, b.u.data());
+      adapt(layer.linear, segments, b.t.data(), hidden, 0, rows, many, b.u.data(), hidden);
       observe(name + ".linear", b.u.data(), rows, c.hidden_size);
       each_row(rows, [&](size_t r) { kernels.add_scaled(b.x.data() + r * hidden, 1.0f, c.hidden_size, b.u.data() + r * hidden); });
     } else {
@@ -464,28 +515,26 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
   }
   multiply(block.left, b.left.data(), h, rows, many, b.wide.data());
   each_row(rows, [&](size_t r) { kernels.add_scaled(hoisted.data() + r * width, b.scale[r], static_cast<int>(width), b.wide.data() + r * width); });
-  if (c.use_shared_attention_adapter) {
+  const bool adapted = std::any_of(segments.begin(), segments.end(), [&](const Segment& s) { return s.state->lora && s.state->lora->parts.contains(&block.left); });
+  if (c.use_shared_attention_adapter || adapted) {  // these see the whole of the normed [x, x0]
     b.f.resize(n * 2 * h);
-    for (int r = 0; r < rows; ++r) {
-      float* u = b.f.data() + static_cast<size_t>(r) * 2 * h;
-      std::memcpy(u, b.left.data() + static_cast<size_t>(r) * h, sizeof(float) * h);
-      kernels.scale_by(b.x0.data() + static_cast<size_t>(r) * h, block.norm.data() + hidden, b.scale[static_cast<size_t>(r)], hidden, u + h);
-    }
+    each_row(rows, [&](size_t r) {
+      float* u = b.f.data() + r * 2 * h;
+      std::memcpy(u, b.left.data() + r * h, sizeof(float) * h);
+      kernels.scale_by(b.x0.data() + r * h, block.norm.data() + hidden, b.scale[r], hidden, u + h);
+    });
     size_t offset = 0;
-    for (int part = 0; part < 3; ++part) {
+    for (int part = 0; c.use_shared_attention_adapter && part < 3; ++part) {
       const Adapter& adapter = block.qkv[part].at(layer.position);
-      b.low.resize(n * static_cast<size_t>(c.adapter_rank));
-      b.adapted.resize(n * static_cast<size_t>(adapter.up.rows));
-      multiply(adapter.down, b.f.data(), 2 * h, rows, many, b.low.data());
-      multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), rows, many, b.adapted.data());
-      for (int r = 0; r < rows; ++r)
-        kernels.add_scaled(b.adapted.data() + static_cast<size_t>(r) * adapter.up.rows, 1.0f, adapter.up.rows, b.wide.data() + static_cast<size_t>(r) * width + offset);
+      add_low_rank(adapter.down, adapter.up, 1.0f, b.f.data(), 2 * h, rows, many, b.wide.data() + offset, width);
       offset += static_cast<size_t>(adapter.up.rows);
     }
+    adapt(block.left, segments, b.f.data(), 2 * h, 0, rows, many, b.wide.data(), width);
   }
   attention(layer, segments, many);
   b.o.resize(n * h);
   multiply(block.o_proj, b.mixed.data(), static_cast<size_t>(c.q_rows()), rows, many, b.o.data());
+  adapt(block.o_proj, segments, b.mixed.data(), static_cast<size_t>(c.q_rows()), 0, rows, many, b.o.data(), h);
   const std::string name = observer ? "layers." + std::to_string(layer.index) + ".shared_block" : std::string();
   observe(name + ".self_attn", b.o.data(), rows, hidden);
   b.m.resize(n * h);
@@ -503,10 +552,12 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
     const int some = std::min(slab, rows - from);
     const float* m = b.m.data() + static_cast<size_t>(from) * h;
     multiply(block.gate_up, m, h, some, many, b.projected.data());
+    adapt(block.gate_up, segments, m, h, from, some, many, b.projected.data(), 2 * inner);
     multiply(adapter.down, m, h, some, many, b.low.data());
     multiply(adapter.up, b.low.data(), static_cast<size_t>(c.adapter_rank), some, many, b.adapted.data());
     each_row(some, [&](size_t r) { kernels.geglu(b.projected.data() + r * 2 * inner, b.adapted.data() + r * 2 * inner, c.intermediate_size, b.f.data() + r * inner); });
     multiply(block.down, b.f.data(), inner, some, many, b.t.data() + static_cast<size_t>(from) * h);
+    adapt(block.down, segments, b.f.data(), inner, from, some, many, b.t.data() + static_cast<size_t>(from) * h, h);
   }
   observe(name, b.t.data(), rows, hidden);
 }
@@ -604,6 +655,7 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
   b.dt.resize(n * static_cast<size_t>(heads));
   b.mixed.resize(n * inner);
   multiply(m.in_proj, b.u.data(), static_cast<size_t>(c.hidden_size), rows, many, b.wide.data());
+  adapt(m.in_proj, segments, b.u.data(), static_cast<size_t>(c.hidden_size), 0, rows, many, b.wide.data(), in);
   each_row(rows, [&](size_t r) {
     for (size_t h = 0; h < static_cast<size_t>(heads); ++h) {
       const float x = b.wide[r * in + inner + conv_dim + h] + m.dt_bias[h];
@@ -656,6 +708,7 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
   each_row(rows, [&](size_t r) { kernels.gated_norm(b.mixed.data() + r * inner, b.wide.data() + r * in, m.norm.data(), c.d_inner, c.mamba_ngroups, kMixerEps, b.mixed.data() + r * inner); });
   b.o.resize(n * static_cast<size_t>(c.hidden_size));
   multiply(m.out_proj, b.mixed.data(), inner, rows, many, b.o.data());
+  adapt(m.out_proj, segments, b.mixed.data(), inner, 0, rows, many, b.o.data(), static_cast<size_t>(c.hidden_size));
 }
 
 }  // namespace zamba2

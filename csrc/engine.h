@@ -55,8 +55,19 @@ struct Cache {
   int length = 0;
 };
 
+// A run-time adapter (LoRA): y += scale * up(down(x)) behind some of the model's products.
+struct Lora {
+  struct Part {
+    Matrix down, up;
+    int column;  // of y, where its rows begin
+    float scale;
+  };
+  std::unordered_map<const Matrix*, std::vector<Part>> parts;
+};
+
 struct State {
   int position = 0;
+  const Lora* lora = nullptr;  // of the engine that made the state
   std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
   std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
   std::vector<Cache> caches;
@@ -96,7 +107,13 @@ class Engine {
   void set_vector(const std::string& name, const float* data, size_t count);
   void check_complete() const;
 
-  State new_state() const;
+  // A run-time adapter without parts yet; returns its number. Parts are bf16 matrices, (rank, inputs) and (outputs, rank), behind the
+  // product with the matrix of this name; the parts of q, k and v are behind "...qkv_proj.left.weight" and see the block's whole input.
+  int add_adapter();
+  void add_part(int adapter, const std::string& name, int column, int rank, int outputs, int inputs, const uint8_t* down, size_t down_bytes, const uint8_t* up, size_t up_bytes,
+                float scale);
+
+  State new_state(int adapter = -1) const;
   // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other. States are updated in place:
   // an exception leaves those of the call broken. Throws std::domain_error if a logit is not finite, std::invalid_argument
   // for calls that are too long, OutOfMemory. One thread at a time, others wait.
@@ -141,6 +158,9 @@ class Engine {
   void attention(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void mixer(const Layer& layer, const std::vector<Segment>& segments, bool many);
   void multiply(const Matrix& w, const float* x, size_t stride, int rows, bool many, float* y);
+  // Behind a product of rows [from, from + rows) of a call: what the run-time adapters of its sequences add. y: rows of `width` values.
+  void adapt(const Matrix& w, const std::vector<Segment>& segments, const float* x, size_t stride, int from, int rows, bool many, float* y, size_t width);
+  void add_low_rank(const Matrix& down, const Matrix& up, float scale, const float* x, size_t stride, int rows, bool many, float* y, size_t width);
   // f(row) for every row, by all threads where there are many rows.
   template <class F>
   void each_row(int rows, F&& f) {
@@ -161,6 +181,7 @@ class Engine {
   std::vector<float> final_norm_;
   std::vector<Layer> layers_;
   std::vector<Block> blocks_;
+  std::vector<std::unique_ptr<Lora>> loras_;
   std::unordered_map<std::string, Matrix*> matrices_;
   std::unordered_map<std::string, std::pair<std::vector<float>*, size_t>> vectors_;
   std::unordered_map<std::string, bool> seen_;

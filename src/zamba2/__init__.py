@@ -18,8 +18,8 @@ __version__ = "0.1.0"
 
 def load(
     path_or_id: str | Path = "default", *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
-    format: str | None = None, kv: str | None = None, threads: int | None = None, pin: bool | None = None, adapter: str | None = None,
-    revision: str | None = None, offline: bool = False,
+    format: str | None = None, kv: str | None = None, threads: int | None = None, pin: bool | None = None,
+    adapter: str | Path | None = None, revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """Load a model: a folder, a ``.pt`` file, a Hub id, an alias such as "2.7b-instruct", or "default", the embedded one.
 
@@ -28,7 +28,7 @@ def load(
     packed is packed into the user's cache on first use, as q4 if none is given (small models: as bf16, for this run alone).
     kv: "bf16" (the default) or "q8", for the keys and values of native. threads, pin (to processors): for native, by default
     all cores, unpinned, or what ZAMBA2_THREADS and ZAMBA2_PIN say. device, dtype ("float32", "bfloat16", "float16"): for torch.
-    adapter: no backend of this version has run-time adapters. Raises Zamba2Error.
+    adapter: folder of a LoRA adapter (peft) for the native engine, added at run time to every answer. Raises Zamba2Error.
     """
     from zamba2.api import load as load_model
 

@@ -36,12 +36,11 @@ GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # NVIDIA's, Windows' f
 
 def load(
     source: str | Path, *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
-    format: str | None = None, kv: str | None = None, threads: int | None = None, pin: bool | None = None, adapter: str | None = None,
+    format: str | None = None, kv: str | None = None, threads: int | None = None, pin: bool | None = None,
+    adapter: str | Path | None = None,
     revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """See ``zamba2.load``."""
-    if adapter is not None:
-        raise Zamba2Error(f"adapter is {adapter!r}; no backend of this version has run-time adapters: leave it out.")
     if isinstance(backend, str) and backend not in BACKENDS:
         raise Zamba2Error(f"there is no backend {backend!r}; there is {', '.join(map(repr, BACKENDS))}.")
     path = checkpoint_in(resolve(source, revision=revision, offline=offline))
@@ -56,7 +55,12 @@ def load(
         kv_format_named(kv or "bf16")
         with packed_folder(path, config, format) as packed:
             chosen = native_backend(packed, config, format, kv, threads, pin)
+        if adapter is not None:
+            chosen.load_adapter(Path(adapter), str(adapter))
+            chosen.default_adapter = str(adapter)
     else:
+        if adapter is not None:
+            raise Zamba2Error(f"adapter is {str(adapter)!r}; run-time adapters are for the native engine: leave device and dtype out.")
         if is_packed(path):
             raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
         if format is not None:

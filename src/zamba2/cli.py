@@ -49,6 +49,7 @@ DATA_SETS = (
     "ultrachat, infinity, infinity-3m, infinity-0625, infinity-gen, infinity-7m_domains, gsm8k, self-instruct, sharegpt, text, messages; "
     "or ultrafeedback, orca, openhermes, llama-factory, preferences"
 )
+Adapter = Annotated[Optional[Path], typer.Option(help="Folder of a LoRA adapter (peft) to add at run time, unmerged.")]
 System = Annotated[Optional[str], typer.Option("--system", "-s", help="System message.")]
 
 
@@ -78,6 +79,7 @@ def generate(
     dtype: Dtype = None,
     format: FormatName = None,
     kv_format: KVFormatName = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     pin: Pin = None,
     revision: Revision = None,
@@ -103,8 +105,8 @@ def generate(
         max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
     )  # fmt: skip
     where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "threads": threads, "pin": pin, "revision": revision,
-        "offline": offline,
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
+        "revision": revision, "offline": offline,
     }  # fmt: skip
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
@@ -128,6 +130,7 @@ def chat(
     dtype: Dtype = None,
     format: FormatName = None,
     kv_format: KVFormatName = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     pin: Pin = None,
     revision: Revision = None,
@@ -149,8 +152,8 @@ def chat(
         max_tokens=max_tokens, stop=stop,
     )  # fmt: skip
     where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "threads": threads, "pin": pin, "revision": revision,
-        "offline": offline,
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
+        "revision": revision, "offline": offline,
     }  # fmt: skip
     main(model, where, system, options)
 

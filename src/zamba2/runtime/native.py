@@ -19,7 +19,8 @@ from zamba2.runtime.backend import Logits, Row, State, check_row
 from zamba2.runtime.processors import MOST_THREADS, default_threads, processors_for
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.files import TensorFile
-from zamba2.weights.formats import Format, KVFormat, kv_format_named
+from zamba2.weights.formats import FORMATS, Format, KVFormat, kv_format_named, pack
+from zamba2.weights.lora import read_lora
 from zamba2.weights.packed import Packing, open_packed
 
 __all__ = ["NativeBackend", "NativeState"]
@@ -47,10 +48,8 @@ class NativeLogits:
 class NativeState:
     """One sequence's state in the engine; see ``backend.State``. Copies share memory until one of them goes on."""
 
-    adapter: str | None = None
-
-    def __init__(self, backend: NativeBackend, inner: Any) -> None:
-        self.backend, self.inner = backend, inner
+    def __init__(self, backend: NativeBackend, inner: Any, adapter: str | None = None) -> None:
+        self.backend, self.inner, self.adapter = backend, inner, adapter
         self.before: tuple[Any, npt.NDArray[np.int32]] | None = None  # state before the last recorded call, and its tokens
 
     @property
@@ -62,7 +61,7 @@ class NativeState:
         return int(self.inner.nbytes)
 
     def copy(self) -> NativeState:
-        return NativeState(self.backend, self.inner.copy())
+        return NativeState(self.backend, self.inner.copy(), self.adapter)
 
     def keep(self, n: int) -> None:
         if self.before is None or not 0 <= n <= len(self.before[1]):
@@ -88,10 +87,10 @@ class NativeState:
         entries = [
             (name, dtype, (size,), lambda data=data: [data.reshape(-1).view(np.uint8).data]) for name, dtype, size, data in tensors if size
         ]
-        write_state(path, entries, position=self.position, model=backend.fingerprint, note=note)
+        write_state(path, entries, position=self.position, model=backend.identity(self.adapter), note=note)
 
     def load(self, path: Path) -> str:
-        file, position, note = open_state(path, self.backend.fingerprint)
+        file, position, note = open_state(path, self.backend.identity(self.adapter))
         self.inner, self.before = self._read(path, file, position), None
         return note
 
@@ -101,8 +100,9 @@ class NativeState:
 
     def _read(self, path: Path, file: TensorFile, position: int) -> Any:
         engine, config = self.backend.engine, self.backend.config
+        number = self.backend.adapter_number(self.adapter)
         if position == 0:
-            return engine.new_state()
+            return engine.new_state(number)
         caches = list(self._kv_tensors(position))
         sizes = [("conv", "F32", config.conv_state_bytes() // 4), ("ssm", "F32", config.ssm_state_bytes // 4), *caches]
         if set(file.entries) != {name for name, _, _ in sizes}:
@@ -118,7 +118,8 @@ class NativeState:
                 raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
             arrays[name] = array
         try:
-            return engine.import_state(position, arrays["conv"], arrays["ssm"], [arrays[name].view(np.uint8) for name, _, _ in caches])
+            parts = [arrays[name].view(np.uint8) for name, _, _ in caches]
+            return engine.import_state(position, arrays["conv"], arrays["ssm"], parts, number)
         except MemoryError:
             needed = sum(array.nbytes for array in arrays.values())
             raise Zamba2Error(f"{path}: there is not enough memory for the state; {needed} bytes are needed.") from None
@@ -155,6 +156,8 @@ class NativeBackend:
             needed = sum(4 * part.count for part in plan if not part.is_matrix)
             raise Zamba2Error(f"{path}: there is not enough memory to start; {needed} bytes are needed beside the mapped file.") from None
         self.fingerprint = fingerprint(self._file, config, self.packing, self.kv)
+        self._adapters: dict[str, tuple[int, str]] = {}  # name -> number in the engine, and a hash of its weights
+        self.default_adapter: str | None = None  # of states for which none is named
 
     @property
     def format(self) -> Format:
@@ -172,9 +175,35 @@ class NativeBackend:
         return str(self.engine.isa)
 
     def new_state(self, *, adapter: str | None = None) -> NativeState:
-        if adapter is not None:
-            raise Zamba2Error(f"no adapter called {adapter!r} is loaded.")
-        return NativeState(self, self.engine.new_state())
+        adapter = adapter or self.default_adapter
+        return NativeState(self, self.engine.new_state(self.adapter_number(adapter)), adapter)
+
+    def load_adapter(self, folder: Path, name: str) -> None:
+        """Make a peft adapter available to states under a name; nothing is merged, and other states do not see it. Raises Zamba2Error."""
+        if name in self._adapters:
+            raise Zamba2Error(f"an adapter called {name!r} is loaded already; give another name.")
+        parts, packing, digest = read_lora(folder, self.config), FORMATS["bf16"], hashlib.sha256()
+        number = self.engine.add_adapter()
+        for part in parts:
+            (outputs, rank), inputs = part.up.shape, part.down.shape[1]
+            product, column = behind(part.name, self.config)
+            down, up = (aligned(pack(values, packing)) for values in (part.down, part.up))
+            digest.update(part.name.encode() + down.tobytes() + up.tobytes() + np.float64(part.scale).tobytes())
+            self.engine.add_part(number, product, column, rank, outputs, inputs, down, up, part.scale)
+        self._adapters[name] = (number, digest.hexdigest())
+
+    def adapter_number(self, name: str | None) -> int:
+        """An adapter's number in the engine, -1 for none. Raises Zamba2Error for one that is not loaded."""
+        if name is None:
+            return -1
+        if name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise Zamba2Error(f"no adapter called {name!r} is loaded; there is {known}.")
+        return self._adapters[name][0]
+
+    def identity(self, adapter: str | None) -> str:
+        """Of the model and an adapter: states continue only where both are the same."""
+        return self.fingerprint if adapter is None else f"{self.fingerprint}+{self._adapters[adapter][1]}"
 
     def forward(self, rows: Sequence[Row]) -> list[Logits]:
         states = [self._own(row.state) for row in rows]
@@ -231,6 +260,23 @@ class NativeBackend:
         if not isinstance(state, NativeState) or state.backend is not self:
             raise ValueError("the state belongs to another backend")
         return state
+
+
+def behind(module: str, config: Config) -> tuple[str, int]:
+    """The engine's matrix behind whose product a module's adapter adds, and the first of the output's columns that it adds to."""
+    owner, _, part = module.rpartition(".")
+    if part in ("q_proj", "k_proj", "v_proj"):
+        column = {"q": 0, "k": config.attention_hidden_size, "v": config.attention_hidden_size + config.kv_dim}[part[0]]
+        return f"{owner}.qkv_proj.left.weight", column
+    return f"{module}.weight", 0
+
+
+def aligned(data: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A copy that begins where the kernels load from, at a multiple of 64 bytes."""
+    room = np.empty(data.size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    room[start : start + data.size] = data.reshape(-1)
+    return room[start : start + data.size]
 
 
 def border_in(position: int, length: int) -> bool:
