@@ -68,7 +68,8 @@ def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
-    assert COMMANDS == ["generate", "chat", "info", "download", "quantize", "bench", "train preview"]
+    train = ["train preview", "train sft", "train dpo", "train demo"]
+    assert COMMANDS == ["generate", "chat", "info", "download", "quantize", "bench", *train]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

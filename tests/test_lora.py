@@ -203,5 +203,5 @@ def test_bad_adapters_are_named(folder, tmp_path, name):
 
 def test_an_adapter_of_another_model_is_refused(folder):
     """Sizes that do not fit the model are an error that says so."""
-    with pytest.raises(Zamba2Error, match="another model|no layer of this model"):
+    with pytest.raises(Zamba2Error, match=r"another model|no layer of this model"):
         backend(folder("2.7b")).load_adapter(folder("7b") / "adapter", "a")

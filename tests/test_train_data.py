@@ -107,6 +107,8 @@ def rows(draw: st.DrawFn, name: str) -> tuple[dict[str, Any], dict[str, Messages
             return {**about, "conversations": sharegpt(messages)}, {"messages": messages}
         if name == "sharegpt":
             return {"id": "identity_0", "conversations": sharegpt(messages)}, {"messages": messages}
+        if name == "text":
+            return {"text": question}, {"text": question}
         if name == "gsm8k":
             note = draw(st.sampled_from(["", "<<2*3=6>>"]))
             answer = answer.replace("<", "(")
@@ -900,3 +902,13 @@ def test_examples_carry_their_tokens(tmp_path: Path, default: Tokenizer) -> None
     assert without.place == f"{path}, line 1"
     (pair,) = Reader(part("preferences", write(tmp_path / "b.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "d"}])), default)
     assert isinstance(pair.masked, MaskedPair)
+
+
+def test_texts_are_targets_throughout(default: Tokenizer, tmp_path: Path) -> None:
+    """A plain text becomes the ids of a base model's prompt and an end token, all of them targets; the same text twice is dropped once."""
+    file = write(tmp_path / "t.jsonl", [{"text": "One day."}, {"text": "one  DAY."}, {"text": "<|im_end|>"}])
+    reader = Reader(part("text", file), default, Filters(), Prompts())
+    (example,) = list(reader)
+    assert isinstance(example.masked, Masked) and example.data == {"text": "One day."}
+    assert example.masked.ids.tolist() == [*default.encode("One day."), default.eos_token_ids[0]] and example.masked.loss.all()
+    assert reader.tally.dropped == {"prompt seen before": 1, "special token in a message": 1}

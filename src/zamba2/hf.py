@@ -129,12 +129,16 @@ class Backbone(Zamba2):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Zamba2Cache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-        seq_idx: Tensor | None = None, **packed: Any,
-    ) -> BaseModelOutputWithPast:  # fmt: skip
+        seq_idx: Tensor | None = None, output_attentions: bool | None = None, output_hidden_states: bool | None = None,
+        return_dict: bool | None = None, **packed: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """The normalized hidden states (b, T, H); arguments and errors as in ``Zamba2ForCausalLM.forward``.
 
         use_cache: by default, in inference and where rows are not packed.
         """
+        for name, wanted in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
+            if wanted:
+                raise ValueError(f"{name} is not available in zamba2.hf; leave it out")
         for name in packed.keys() - PACKED_OPTIONS:
             raise TypeError(f"forward got an unexpected keyword argument {name!r}")
         given = input_ids if inputs_embeds is None else inputs_embeds
@@ -164,7 +168,8 @@ class Backbone(Zamba2):
         x = self.hidden_states(input_ids, inputs_embeds=inputs_embeds, state=state, attention_mask=attention_mask, seq_idx=seq_idx)
         if cache is not None and state is not None:
             cache.state = state
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache if use_cache else None)
+        output = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache if use_cache else None)
+        return output.to_tuple() if return_dict is False else output
 
 
 class TiedHead(nn.Module):

@@ -85,7 +85,8 @@ def build(folder: Path, *, sizes: Sizes | None = None, changes: Sequence[str] = 
             begun = time.monotonic()
             source = {"pretrain": "base/config.json", "sft": "pretrain/model", "dpo": "sft/model"}[stage]
             data = {"pretrain": "text:{}/pretrain.jsonl", "sft": "messages:{}/sft.jsonl", "dpo": "preferences:{}/pairs.jsonl"}[stage]
-            own = [f"model={folder / source}", f"out={out}", f"data=[{json.dumps(data.format(folder / 'data'))}]"]
+            held_out = {"pretrain": sizes.documents, "sft": sizes.conversations, "dpo": sizes.prompts}[stage] // 200 or 1
+            own = [f"model={folder / source}", f"out={out}", f"data=[{json.dumps(data.format(folder / 'data'))}]", f"held_out={held_out}"]
             run(read_recipe(f"demo-{stage}", [*own, *changes]), resume=bool(checkpoints(out)))
             seconds[stage] = time.monotonic() - begun
     report = write_report(folder, sizes, seconds | {"all": time.monotonic() - started}, say)
@@ -115,7 +116,7 @@ def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
 
 
 def write_pairs(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
-    """pairs.jsonl: for prompts that the SFT model answers now rightly, now wrongly, one answer of each kind."""
+    """pairs.jsonl: a right and a wrong answer of the SFT model's to each prompt; where none is right, the generator's."""
     asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
     rng = random.Random(seed)
     model = load(packed(folder, "sft", "bf16"))
@@ -124,7 +125,8 @@ def write_pairs(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
     for task, given in zip(asked, zip(*sampled, strict=True), strict=True):
         told = [(text, passes(task.check, text)) for text in dict.fromkeys(given) if text.strip()]
         good, bad = ([text for text, right in told if right is wanted] for wanted in (True, False))
-        if good and bad:
+        if bad:
+            good = good or [task.messages[-1]["content"]]
             rows.append({"prompt": task.messages[:-1], "chosen": rng.choice(good), "rejected": rng.choice(bad)})
     write_lines(folder / "data" / "pairs.jsonl", rows)
 
