@@ -91,7 +91,7 @@ def main() -> None:
     result |= {
         "speed_ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
         "memory_ratio": ours["peak_rss_bytes"] / theirs["peak_rss_bytes"],
-        "parameters": SHAPE.num_parameters, "tokens": LENGTH, "torch": version("torch"), "transformers": version("transformers"),
+        "parameters": SHAPE.num_parameters, "tokens": LENGTH, "versions": {name: version(name) for name in ("torch", "transformers")},
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
     }  # fmt: skip
     print(f"{SHAPE.num_parameters / 1e6:.0f} M parameters, one step of {LENGTH} tokens, fp32 weights, bf16 autocast:")

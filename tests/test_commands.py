@@ -68,8 +68,8 @@ def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
-    train = ["train preview", "train sft", "train dpo", "train demo"]
-    assert COMMANDS == ["generate", "chat", "info", "download", "quantize", "bench", *train]
+    training = ["train preview", "train sft", "train dpo", "train demo"]
+    assert [*COMMANDS] == ["generate", "chat", "info", "download", "quantize", "bench", *training]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -602,3 +602,53 @@ def test_two_processes_with_fsdp_train_as_one(tmp_path):
     engine = zamba2.load(folder, format="bf16").backend
     (logits,) = engine.forward([Row(ids[0].int().numpy(), engine.new_state())])
     assert (torch.from_numpy(logits.numpy()[0]) - expected).norm() <= 1.5 * (rounded - expected).norm()
+
+
+def test_training_keeps_little(monkeypatch, tokenizer):
+    """What lies between projections is computed again by the backward pass: gradients to the bit, about half of the bytes kept."""
+    from zamba2.model import model as zamba
+
+    def kept(model, ids):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        model.zero_grad()
+        loss.backward()
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(n for place, n in sizes.items() if place not in own), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    ids = torch.randint(3, 1000, (1, 300), generator=torch.Generator().manual_seed(0))
+    model = fresh_model()
+    little, gradients = kept(model, ids)
+    monkeypatch.setattr(zamba, "again_in_backward", lambda f, *arguments: f(*arguments))
+    much, expected = kept(model, ids)
+    assert little < 0.55 * much
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+DUMMY = "sft/fastchat_dummy_conversation.json"
+
+
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [
+        ("sft", ["gsm8k:sft/gsm8k_train.jsonl", "self-instruct:sft/self_instruct_seed_tasks.jsonl", f"sharegpt:{DUMMY}"]),
+        ("dpo", ["llama-factory:pref/llamafactory_dpo_en_demo.json"]),
+    ],
+)
+def test_real_sets_train(tmp_path, stage, data):
+    """The real rows of the shared data run through both stages, and are reported by set."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there; it holds the real data sets")
+    parts = [part.replace(":", f":{SHARED}/") for part in data]
+    wanted = recipe(tmp_path, stage, data=parts, examples=40, until="all", max_tokens=1024, steps=3, batch_size=2, device_batch_size=2)
+    module.run(wanted)
+    report = json.loads((wanted.out / "data.json").read_text())
+    assert [found["set"] for found in report["sets"]] == parts and all(found["kept"] for found in report["sets"])
+    assert len(losses(wanted.out)) == 3 and all(map(math.isfinite, losses(wanted.out)))

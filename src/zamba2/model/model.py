@@ -18,12 +18,15 @@ of transformers, and the Mamba2 paper (Dao & Gu 2024).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from zamba2.config import Config, Layer
 from zamba2.model import ops as _ops
@@ -31,6 +34,8 @@ from zamba2.model.ops.reference import wide
 from zamba2.model.state import LayerRecord, ModelState
 
 __all__ = ["Mamba2", "SharedBlock", "Zamba2"]
+
+T = TypeVar("T")
 
 
 class Linear(nn.Linear):
@@ -48,6 +53,14 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
         return torch.mv(weight, x.reshape(-1)).reshape(*x.shape[:-1], -1)
     return F.linear(x, weight)
+
+
+def again_in_backward(f: Callable[..., T], *arguments: Tensor) -> T:
+    """f(*arguments); with gradients, f's inside is not kept but computed again by the backward pass: little arithmetic, much memory."""
+    if not torch.is_grad_enabled():
+        return f(*arguments)
+    out: T = checkpoint(f, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return out
 
 
 class RMSNorm(nn.Module):
@@ -163,7 +176,7 @@ class MLP(nn.Module):
 
     def forward(self, m: Tensor, position: int, ops: _ops.Ops) -> Tensor:
         adapter = self.gate_up_proj_adapter_list[str(position)]
-        out: Tensor = self.down_proj(ops.geglu(self.gate_up_proj(m), adapter(m)))
+        out: Tensor = self.down_proj(again_in_backward(ops.geglu, self.gate_up_proj(m), adapter(m)))
         return out
 
 
@@ -235,18 +248,27 @@ class Mamba2(nn.Module):
         )
         return y.flatten(-2), conv, S
 
+    def between(
+        self, z: Tensor, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
+        seq_idx: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """All between the two projections. z: (b, T, d_inner); the rest as in ``recur``. Returns (b, T, d_inner) and the states."""
+        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx)
+        groups = self.config.mamba_ngroups
+        return ops.rms_norm(y, self.norm.weight, 1e-5, gate=z, groups=groups), conv, S  # not rms_norm_eps (FACTS 2)
+
     def forward(self, u: Tensor, layer: Layer, context: Context, ops: _ops.Ops) -> Tensor:
         config, state = self.config, context.state
         if context.real is not None:
             u = u * context.real
         z, xBC, dt = self.in_proj(u).split([config.d_inner, config.conv_dim, config.n_mamba_heads], dim=-1)
         before = (None, None) if state is None else (state.conv[layer.index], state.ssm[layer.index])
-        y, conv, S = self.recur(xBC, dt, *before, context.real, ops, context.seq_idx)
+        between = partial(self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx)
+        gated, conv, S = again_in_backward(between, z, xBC, dt) if state is None else between(z, xBC, dt)
         if state is not None:
             state.conv[layer.index], state.ssm[layer.index] = conv, S
         if context.records is not None:
             context.records.append(LayerRecord(*before, xBC, dt, context.real))
-        gated = ops.rms_norm(y, self.norm.weight, 1e-5, gate=z, groups=config.mamba_ngroups)  # not rms_norm_eps (FACTS 2)
         out: Tensor = self.out_proj(gated)
         return out
 
