@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -14,7 +15,8 @@ class FakeHub:
     """Serves ``repositories``: Hub id -> revision name -> folder. Use as a context manager.
 
     ``gated``: ids whose files need ``token``. ``drop``: file names whose first download breaks off half-way.
-    ``answer``: status code given to every request instead. ``silent``: never answer. ``requests``: "METHOD /path" seen so far.
+    ``uploads``: what was committed, by id and file. ``answer``: status code given to every request instead.
+    ``silent``: never answer. ``requests``: "METHOD /path" seen so far.
     """
 
     def __init__(self, repositories: dict[str, dict[str, Path]]) -> None:
@@ -26,6 +28,7 @@ class FakeHub:
         self.silent = False
         self.requests: list[str] = []
         self.ranges: list[str] = []
+        self.uploads: dict[str, dict[str, bytes]] = {}
         self.closing = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -58,6 +61,29 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.respond()
+
+    def do_POST(self) -> None:
+        """Uploads: a repository is made, told to take every file as it is, and given a commit of them."""
+        hub, body = self.hub, self.rfile.read(int(self.headers["Content-Length"]))
+        hub.requests.append(f"POST {self.path}")
+        if hub.answer is not None or self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self.refuse(hub.answer or 401)
+        elif self.path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+            hub.uploads.setdefault(name, {})
+            self.send_json({"url": f"{hub.url}/{name}", "name": name})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self.send_json({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]})
+        elif "/commit/" in self.path:
+            owner, name = self.path.split("/")[3:5]
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    hub.uploads[f"{owner}/{name}"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.send_json({"commitUrl": f"{hub.url}/{owner}/{name}/commit/1", "commitOid": "1" * 40})
+        else:
+            self.send_json({"valid": True})
 
     def respond(self) -> None:
         hub = self.hub

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -652,3 +653,46 @@ def test_real_sets_train(tmp_path, stage, data):
     report = json.loads((wanted.out / "data.json").read_text())
     assert [found["set"] for found in report["sets"]] == parts and all(found["kept"] for found in report["sets"])
     assert len(losses(wanted.out)) == 3 and all(map(math.isfinite, losses(wanted.out)))
+
+
+def test_results_are_packed_described_and_uploaded(tmp_path):
+    """`pack` writes what the engine loads, the card tells of data and settings, `push_to` puts it on the Hub or says why not."""
+    from fake_hub import FakeHub
+
+    wanted = recipe(tmp_path, steps=1, pack=["q8"], push_to="me/mini", data=["messages:" + str(write_chats(tmp_path / "chats.jsonl"))])
+    (tmp_path / "r.yaml").write_text(wanted.to_yaml())
+    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
+    with FakeHub({}) as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and f"uploaded to {hub.url}/me/mini" in done.stderr, done.stderr
+        folder = wanted.out / "model"
+        assert hub.uploads["me/mini"] == {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.answer = 403
+        done = subprocess.run([*command, f"out={tmp_path / 'two'}"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 2 and "is complete, but was not uploaded: The Hub refused access to me/mini" in done.stderr
+        assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: zamba2\n") and "| learning_rate | 0.001 |" in card and "| 64 | 64 | 0 |" in card
+    assert zamba2.load(wanted.out / "model-q8").backend.format.name == "q8"
+
+
+def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
+    """A process killed without warning leaves complete checkpoints; resumed, it ends with the weights of a run that was left alone."""
+    through = recipe(tmp_path, steps=12, save_every=1, out=tmp_path / "through")
+    wanted = weights(module.run(through))
+    (tmp_path / "r.yaml").write_text(recipe(tmp_path, steps=12, save_every=1, out=tmp_path / "cut").to_yaml())
+    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any(module.checkpoints(tmp_path / "cut")[1:]) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    last = module.checkpoints(tmp_path / "cut")[-1]
+    assert not (tmp_path / "cut" / "model").exists() and 1 < int(last.name[11:]) < 12
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = weights(tmp_path / "cut" / "model")
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)

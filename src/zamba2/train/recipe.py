@@ -78,6 +78,10 @@ class Recipe(Strict):
     device: str | None = Field(None, description="cpu, cuda, mps; by default a GPU if there is one")
     lora: Lora | None = Field(None, description="train adapters; without, all weights are trained")
 
+    pack: tuple[Literal["bf16", "q8", "q4"], ...] = Field((), description="also write the result in these formats of the native engine")
+    push_to: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$", description="Hub repository to upload the result to, as owner/name")
+    private: bool = Field(True, description="whether a repository that push_to makes is private")
+
     log_every: Count = 10
     save_every: Count = Field(500, description="steps between checkpoints")
     keep: Count = Field(2, description="checkpoints to keep")

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,15 @@ from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.torch import device_of
 from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.card import model_card
 from zamba2.train.packing import collate_packed
 from zamba2.train.prepare import Prepared, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import Recipe
 from zamba2.weights.files import replacing
-from zamba2.weights.hub import resolve
+from zamba2.weights.formats import format_named
+from zamba2.weights.hub import resolve, upload
+from zamba2.weights.packed import is_packed, quantize
 
 __all__ = ["checkpoints", "make_trainer", "run"]
 
@@ -83,8 +87,21 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
         folder = export(recipe, trainer, source)
     if processes.is_main_process:
         progress.plot(recipe.out)
+        finish(recipe, prepared.report, folder)
     processes.wait_for_everyone()
     return folder
+
+
+def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
+    """The result's card, its packed copies, and its way to the Hub. Raises Zamba2Error."""
+    with replacing(folder / "README.md") as place:
+        place.write_text(model_card(recipe, report, _versions(), recipe.out / "metrics.jsonl"), encoding="utf-8")
+    for name in recipe.pack:
+        target = recipe.out / f"model-{name}"
+        if not is_packed(target):
+            quantize(folder, target, format_named(name))
+    if recipe.push_to is not None:
+        notice(f"uploaded to {upload(folder, recipe.push_to, private=recipe.private)}")
 
 
 def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
@@ -276,6 +293,8 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def _check_folder(recipe: Recipe, resume: bool, *, others: bool) -> None:
     """Raises Zamba2Error if the run's folder holds another run, or nothing to resume. others: than the main process, which has looked."""
     out, before = recipe.out, recipe.out / "recipe.yaml"
+    if recipe.tracker != "none" and find_spec(recipe.tracker) is None:
+        raise Zamba2Error(f"tracker is {recipe.tracker}, which is not installed; `pip install {recipe.tracker}`, or set tracker=none.")
     if others:
         return
     if resume:
@@ -289,16 +308,19 @@ def _check_folder(recipe: Recipe, resume: bool, *, others: bool) -> None:
 
 
 def _write_facts(recipe: Recipe, prepared: Prepared) -> None:
-    versions = {name: version(name) for name in LIBRARIES}
     machine = {"python": platform.python_version(), "machine": platform.platform(), "processors": os.cpu_count()}
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     for name, text in (
         ("recipe.yaml", recipe.to_yaml()),
         ("data.json", json.dumps(prepared.report, indent=1)),
-        ("versions.json", json.dumps(versions | machine | {"command": sys.argv, "started": started}, indent=1)),
+        ("versions.json", json.dumps(_versions() | machine | {"command": sys.argv, "started": started}, indent=1)),
     ):
         with replacing(recipe.out / name) as place:
             place.write_text(text, encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
 
 
 @contextmanager

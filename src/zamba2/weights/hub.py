@@ -14,7 +14,7 @@ from typing import Any
 
 from zamba2.errors import Zamba2Error, notice
 
-__all__ = ["ALIASES", "DEFAULT", "cache_folder", "resolve"]
+__all__ = ["ALIASES", "DEFAULT", "cache_folder", "resolve", "upload"]
 
 DEFAULT = Path(__file__).resolve().parent.parent / "default"  # the tiny random model inside the package
 
@@ -122,6 +122,20 @@ def _download(repository: str, revision: str | None, offline: bool, weights: boo
     if weights and not any(folder.glob("*.safetensors")):
         raise Zamba2Error(f"{repository} has no *.safetensors file in {folder}; a repository with weights in safetensors is needed.")
     return folder
+
+
+def upload(folder: Path, repository: str, *, private: bool = True) -> str:
+    """Put a folder's files into a model repository of the Hub, made if need be; returns its address. Raises Zamba2Error."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by zamba2")
+    except Exception as error:  # as above
+        reason = _explain(error, repository, None).replace("cannot be downloaded from", "cannot be uploaded to")
+        raise Zamba2Error(f"{folder} is complete, but was not uploaded: {reason}") from error
+    return f"{constants.ENDPOINT}/{repository}"
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> str:

@@ -1,0 +1,70 @@
+"""The model card of a training run, from what the run's folder holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zamba2.train.data import Part
+from zamba2.train.recipe import Recipe
+
+__all__ = ["model_card"]
+
+STAGES = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
+SHOWN = (
+    "learning_rate", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm", "batch_size", "epochs", "steps", "max_tokens",
+    "packing", "precision", "seed",
+)  # fmt: skip
+
+
+def model_card(recipe: Recipe, report: Mapping[str, Any], versions: Mapping[str, str], metrics: Path) -> str:
+    """README.md in the Hub's form. report: of ``prepare``; versions: by library; metrics: metrics.jsonl, for the last losses."""
+    hubs = [hub for hub in (Part.parse(written).source.hub for written in recipe.data if ":" not in written) if hub]
+    from_config = recipe.model.endswith(".json")
+    head: dict[str, Any] = {"library_name": "zamba2", "pipeline_tag": "text-generation", "tags": ["zamba2", recipe.stage, "trl"]}
+    head |= {} if from_config or Path(recipe.model).exists() else {"base_model": recipe.model}
+    head |= {"datasets": hubs} if hubs else {}
+    start = f"new weights of the shape in `{recipe.model}`" if from_config else f"`{recipe.model}`"
+    fields = recipe.model_dump(mode="json")
+    settings = {name: fields[name] for name in SHOWN} | ({} if recipe.stage == "sft" else {name: fields[name] for name in ("beta", "loss")})
+    settings |= {f"lora.{name}": value for name, value in (fields["lora"] or {}).items()}
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    names = ("loss", "eval_loss", "rewards/accuracies")
+    last = {name: next((line[name] for line in reversed(lines) if name in line), None) for name in names}
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+            "",
+            f"# {recipe.out.name}",
+            "",
+            f"Zamba2, {STAGES[recipe.stage]} of {start}{' with LoRA, merged' if recipe.lora else ''}, by `zamba2 train {recipe.stage}`.",
+            "",
+            "## Data",
+            "",
+            "| set | weight | read | kept | dropped | tokens | trained on |",
+            "|---|---|---|---|---|---|---|",
+            *(
+                f"| {found['set']} | {found['weight']:g} | {found['read']:,} | {found['kept']:,} | {found['read'] - found['kept']:,} "
+                f"| {found['tokens']:,} | {found['trained']:,} |"
+                for found in report["sets"]
+            ),
+            "",
+            "## Training",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in settings.items() if value is not None),
+            *(f"| last {name} | {value:.4f} |" for name, value in last.items() if isinstance(value, float)),
+            "",
+            f"With {', '.join(f'{name} {number}' for name, number in versions.items())}.",
+            "",
+            "## Use",
+            "",
+            "    zamba2 chat --model THIS_REPOSITORY",
+            "",
+        ]
+    )
