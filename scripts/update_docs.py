@@ -93,6 +93,17 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def training_table(data: dict[str, Any]) -> str:
+    """README's comparison of a training step with transformers."""
+    sides = [data[name] for name in ("zamba2", "transformers")]
+    head = f"one training step, {data['parameters'] / 1e6:.0f} M parameters, {data['tokens']:,} tokens, two CPU cores"
+    lines = [f"| {head} | zamba2 | transformers {data['versions']['transformers']} |", "|---|---|---|"]
+    lines.append("| tokens/s | " + " | ".join(f"{side['tokens_per_second']:.0f}" for side in sides) + " |")
+    lines.append("| peak memory, GB | " + " | ".join(f"{side['peak_rss_bytes'] / 1e9:.1f}" for side in sides) + " |")
+    lines.append(f"\n{data['machine']}; fp32 weights, bf16 autocast, AdamW; made by `python scripts/train_speed.py`, medians of {len(sides[0]['runs'])}.")
+    return "\n".join(lines)
+
+
 def quality_table(data: dict[str, Any]) -> str:
     """README's table of what rounding costs."""
     models = data["models"]
@@ -118,7 +129,7 @@ def generated() -> dict[Path, str]:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     measured = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in MEASUREMENTS.glob("*.json")}
     runs = [native_table(data) for name, data in sorted(measured.items()) if name.startswith("bench_")]
-    speed = "\n\n".join([*runs, STAND_IN, table(measured["true_shape"])])
+    speed = "\n\n".join([*runs, STAND_IN, table(measured["true_shape"]), training_table(measured["train_speed"])])
     for begin, text in ((BEGIN, speed), (BEGIN_QUALITY, quality_table(measured["quality"]))):
         before, rest = readme.split(begin, 1)
         readme = f"{before}{begin}\n{text}\n{END}{rest.split(END, 1)[1]}"
