@@ -100,7 +100,8 @@ def training_table(data: dict[str, Any]) -> str:
     lines = [f"| {head} | zamba2 | transformers {data['versions']['transformers']} |", "|---|---|---|"]
     lines.append("| tokens/s | " + " | ".join(f"{side['tokens_per_second']:.0f}" for side in sides) + " |")
     lines.append("| peak memory, GB | " + " | ".join(f"{side['peak_rss_bytes'] / 1e9:.1f}" for side in sides) + " |")
-    lines.append(f"\n{data['machine']}; fp32 weights, bf16 autocast, AdamW; made by `python scripts/train_speed.py`, medians of {len(sides[0]['runs'])}.")
+    rounds = len(sides[0]["runs"])
+    lines.append(f"\n{data['machine']}; fp32 weights, bf16 autocast, AdamW; made by `python scripts/train_speed.py`, medians of {rounds}.")
     return "\n".join(lines)
 
 
