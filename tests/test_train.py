@@ -341,10 +341,14 @@ def test_resuming_changes_nothing(tmp_path, stage):
 
 
 def test_checkpointing_and_bf16_train(tmp_path):
-    """Activation checkpointing leaves the trajectory as it is; bf16 products stay near it."""
+    """Activation checkpointing leaves the trajectory as it is; bf16 products, and adapters on bf16 weights, stay near it."""
     plain = recipe(tmp_path, out=tmp_path / "plain")
     module.run(plain)
-    for name, fields, near in (("again", {"checkpointing": True}, 1e-5), ("mixed", {"precision": "bf16-mixed"}, 0.02)):
+    lora = {"precision": "bf16", "lora": {}}
+    for name, fields, near in (
+        ("again", {"checkpointing": True}, 1e-5), ("mixed", {"precision": "bf16-mixed"}, 0.02), ("lora", lora, 0.1),
+        ("lora again", lora | {"checkpointing": True}, 0.1),
+    ):  # fmt: skip
         other = recipe(tmp_path, out=tmp_path / name, **fields)
         module.run(other)
         assert losses(other.out) == pytest.approx(losses(plain.out), rel=near)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zamba2.config import Config
-from zamba2.errors import Zamba2Error, notice
+from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, mix
 from zamba2.train.masks import Masked
@@ -81,7 +82,9 @@ def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show:
     prepare_libraries()
     from zamba2.train.run import run
 
-    print(run(wanted, resume=resume))
+    folder = run(wanted, resume=resume)
+    if os.environ.get("RANK", "0") == "0":  # several processes are one run
+        print(folder)
 
 
 def demonstration(out: Path, changes: Sequence[str], *, small: float) -> None:
@@ -91,7 +94,7 @@ def demonstration(out: Path, changes: Sequence[str], *, small: float) -> None:
     from zamba2.train.demo import Sizes, build
 
     sizes = Sizes(**{name: max(8, round(size * small)) for name, size in asdict(Sizes()).items()})
-    print(build(out, sizes=sizes, changes=changes, say=lambda line: notice(line, once=False)))
+    print(build(out, sizes=sizes, changes=changes, say=lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 def prepare_libraries() -> None:

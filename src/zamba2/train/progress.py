@@ -84,10 +84,15 @@ class Progress:
         self._started = self._logged = time.monotonic()
         self._tokens = 0.0
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the terminal back, whatever happened."""
+        self._bar.stop()
+
     def step(self, step: int) -> None:
         self._bar.update(self._task, completed=step, description=self._text)
-        if self._bar.finished:
-            self._bar.stop()
 
     def log(self, folder: Path, step: int, numbers: Mapping[str, float]) -> None:
         """One line of metrics.jsonl: what the trainer logged, tokens per second since the last one, and memory."""
@@ -100,6 +105,8 @@ class Progress:
         with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else str(v) for k, v in line.items()}) + "\n")
         shown = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
+        if not shown:  # the trainer's own summary
+            return
         self._text = ", ".join(shown) + f", {line['peak_rss_bytes'] / 1e9:.2f} GB"
         if not self.console.is_terminal:
             print(f"step {step}: {self._text}", file=sys.stderr, flush=True)

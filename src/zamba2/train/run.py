@@ -79,7 +79,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     if recipe.lora is not None:
         progress.coverage(coverage(trainer.model, model.model.config))
     checkpoint = checkpoints(recipe.out)[-1] if resume else None
-    with _sentences(recipe):
+    with _sentences(recipe), progress:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.verify_finite()
         if prepared.held_out is not None:
@@ -152,6 +152,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         "save_steps": recipe.save_every, "save_total_limit": recipe.keep,
         "eval_strategy": "no" if recipe.evaluate_every is None else "steps", "eval_steps": recipe.evaluate_every,
         "report_to": [] if recipe.tracker == "none" else [recipe.tracker],
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": device.type == "cuda",
     }  # fmt: skip
     common: dict[str, Any] = {
@@ -328,6 +329,10 @@ def _sentences(recipe: Recipe) -> Iterator[None]:
     """What goes wrong while training, as one sentence."""
     try:
         yield
+    except KeyboardInterrupt:
+        if checkpoints(recipe.out):
+            notice(f"{checkpoints(recipe.out)[-1]} is complete; the same command with --resume goes on from there.")
+        raise
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
