@@ -67,7 +67,7 @@ struct Lora {
 
 struct State {
   int position = 0;
-  const Lora* lora = nullptr;  // of the engine that made the state
+  std::shared_ptr<const Lora> lora;  // of the engine that made the state, or none
   std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
   std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
   std::vector<Cache> caches;
@@ -181,7 +181,7 @@ class Engine {
   std::vector<float> final_norm_;
   std::vector<Layer> layers_;
   std::vector<Block> blocks_;
-  std::vector<std::unique_ptr<Lora>> loras_;
+  std::vector<std::shared_ptr<Lora>> loras_;
   std::unordered_map<std::string, Matrix*> matrices_;
   std::unordered_map<std::string, std::pair<std::vector<float>*, size_t>> vectors_;
   std::unordered_map<std::string, bool> seen_;

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from zamba2.config import Config
+from zamba2.runtime.memory import memory
 
 SHAPE = Config(
     hidden_size=896, num_hidden_layers=28, vocab_size=32000, hybrid_layer_ids=(3, 8, 13, 18, 23), num_mem_blocks=2, mamba_d_state=64,
@@ -55,8 +55,7 @@ def worker(name: str, folder: str, steps: int) -> None:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"seconds": seconds[1:], "losses": losses, "peak_rss_bytes": peak}))
+    print(json.dumps({"seconds": seconds[1:], "losses": losses, "peak_rss_bytes": memory()["peak_rss_bytes"]}))
 
 
 def main() -> None:

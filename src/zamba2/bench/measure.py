@@ -7,11 +7,9 @@ It says one JSON line when the model is ready, then one for every line that it r
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,12 @@ import numpy.typing as npt
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Row
+from zamba2.runtime.memory import memory
 from zamba2.weights.files import DTYPE_BYTES, TensorFile
 from zamba2.weights.formats import KVFormat
 from zamba2.weights.packed import parts
 
-__all__ = ["decode_bytes", "kv_bytes_per_token", "memory", "prefill_operations", "prompts"]
+__all__ = ["decode_bytes", "kv_bytes_per_token", "prefill_operations", "prompts"]
 
 SEED = 1  # of the prompts
 
@@ -64,16 +63,6 @@ def prefill_operations(config: Config, length: int) -> float:
     and the scan take is not counted."""
     head = config.vocab_size * config.hidden_size
     return 2.0 * ((config.weights_per_token() - head) * length + head)
-
-
-def memory() -> dict[str, int]:
-    """Bytes: the peak of this process, pages of mapped files included, and where the system says it, what of it is mapped now."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    # not ru_maxrss: that starts with the peak of the process that started this one
-    return {name: int(fields[key].split()[0]) * 1024 for name, key in (("peak_rss_bytes", "VmHWM"), ("mapped_rss_bytes", "RssFile"))}
 
 
 def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:

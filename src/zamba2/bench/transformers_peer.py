@@ -16,8 +16,9 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from zamba2.bench.measure import memory, prompts
+from zamba2.bench.measure import prompts
 from zamba2.config import Config
+from zamba2.runtime.memory import memory
 
 __all__ = ["write_checkpoint"]
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from zamba2.api import load
 from zamba2.config import Config
+from zamba2.language.messages import CHATML
 from zamba2.language.model import LanguageModel
 from zamba2.runtime.backend import Row
 from zamba2.train.instructions import Task, documents, passes, tasks
@@ -36,10 +37,6 @@ __all__ = ["CONFIG", "Sizes", "answers", "bootstrap", "build", "measure"]
 SEED = 2024
 SPECIAL = ("[PAD]", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in the instruct checkpoints
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 LONGEST = 120  # tokens of an answer
 TOGETHER = 32  # prompts in a batch
 SAMPLES = 4  # answers sampled to make a pair of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zamba2.runtime.memory import memory
+
 if TYPE_CHECKING:
     from zamba2.train.adapters import Coverage
 
-__all__ = ["Progress", "peak_memory"]
+__all__ = ["Progress"]
 
 SHOWN = ("loss", "eval_loss", "rewards/accuracies", "learning_rate", "tokens_per_second")
 
@@ -24,7 +25,7 @@ def peak_memory() -> dict[str, int]:
     """Peak resident bytes of this process, and of its GPU where there is one."""
     import torch
 
-    peaks = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    peaks = {"peak_rss_bytes": memory()["peak_rss_bytes"]}
     if torch.cuda.is_available():
         peaks["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return peaks

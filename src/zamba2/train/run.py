@@ -220,7 +220,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, recipe: Recipe, progress: Progress) -> None:
         self.recipe, self.progress = recipe, progress
-        self.still: list[tuple[int, float]] = []
+        self.still: list[tuple[int, float]] | None = []  # step and distance of its loss from ln 2; None once it has moved
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.training(state.global_step, state.max_steps)
@@ -240,17 +240,18 @@ class Watch(TrainerCallback):
 
     def _check_still(self, state: Any, loss: float) -> None:
         warmup = math.ceil(self.recipe.warmup * state.max_steps)
-        if state.global_step <= warmup:
+        if self.still is None or state.global_step <= warmup:
             return
         self.still.append((state.global_step, abs(loss - math.log(2))))
         first, last = self.still[0][0], state.global_step
-        if last - first >= STILL_STEPS and sum(distance for _, distance in self.still) / len(self.still) < STILL:
+        if last - first < STILL_STEPS:
+            return
+        if sum(distance for _, distance in self.still) / len(self.still) < STILL:
             raise Zamba2Error(
                 f"the DPO loss stands at ln 2 from step {first} to {last}: the model does not move away from its reference. Nothing that "
                 f"is trained reaches the output, or learning_rate {self.recipe.learning_rate} is far too small; see the coverage table."
             )
-        if last - first >= STILL_STEPS:
-            self.still = [(last, math.inf)]  # it moves: no more to see
+        self.still = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
