@@ -1,4 +1,4 @@
-# From a fresh clone: `make run` converses with the model of the model card, `make test` checks everything.
+# From a fresh clone: `make run` has the model inside the package answer a conversation, `make test` checks everything.
 # Another Python: `make run PYTHON=python3.12`. Another model: `make run MODEL=2.7b-instruct`.
 
 PYTHON ?= python3
@@ -13,8 +13,8 @@ SHELL := /bin/sh
 help:  ## Show these lines
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
-run: $(VENV)/.installed-run  ## Install what is needed, then answer the model card's conversation
-	$(VENV)/bin/zamba2 generate $(if $(MODEL),--model $(MODEL)) --messages examples/card_conversation.json --max-tokens 150
+run: $(VENV)/.installed-run  ## Install what is needed, then answer a conversation (with MODEL=..., that of the model card)
+	$(VENV)/bin/zamba2 generate $(if $(MODEL),--model $(MODEL)) --messages examples/$(if $(MODEL),card,demo)_conversation.json --max-tokens 150
 
 test: lint  ## Install what is needed, then run linter, type checker and tests
 	$(VENV)/bin/python -m pytest

@@ -22,10 +22,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from true_shape import CHECKPOINT, ROOT, machine, peak_bytes, run, text_tokens
+from true_shape import CHECKPOINT, ROOT, peak_bytes, run, text_tokens
 
 from zamba2.bench.peers import PEERS
 from zamba2.config import PRESETS
+from zamba2.runtime.processors import machine
 
 sys.path.insert(0, str(ROOT / "tests"))
 

@@ -44,7 +44,7 @@ from native_cases import Twin, round_int8  # noqa: E402  (the tests' PyTorch mod
 
 SHARED = ROOT.parent / "shared" / "data"
 TOKENIZER = SHARED / "tokenizer" / "mistral_v1_tokenizer.json"  # the real one
-SMALL_TOKENIZER = ROOT / "src" / "zamba2" / "default" / "tokenizer.json"  # for what is trained in minutes
+SMALL_TOKENIZER = ROOT / "src" / "zamba2" / "random" / "tokenizer.json"  # for what is trained in minutes
 TRAINED_ON = (
     "pg514_little_women.latin1.txt", "pg1342_pride_and_prejudice.txt", "pg1661_sherlock_holmes.latin1.txt", "pg120_treasure_island.txt",
 )  # fmt: skip

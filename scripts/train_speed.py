@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 from zamba2.config import Config
 from zamba2.runtime.memory import memory
+from zamba2.runtime.processors import machine
 
 SHAPE = Config(
     hidden_size=896, num_hidden_layers=28, vocab_size=32000, hybrid_layer_ids=(3, 8, 13, 18, 23), num_mem_blocks=2, mamba_d_state=64,
@@ -91,7 +91,7 @@ def main() -> None:
         "speed_ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
         "memory_ratio": ours["peak_rss_bytes"] / theirs["peak_rss_bytes"],
         "parameters": SHAPE.num_parameters, "tokens": LENGTH, "versions": {name: version(name) for name in ("torch", "transformers")},
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": machine(),
     }  # fmt: skip
     print(f"{SHAPE.num_parameters / 1e6:.0f} M parameters, one step of {LENGTH} tokens, fp32 weights, bf16 autocast:")
     for name in found:
@@ -111,11 +111,6 @@ def write(folder: str) -> None:
 
     torch.manual_seed(0)
     Zamba2ForCausalLM(Zamba2Config.from_dict(SHAPE.to_dict())).save_pretrained(folder)
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo", encoding="utf-8") as lines:
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +25,7 @@ from typing import Any
 
 from zamba2.bench.peers import PEERS, Worker, random_checkpoint
 from zamba2.config import PRESETS
+from zamba2.runtime.processors import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -119,13 +118,8 @@ def run(*command: str | Path) -> dict[str, Any]:
     return result
 
 
-def machine() -> str:
-    """What it was measured on, in a few words."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}, torch {version('torch')}, transformers {version('transformers')}"
+def versions() -> str:
+    return f"torch {version('torch')}, transformers {version('transformers')}"
 
 
 def parity() -> dict[str, Any]:
@@ -194,7 +188,7 @@ def main() -> None:
         speed_worker(*map(int, arguments.rest))
         return
     command = PEERS["transformers"].prepare(PRESETS["2.7b"], None)
-    measured: dict[str, Any] = {"machine": machine()}
+    measured: dict[str, Any] = {"machine": f"{machine()}, {versions()}"}
     if arguments.command in ("parity", "all"):
         measured["parity"] = parity()
     if arguments.command in ("speed", "all"):

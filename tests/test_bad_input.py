@@ -35,7 +35,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.conversations import Conversation
 from zamba2.weights.checkpoint import StandaloneSource, load_model, save_checkpoint
 from zamba2.weights.files import TensorFile, replacing, write_tensors
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 
 RANDOM_WEIGHTS = "zamba2: this model has random weights"
 MIXER = "model.layers.0.mamba.in_proj.weight"
@@ -72,7 +72,7 @@ class Spoiled:
 
     def __init__(self, home: Path) -> None:
         self.home, self.path = home, home / "model"
-        shutil.copytree(DEFAULT, self.path)
+        shutil.copytree(RANDOM, self.path)
         self.weights = self.path / "model.safetensors"
         self.command = ["generate", "hi", "-n", "2", "--model", str(self.path)]
 
@@ -107,7 +107,7 @@ class Spoiled:
         return self.command
 
     def config(self, **changes: Any) -> list[str]:
-        return self.json("config.json", json.loads((DEFAULT / "config.json").read_text()) | changes)
+        return self.json("config.json", json.loads((RANDOM / "config.json").read_text()) | changes)
 
     def json(self, name: str, data: Any) -> list[str]:
         return self.text(name, json.dumps(data))
@@ -133,12 +133,12 @@ class Spoiled:
         folder = self.home / "standalone"
         folder.mkdir()
         if config:
-            shutil.copy(DEFAULT / "config.json", folder)
+            shutil.copy(RANDOM / "config.json", folder)
         (folder / "model.pt").write_bytes(data)
         return [*self.command[:-1], str(folder / "model.pt")]
 
     def file(self, data: bytes, *option: str) -> list[str]:
-        """The default model, and a file to read for the last option."""
+        """The embedded model, and a file to read for the last option."""
         (self.home / "input").write_bytes(data)
         return ["generate", "-n", "2", *option, str(self.home / "input")]
 
@@ -195,7 +195,7 @@ class Case:
 
 
 def options(*arguments: str) -> Callable[[Spoiled], list[str]]:
-    return lambda model: ["generate", "hi", "-n", "2", *arguments]
+    return lambda model: ["generate", "hi", "-n", "2", "-m", "random", *arguments]
 
 
 def command(*arguments: str) -> Callable[[Spoiled], list[str]]:
@@ -403,7 +403,7 @@ def test_token_ids_need_no_tokenizer(spoiled: Spoiled) -> None:
     """Without tokenizer.json token ids still work, text is refused by one sentence, and a stop text too."""
     spoiled.without("tokenizer.json")
     model = zamba2.load(spoiled.path)
-    with_tokenizer = zamba2.load("default").generate([1, 40, 41], max_tokens=3, ignore_eos=True)
+    with_tokenizer = zamba2.load("random").generate([1, 40, 41], max_tokens=3, ignore_eos=True)
     result = model.generate([1, 40, 41], max_tokens=3)
     assert result.tokens == with_tokenizer.tokens and result.text == ""
     for call in (
@@ -435,14 +435,14 @@ BAD_CALLS: dict[str, Callable[[Any], object]] = {
     "half a surrogate pair": lambda m: m.generate("\ud800"),
     "messages a text": lambda m: m.chat("hi"),
     "messages empty": lambda m: m.chat([]),
-    "format": lambda m: zamba2.load("default", format="q3"),
-    "backend": lambda m: zamba2.load("default", backend="abacus"),
+    "format": lambda m: zamba2.load("random", format="q3"),
+    "backend": lambda m: zamba2.load("random", backend="abacus"),
 }
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return zamba2.load("default")
+    return zamba2.load("random")
 
 
 @pytest.mark.parametrize("name", BAD_CALLS)
@@ -494,7 +494,7 @@ BAD_STATES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "truncated": (lambda t: t.read_bytes()[:-1], "not a complete safetensors file"),
     "random bytes": (lambda t: bytes(range(200)), "not a complete safetensors file"),
     "empty": (lambda t: b"", "not a complete safetensors file"),
-    "a checkpoint": (lambda t: (DEFAULT / "model.safetensors").read_bytes(), "is not a saved Zamba2 state"),
+    "a checkpoint": (lambda t: (RANDOM / "model.safetensors").read_bytes(), "is not a saved Zamba2 state"),
     "of another version": (lambda t: about(t, version=99), "version 99"),
     "of another model": (lambda t: about(t, model="x"), "another model"),
     "nested": (lambda t: write_metadata(t, "[" * 90_000), "is not a saved Zamba2 state"),
@@ -541,7 +541,7 @@ Writer = Callable[[Path], object]
 def writers(model: Any) -> dict[str, Writer]:
     conversation = model.conversation()
     list(conversation.say("hi", max_tokens=2))
-    return {"conversation": conversation.save, "checkpoint": lambda path: save_checkpoint(load_model(DEFAULT), path)}
+    return {"conversation": conversation.save, "checkpoint": lambda path: save_checkpoint(load_model(RANDOM), path)}
 
 
 @contextmanager
@@ -755,7 +755,7 @@ def test_interrupt_while_starting() -> None:
     """Ctrl-C while Python, the package, PyTorch and the model are imported: one line and exit code 2."""
     ends = []
     for delay in (0.02, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.9, 1.1, 1.4):
-        process = start("generate", "Once upon a time", "-n", "100000", "--ignore-eos", "--dtype", "bfloat16")
+        process = start("generate", "Once upon a time", "-n", "100000", "--ignore-eos", "--dtype", "bfloat16", "-m", "random")
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         ends.append(check_interrupted(process))
@@ -768,13 +768,13 @@ def test_interrupt_inside_an_extension(tmp_path: Path) -> None:
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n__version__ = '1.0'\n"
     )
     folders = os.pathsep.join([str(tmp_path), str(Path(zamba2.__file__).parent.parent)])
-    process = start("generate", "hi", "--dtype", "bfloat16", PYTHONPATH=folders)
+    process = start("generate", "hi", "--dtype", "bfloat16", "-m", "random", PYTHONPATH=folders)
     assert check_interrupted(process) == "interrupted"
 
 
 def test_interrupt_under_nohup() -> None:
     """Where Ctrl-C is ignored from outside, it stays ignored."""
-    command = f"trap '' INT; exec {sys.executable} -m zamba2 generate hi -n 5"
+    command = f"trap '' INT; exec {sys.executable} -m zamba2 generate hi -n 5 -m random"
     process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(5):
         time.sleep(0.2)
@@ -803,7 +803,7 @@ def test_interrupt_after_the_first_words() -> None:
 
 def test_interrupt_of_a_chat() -> None:
     """Ctrl-C ends a chat that reads from a pipe, in a reply and while it waits for a message."""
-    process = start("chat", "-n", "3000")
+    process = start("chat", "-n", "3000", "-m", "random")
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
     process.stdin.write("Tell me everything.\n")
     process.stdin.flush()
@@ -822,7 +822,7 @@ def test_interrupt_of_a_chat() -> None:
 
 def test_interrupt_of_a_download(tmp_path: Path) -> None:
     """Ctrl-C while a Hub is silent ends the program at once, and so does one during a transfer."""
-    with FakeHub({"owner/model": {"main": DEFAULT}}) as hub:
+    with FakeHub({"owner/model": {"main": RANDOM}}) as hub:
         hub.silent = True
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_ETAG_TIMEOUT": "20"}
         process = start("download", "owner/model", **environment)

@@ -30,7 +30,7 @@ KEYS = (
     "decode_tokens_per_second", "prefill_tokens_per_second", "ttft_seconds", "load_seconds", "peak_rss_bytes", "bytes_per_token",
     "read_bandwidth_bytes_per_second", "decode_bandwidth_fraction", "prefill_matrix_fraction",
 )  # fmt: skip
-QUICK = ("bench", "--shape", "default", "--prompt-tokens", "20", "--new-tokens", "2", "--repeats", "1", "--threads", "1")
+QUICK = ("bench", "--shape", "random", "--prompt-tokens", "20", "--new-tokens", "2", "--repeats", "1", "--threads", "1")
 
 
 def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], list[str]]:
@@ -84,9 +84,9 @@ def test_a_batch_shares_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     """--model packs a checkpoint as the user's own load does, and measures that."""
     options = ("--prompt-tokens", "9", "--new-tokens", "1", "--repeats", "1", "--json")
-    assert run(["bench", "--model", "default", "--format", "q8", *options]) == 0
+    assert run(["bench", "--model", "random", "--format", "q8", *options]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["weights"], result["format"], result["model"]) == ("checkpoint", "q8", "default")
+    assert (result["weights"], result["format"], result["model"]) == ("checkpoint", "q8", "random")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         (["--compare", "ollama"], "--compare is 'ollama'; there are transformers, transformers-fp32, llama.cpp"),
         (["--compare", "llama.cpp"], "llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install"),
         (["--compare", "llama.cpp", "--batch", "2"], "--compare measures one sequence"),
-        (["--model", "default"], "--shape and --model were both given"),
+        (["--model", "random"], "--shape and --model were both given"),
     ],
 )
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:

@@ -24,7 +24,7 @@ from zamba2.weights import calibration
 from zamba2.weights.calibration import Moments, correct, factor
 from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import FORMATS, GROUP, Format, pack, quantize, unpack
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import parts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -175,7 +175,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, options in {
         "plain": [], "calibrated": ["--calibrate", str(WORDS)], "q4": ["--embeddings", "q4"], "bf16": ["--embeddings", "bf16"],
     }.items():  # fmt: skip
-        assert run(["quantize", str(DEFAULT), str(tmp_path / name), *options]) == 0, capsys.readouterr().err
+        assert run(["quantize", str(RANDOM), str(tmp_path / name), *options]) == 0, capsys.readouterr().err
         assert run(["generate", "hi", "-n", "2", "--model", str(tmp_path / name)]) == 0
         found = about(tmp_path / name)
         assert (found["format"], found["embeddings"]) == ("q4", name if name in FORMATS else "q8")
@@ -184,7 +184,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert abs(sizes["plain"] - sizes["calibrated"]) <= 64  # the header says "true" in place of "false"
     assert sizes["q4"] < sizes["plain"] < sizes["bf16"]
     plain, calibrated = (TensorFile(tmp_path / name / "model.safetensors") for name in ("plain", "calibrated"))
-    config = Config.from_file(DEFAULT / "config.json")
+    config = Config.from_file(RANDOM / "config.json")
     for part in parts(config):
         same = bytes(plain.read(part.name)) == bytes(calibrated.read(part.name))
         assert same != (part.is_matrix and part.name != "embed_tokens.weight"), part.name
@@ -198,7 +198,7 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     noise.write_bytes(bytes(range(128, 256)))
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (bare / name).symlink_to(DEFAULT / name)
+        (bare / name).symlink_to(RANDOM / name)
     before = sorted(tmp_path.rglob("*"))
 
     def refused(message: str, *arguments: str) -> None:
@@ -208,7 +208,7 @@ def test_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert out == "" and err.count("\n") == 1 and message in err, err
         assert sorted(tmp_path.rglob("*")) == before
 
-    plain, text = [str(DEFAULT), str(target)], ["--calibrate", str(WORDS)]
+    plain, text = [str(RANDOM), str(target)], ["--calibrate", str(WORDS)]
     refused(f"at least {FEWEST_TOKENS} are needed", *plain, "--calibrate", str(short))
     refused(f"at least {FEWEST_TOKENS} are needed", *plain, *text, "--calibrate-tokens", "100")
     refused("not UTF-8", *plain, "--calibrate", str(noise))

@@ -23,19 +23,21 @@ from fake_hub import FakeHub
 import zamba2
 from zamba2.cli import app, run
 from zamba2.language.model import LanguageModel
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = ROOT / "examples" / "card_conversation.json"
 NOTICE = "zamba2: this model has random weights"
 GROUPS = [("", app), *((f"{group.name} ", group.typer_instance) for group in app.registered_groups)]
 COMMANDS = [prefix + str(c.name or c.callback.__name__) for prefix, group in GROUPS for c in group.registered_commands if c.callback]
-GREEDY_HI = ["generate", "hi", "-n", "6"]
+# With random weights a greedy reply never ends by itself.
+TINY = ("--model", "random")
+GREEDY_HI = ["generate", "hi", "-n", "6", *TINY]
 
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return zamba2.load("default")
+    return zamba2.load("random")
 
 
 def program(*arguments: str, stdin: str | bytes = b"", **environment: str) -> tuple[int, str, str]:
@@ -69,7 +71,8 @@ def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
     training = ["train preview", "train sft", "train dpo", "train demo"]
-    assert [*COMMANDS] == ["generate", "chat", "info", "download", "quantize", "bench", *training]
+    measuring = ["evaluate perplexity", "evaluate divergence"]
+    assert [*COMMANDS] == ["generate", "chat", "info", "download", "quantize", "bench", *training, *measuring]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -135,12 +138,12 @@ def test_prompt_from_argument_file_and_input(zamba: Any, model: LanguageModel, t
     text = "Once upon a time, there was\n\ta café"
     (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
     expected = model.generate(text, max_tokens=6).text + "\n"
-    assert zamba("generate", text, "-n", "6")[1] == expected
-    assert zamba("generate", "--file", str(tmp_path / "prompt.txt"), "-n", "6")[1] == expected
+    assert zamba("generate", text, "-n", "6", *TINY)[1] == expected
+    assert zamba("generate", "--file", str(tmp_path / "prompt.txt"), "-n", "6", *TINY)[1] == expected
     for stdin in (text, text + "\n"):
-        assert zamba("generate", "-n", "6", stdin=stdin.encode())[1] == expected
-        assert zamba("generate", "-", "-n", "6", stdin=stdin.encode())[1] == expected
-    code, out, err = program("generate", "-n", "6", stdin=text)
+        assert zamba("generate", "-n", "6", *TINY, stdin=stdin.encode())[1] == expected
+        assert zamba("generate", "-", "-n", "6", *TINY, stdin=stdin.encode())[1] == expected
+    code, out, err = program("generate", "-n", "6", *TINY, stdin=text)
     assert (code, out) == (0, expected) and len(without_notice(err)) == 1
 
 
@@ -160,7 +163,7 @@ def test_json_is_one_document(zamba: Any, model: LanguageModel) -> None:
     expected = model.generate("hi", max_tokens=6, logprobs=2)
     assert expected.logprobs is not None
     assert (data["text"], data["tokens"], data["finish_reason"], data["stop"]) == (expected.text, expected.tokens, "length", None)
-    assert data["model"] == "default"
+    assert data["model"] == "random"
     assert data["usage"] == {
         "prompt_tokens": expected.prompt_tokens,
         "completion_tokens": 6,
@@ -183,6 +186,7 @@ def test_every_option_reaches_the_sampler(zamba: Any, model: LanguageModel) -> N
         zamba(
             "generate",
             "hi",
+            *TINY,
             *line,
             "--logit-bias",
             "300=2",
@@ -210,7 +214,7 @@ def test_chat_option_and_system(zamba: Any, model: LanguageModel) -> None:
 
 def test_card_conversation_streams(model: LanguageModel) -> None:
     """The model card's conversation is answered, and the text comes while it is made, not at the end."""
-    command = [sys.executable, "-m", "zamba2", "generate", "--messages", str(CARD), "--max-tokens", "150", "--ignore-eos"]
+    command = [sys.executable, "-m", "zamba2", "generate", "--messages", str(CARD), "--max-tokens", "150", "--ignore-eos", *TINY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         arrivals, pieces = [], []
@@ -231,7 +235,7 @@ def test_dtype_and_name(zamba: Any) -> None:
     wide = json.loads(zamba(*GREEDY_HI, "--json", "--logprobs", "0", "--dtype", "float32", "--device", "cpu")[1])
     assert [i["logprob"] for i in default["logprobs"]] != [i["logprob"] for i in wide["logprobs"]]
     assert default["logprobs"][0]["logprob"] == pytest.approx(wide["logprobs"][0]["logprob"], abs=0.1)
-    for name in ("DEFAULT", str(DEFAULT)):
+    for name in ("RANDOM", str(RANDOM)):
         assert json.loads(zamba(*GREEDY_HI, "--json", "--model", name)[1])["text"] == default["text"]
 
 
@@ -242,7 +246,7 @@ def test_chat_through_a_pipe(zamba: Any, model: LanguageModel) -> None:
     """Each line is a message; the replies go to standard output, everything else to standard error."""
     conversation = model.conversation()
     replies = ["".join(piece.text for piece in conversation.say(text, max_tokens=6)) for text in ("hello", "and\nthen")]
-    code, out, err = zamba("chat", "-n", "6", stdin=b"hello\n\n   \nand\\\nthen\n")
+    code, out, err = zamba("chat", "-n", "6", *TINY, stdin=b"hello\n\n   \nand\\\nthen\n")
     assert code == 0 and out == "".join(reply + "\n" for reply in replies)
     assert len(err) == 2
     first, second = (re.fullmatch(r"\[6 tokens, [\d.]+ tokens/s, first after [\d.]+ s, (\d+) cached\]", line) for line in err)
@@ -385,7 +389,7 @@ RATE = r"\[\d+ tokens, [\d.]+ tokens/s, first after [\d.]+ s, (\d+) cached\]"
 
 def test_chat_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
     """Messages, speed, commands, several lines, history across programs and Ctrl-D, with a real terminal's keys."""
-    window = terminal("chat", "-n", "5")
+    window = terminal("chat", "-n", "5", *TINY)
     window.expect("random weights")
     window.expect(r"type a message, or /help\.\s*>")
     window.type("hello there\r")
@@ -407,7 +411,7 @@ def test_chat_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
     window.expect(r"Ctrl-D or /exit leaves\)\s*>")
     window.type(CTRL_D)
     assert window.wait() == 0 and "Traceback" not in window.plain
-    again = terminal("chat", "-n", "5")
+    again = terminal("chat", "-n", "5", *TINY)
     again.expect(r"/help\.\s*>")
     again.type(UP)
     again.expect(r"/load ")
@@ -419,7 +423,7 @@ def test_chat_in_a_terminal(terminal: Any, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_the_reply_alone(terminal: Any) -> None:
     """Ctrl-C in a long reply stops it; the chat remembers what was said and goes on without reading it again."""
-    window = terminal("chat", "-n", "100000")
+    window = terminal("chat", "-n", "100000", *TINY)
     window.expect(r"/help\.\s*>")
     window.type("Tell me everything.\r")
     window.expect(r"everything\.[\s\S]*\w{20}|(\w+ ){8}")
@@ -462,7 +466,7 @@ def test_generate_in_a_terminal(terminal: Any) -> None:
     window = terminal("generate")
     window.expect("there is no prompt; give a text, --file FILE, or pipe one in")
     assert window.wait() == 2
-    window = terminal("generate", "word " * 1500, "-n", "2")
+    window = terminal("generate", "word " * 1500, "-n", "2", *TINY)
     window.expect(r"reading[^\n]*/\d{4}")
     window.expect(r"2 new at")
     assert window.wait() == 0
@@ -473,7 +477,7 @@ def test_generate_in_a_terminal(terminal: Any) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[FakeHub, dict[str, str]]]:
-    with FakeHub({"Zyphra/Zamba2-2.7B-instruct": {"main": DEFAULT}, "me/mine": {"main": DEFAULT, "v2": DEFAULT}}) as server:
+    with FakeHub({"Zyphra/Zamba2-2.7B-instruct": {"main": RANDOM}, "me/mine": {"main": RANDOM, "v2": RANDOM}}) as server:
         yield server, {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
@@ -483,11 +487,11 @@ def test_download_then_use(hub: tuple[FakeHub, dict[str, str]]) -> None:
     code, out, err = program("download", "2.7b-instruct", **environment)
     assert code == 0, err
     folder = Path(out.removesuffix("\n"))
-    assert (folder / "model.safetensors").read_bytes() == (DEFAULT / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == (RANDOM / "model.safetensors").read_bytes()
     server.requests.clear()
     code, out, err = program(*GREEDY_HI, "--model", "2.7b-instruct", "--offline", "--json", **environment)
     assert code == 0 and json.loads(out)["model"] == "2.7b-instruct" and server.requests == []
-    assert json.loads(out)["text"] == zamba2.load("default").generate("hi", max_tokens=6).text
+    assert json.loads(out)["text"] == zamba2.load("random").generate("hi", max_tokens=6).text
 
 
 def test_download_errors_are_one_line(hub: tuple[FakeHub, dict[str, str]]) -> None:
@@ -515,7 +519,7 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
     from zamba2.weights import hub as names
 
     for name in list(names.ALIASES):
-        monkeypatch.setitem(names.ALIASES, name, DEFAULT)
+        monkeypatch.setitem(names.ALIASES, name, RANDOM)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "novel.txt").write_text("It is a truth universally acknowledged. " * 400, encoding="utf-8")
     question = {"question": "How many are two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
@@ -532,7 +536,7 @@ def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys:
     lines = [f"{line} " for line in readme_commands()]
     assert [command for command in COMMANDS if not any(line.startswith(f"zamba2 {command} ") for line in lines)] == []
     (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.setitem(names.ALIASES, "2.7b-instruct", DEFAULT)
+    monkeypatch.setitem(names.ALIASES, "2.7b-instruct", RANDOM)
     exec(compile(source, "README.md", "exec"), {})
     answer = zamba2.load("2.7b-instruct").generate("Why is the sky blue?", max_tokens=150).text
     assert answer and capsys.readouterr().out == answer + "\n"

@@ -52,7 +52,7 @@ class Watched:
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
     """In float32, so that another split of the same tokens cannot choose other ones."""
-    return zamba2.load("default", dtype="float32")
+    return zamba2.load("random", dtype="float32")
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ import zamba2
 from zamba2.language.conversations import Conversation
 sys.path.insert(0, {tests!r})
 from test_conversations import Watched
-model = zamba2.load("default", dtype="float32")
+model = zamba2.load("random", dtype="float32")
 watched = Watched(model.backend)
 conversation = Conversation(watched, model.tokenizer)
 conversation.load(Path({path!r}))
@@ -390,7 +390,7 @@ def test_a_state_of_another_number_format_is_refused(model: LanguageModel, tmp_p
     say(conversation, TURNS[0])
     conversation.save(tmp_path / "talk")
     with pytest.raises(Zamba2Error, match="another model or number format"):
-        zamba2.load("default", dtype="bfloat16").conversation().load(tmp_path / "talk")
+        zamba2.load("random", dtype="bfloat16").conversation().load(tmp_path / "talk")
 
 
 @contextlib.contextmanager

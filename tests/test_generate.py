@@ -23,7 +23,7 @@ from zamba2.language.sampling import Sampling
 from zamba2.model.model import Zamba2
 from zamba2.runtime.torch import TorchBackend
 from zamba2.weights.checkpoint import load_model
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 
 PROMPTS = ["Once upon a time", "a", "The old man and his three daughters lived in a house by the sea, and", "¿Qué? 🙂"]
 WAYS: dict[str, dict[str, Any]] = {
@@ -38,13 +38,13 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    return zamba2.load("default", dtype="float32")
+    return zamba2.load("random", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def plain() -> Zamba2:
     """The same weights without backend, state or chunks."""
-    return load_model(DEFAULT, dtype=torch.float32)
+    return load_model(RANDOM, dtype=torch.float32)
 
 
 def logprobs_of(plain: Zamba2, tokens: list[int]) -> npt.NDArray[np.float64]:
@@ -149,7 +149,7 @@ def ending(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> La
     token = model.generate(PROMPTS[0], max_tokens=3).tokens[2]
     assert token not in model.generate(PROMPTS[0], max_tokens=2).tokens
     folder = tmp_path_factory.mktemp("ending") / "model"
-    shutil.copytree(DEFAULT, folder)
+    shutil.copytree(RANDOM, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, token]}))
     return zamba2.load(folder, dtype="float32")
 
@@ -344,8 +344,8 @@ def test_progress_of_a_batch_and_after_a_state(model: LanguageModel) -> None:
 
 def test_a_context_beyond_the_trained_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: LanguageModel) -> None:
     """Beyond max_position_embeddings one notice is given, once, and generation goes on unchanged."""
-    shutil.copytree(DEFAULT, tmp_path / "model")
-    config = json.loads((DEFAULT / "config.json").read_text()) | {"max_position_embeddings": 23}
+    shutil.copytree(RANDOM, tmp_path / "model")
+    config = json.loads((RANDOM / "config.json").read_text()) | {"max_position_embeddings": 23}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     short = zamba2.load(tmp_path / "model", dtype="float32")
     capsys.readouterr()

@@ -129,8 +129,8 @@ json.dump(found, open({str(report)!r}, "w"))
 def test_short_names_and_import_registers(ours: Any) -> None:
     """Importing zamba2.hf is enough for the Auto class; ``from_pretrained`` of our class also knows short names."""
     assert type(ours) is Zamba2ForCausalLM and not ours.training
-    model = Zamba2ForCausalLM.from_pretrained("default")
-    tokenizer = AutoTokenizer.from_pretrained(Path(zamba2.hf.__file__).parent / "default")
+    model = Zamba2ForCausalLM.from_pretrained("random")
+    tokenizer = AutoTokenizer.from_pretrained(Path(zamba2.hf.__file__).parent / "random")
     out = model.generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert out.shape[1] <= 7
 
@@ -301,6 +301,25 @@ def gradients(model: Any) -> dict[str, Tensor]:
     if isinstance(model, Zamba2ForCausalLM):
         return {stored[0]: found[f"model.{name}"] for name, stored in hub_names(model.model.config).items()}
     return found
+
+
+def test_loss_only_is_the_loss(folder: Path) -> None:
+    """loss_only gives the loss and the gradients of the whole head, without logits, and needs labels."""
+    model = Zamba2ForCausalLM.from_pretrained(folder).train()
+    batch = padded(40, 25)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, 30:33] = -100
+    for count in (None, torch.tensor(50)):
+        found = []
+        for only in (False, True):
+            model.zero_grad()
+            out = model(**batch, labels=labels, num_items_in_batch=count, loss_only=only)
+            out.loss.backward()
+            found.append([out.loss, *(p.grad for p in model.parameters())])
+            assert (out.logits is None) == only
+        torch.testing.assert_close(found[1], found[0], **CLOSE)
+    with pytest.raises(ValueError, match="without labels"):
+        model(**batch, loss_only=True)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient-checkpointing"])

@@ -205,11 +205,15 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.safetensors").touch()
     assert hub.resolve("owner/name") == Path("owner/name"), "an existing path wins over a Hub id"
     assert hub.resolve(tmp_path / "model.pt") == tmp_path / "model.pt"
-    assert hub.resolve("default") == hub.DEFAULT and (hub.DEFAULT / "config.json").is_file()
+    assert hub.resolve("random") == hub.RANDOM and (hub.RANDOM / "config.json").is_file()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.resolve("~/owner") == tmp_path / "owner"
     (tmp_path / "7b").mkdir()
     assert hub.resolve("7b") == Path("7b")
+    (tmp_path / "demo").mkdir()
+    assert hub.resolve("demo") == hub.DEMO, "a folder that is no checkpoint does not hide an embedded model"
+    (tmp_path / "demo" / "config.json").touch()
+    assert hub.resolve("demo") == Path("demo")
     for missing in ("./x", "/x", "~/x", "a/b/c", "x/", "x.pt", "~nobody-here/x", Path("owner/x")):
         with pytest.raises(Zamba2Error, match="does not exist"):
             hub.resolve(missing)
@@ -219,4 +223,4 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Zamba2Error, match=r"2\.7b-instruct"):
             hub.resolve(nonsense)
     with pytest.raises(Zamba2Error, match="only Hub repositories have revisions"):
-        hub.resolve("default", revision="main")
+        hub.resolve("random", revision="main")

@@ -15,7 +15,7 @@ from zamba2.cli import run
 from zamba2.commands.info import bytes_per_token, draw
 from zamba2.config import PRESETS, Config
 from zamba2.weights.formats import FORMATS
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import parts, quantize
 
 PARAMETERS = {"1.2b": 1_215_064_704, "2.7b": 2_662_214_560, "7b": 7_356_749_648}  # of the published checkpoints (FACTS 2)
@@ -66,10 +66,10 @@ def test_known_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert round((data["ssm_state_bytes"] + data["conv_state_bytes_float32"]) / 2**20, 1) == 70.7
 
 
-@pytest.mark.parametrize("name", [*PRESETS, "default"])
+@pytest.mark.parametrize("name", [*PRESETS, "random"])
 def test_drawing_is_the_layer_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One mark per layer in order, a letter exactly at the hybrid layers, lines numbered by their first layer."""
-    config = PRESETS.get(name) or Config.from_file(DEFAULT / "config.json")
+    config = PRESETS.get(name) or Config.from_file(RANDOM / "config.json")
     lines = [line for line in info(capsys, name).splitlines() if re.fullmatch(r" +\d+(  [·A-Z]|( [·A-Z]))+", line)]
     marks: list[str] = []
     for line in lines:
@@ -102,23 +102,23 @@ def test_tables_say_what_the_document_says(capsys: pytest.CaptureFixture[str]) -
         assert words in text
 
 
-@pytest.mark.parametrize("name", ["default", str(DEFAULT)])
+@pytest.mark.parametrize("name", ["random", str(RANDOM)])
 def test_a_checkpoint_is_described_with_its_files(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder's files and bytes are told; the default model is found by name."""
     data = document(capsys, name)
-    size = (DEFAULT / "model.safetensors").stat().st_size
-    assert data["checkpoint"] == {"path": str(DEFAULT), "files": ["model.safetensors"], "bytes": size}
-    assert str(DEFAULT) in "".join(info(capsys, name).split())
+    size = (RANDOM / "model.safetensors").stat().st_size
+    assert data["checkpoint"] == {"path": str(RANDOM), "files": ["model.safetensors"], "bytes": size}
+    assert str(RANDOM) in "".join(info(capsys, name).split())
 
 
 @pytest.mark.parametrize("left", [1000, 0])
 def test_weights_are_not_read(left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A checkpoint whose weights are cut off or empty is described like a whole one."""
     folder = tmp_path / "model"
-    shutil.copytree(DEFAULT, folder)
+    shutil.copytree(RANDOM, folder)
     with open(folder / "model.safetensors", "r+b") as file:
         file.truncate(left)
-    data, whole = document(capsys, str(folder)), document(capsys, "default")
+    data, whole = document(capsys, str(folder)), document(capsys, "random")
     assert data.pop("checkpoint")["bytes"] == left and whole.pop("checkpoint")["bytes"] > left
     assert data == whole
 
@@ -127,7 +127,7 @@ def test_a_folder_wins_over_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A folder called 2.7b here is described itself; elsewhere the name, in either case, is the published shape."""
     assert document(capsys, "2.7B") == document(capsys, "2.7b")
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(DEFAULT, tmp_path / "2.7b")
+    shutil.copytree(RANDOM, tmp_path / "2.7b")
     assert document(capsys, "2.7b")["config"]["hidden_size"] == 64
 
 
@@ -168,9 +168,9 @@ def test_machine_is_what_the_engine_finds(monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize("format", FORMATS)
 def test_packed_checkpoint(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A packed checkpoint's format and bytes per token are told, the latter from its own file."""
-    quantize(DEFAULT, tmp_path / "packed", FORMATS[format])
+    quantize(RANDOM, tmp_path / "packed", FORMATS[format])
     runs = document(capsys, str(tmp_path / "packed"))["runs"]
     assert (runs["backend"], runs["format"]) == ("native", format)
-    config = Config.from_file(DEFAULT / "config.json")
+    config = Config.from_file(RANDOM / "config.json")
     assert runs["weight_bytes_per_token"] == pytest.approx(config.weights_per_token() * FORMATS[format].bits / 8, rel=0.3)
     assert f"read per token in {format}" in info(capsys, str(tmp_path / "packed"))

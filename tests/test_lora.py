@@ -22,7 +22,7 @@ from zamba2.train.adapters import add_lora
 from zamba2.train.recipe import Lora
 from zamba2.weights.checkpoint import save_checkpoint
 from zamba2.weights.formats import format_named
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -148,7 +148,7 @@ def test_the_command_line_takes_an_adapter(folder, tmp_path, capsys):
     place = folder("2.7b")
     with pytest.raises(Zamba2Error, match="has no adapter_config"):
         zamba2.load(place / "base", format="bf16", adapter=tmp_path)
-    shutil.copy(DEFAULT / "tokenizer.json", tmp_path / "tokenizer.json")
+    shutil.copy(RANDOM / "tokenizer.json", tmp_path / "tokenizer.json")
     capsys.readouterr()
     assert run(["generate", "hi", "--model", str(place / "base"), "--format", "bf16", "--adapter", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zamba2.weights", "zamba2.model", "zamba2._engine"),  # numerics
     ("zamba2.runtime",),  # backends
     ("zamba2.language",),  # language
-    ("zamba2", "zamba2.api", "zamba2.hf", "zamba2.train"),  # interfaces
+    ("zamba2", "zamba2.api", "zamba2.hf", "zamba2.train", "zamba2.evaluate"),  # interfaces
     ("zamba2.cli", "zamba2.commands", "zamba2.bench", "zamba2.__main__"),  # commands
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -86,7 +86,7 @@ def test_import_is_light() -> None:
 def test_console_script_and_embedded_model_are_packaged() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'zamba2 = "zamba2.__main__:main"' in text
-    assert {path.name for path in (SOURCE / "default").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in (SOURCE / "random").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert (SOURCE / "py.typed").exists()
 
 

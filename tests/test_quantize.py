@@ -26,7 +26,7 @@ from zamba2.runtime.backend import Row
 from zamba2.runtime.native import NativeBackend
 from zamba2.weights.files import TensorFile, write_tensors
 from zamba2.weights.formats import FORMATS
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import is_packed, parts
 
 Stored = dict[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape, bytes of each tensor
@@ -55,7 +55,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model in q4, packed by the command."""
     target = tmp_path_factory.mktemp("packed") / "q4"
-    assert run(["quantize", str(DEFAULT), str(target), "--format", "q4"]) == 0
+    assert run(["quantize", str(RANDOM), str(target), "--format", "q4"]) == 0
     return target
 
 
@@ -71,12 +71,12 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``quantize`` writes a folder that ``generate`` takes: complete, with tokenizer and mark of randomness, of the size it says."""
     target = tmp_path / "out"
-    code, out, err = told(capsys, "quantize", str(DEFAULT), str(target), "--format", format)
+    code, out, err = told(capsys, "quantize", str(RANDOM), str(target), "--format", format)
     assert (code, err) == (0, [])
     assert out.startswith(f"{target}: ")
     assert out.endswith(f"{FORMATS[format].bits} bits a weight" + (", embeddings 8.5\n" if format == "q4" else "\n"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    small = {path.name for path in DEFAULT.iterdir() if path.name.startswith(("tokenizer", "chat_template", "generation_config"))}
+    small = {path.name for path in RANDOM.iterdir() if path.name.startswith(("tokenizer", "chat_template", "generation_config"))}
     assert {path.name for path in target.iterdir()} >= {"config.json", "model.safetensors", *small}
     model = zamba2.load(target)
     assert isinstance(model.backend, NativeBackend)
@@ -105,7 +105,7 @@ def test_format_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     """format= packs into the user's cache on first use, says so, and reuses it; another format and a changed source pack anew."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source, cache = tmp_path / "source", tmp_path / "cache" / "zamba2" / "packed"
-    shutil.copytree(DEFAULT, source)
+    shutil.copytree(RANDOM, source)
     counts, packings = [], []
     for format in ("q8", "q8", "q4", "q8", None):
         if format is None:
@@ -124,21 +124,21 @@ def test_default_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     into the cache once, which a notice explains. A device or dtype, and backend="torch", give PyTorch, without packing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    small = zamba2.load(DEFAULT)
+    small = zamba2.load(RANDOM)
     assert isinstance(small.backend, NativeBackend) and small.backend.format.name == "bf16"
     assert list(tmp_path.iterdir()) == []
-    assert small.generate("hi", max_tokens=3).tokens == zamba2.load(DEFAULT, format="bf16").generate("hi", max_tokens=3).tokens
+    assert small.generate("hi", max_tokens=3).tokens == zamba2.load(RANDOM, format="bf16").generate("hi", max_tokens=3).tokens
     capsys.readouterr()
     monkeypatch.setattr(api, "SMALL", 1000)
     for first in (True, False):
-        large = zamba2.load(DEFAULT)
+        large = zamba2.load(RANDOM)
         assert isinstance(large.backend, NativeBackend) and large.backend.format.name == "q4"
         assert bool(re.search("packing .* as q4 .*format q8 or bf16", capsys.readouterr().err)) is first
     kept = sorted((tmp_path / "cache").rglob("*"))
     for options in ({"device": "cpu"}, {"dtype": "float32"}, {"backend": "torch"}):
-        assert type(zamba2.load(DEFAULT, **options).backend).__name__ == "TorchBackend"
+        assert type(zamba2.load(RANDOM, **options).backend).__name__ == "TorchBackend"
     with pytest.raises(Zamba2Error, match="for the native engine"):
-        zamba2.load(DEFAULT, dtype="float32", threads=2)
+        zamba2.load(RANDOM, dtype="float32", threads=2)
     assert sorted((tmp_path / "cache").rglob("*")) == kept
 
 
@@ -151,7 +151,7 @@ def test_thread_options(packed: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for options in (["--threads", "0"], ["--threads", "many"], ["--threads", "1025"], ["--threads", "1", "--dtype", "float32"]):
         code, out, err = told(capsys, *line, *options)
         assert (code, out, len(err)) == (2, "", 1), err
-    code, _, err = told(capsys, "generate", "hi", "--threads", "2", "--dtype", "float32")
+    code, _, err = told(capsys, "generate", "hi", "--model", "random", "--threads", "2", "--dtype", "float32")
     assert code == 2 and "for the native engine" in err[0]
 
 
@@ -162,7 +162,7 @@ def test_default_with_a_gpu(driver: bool, finds: bool, backend: str, tmp_path: P
 
     monkeypatch.setattr(api, "GPU_DRIVERS", (str(tmp_path if driver else tmp_path / "none"),))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: finds)
-    assert api.backend_for(DEFAULT) == backend
+    assert api.backend_for(RANDOM) == backend
     assert api.backend_for(None) == backend
 
 
@@ -199,7 +199,7 @@ __main__.main()
 """
 
 
-@pytest.mark.parametrize("command", [["quantize", "default", "TARGET"], ["generate", "hi"], ["chat"]])
+@pytest.mark.parametrize("command", [["quantize", "random", "TARGET"], ["generate", "hi", "-m", "random"], ["chat", "-m", "random"]])
 def test_interrupted_packing_leaves_nothing(command: list[str], tmp_path: Path) -> None:
     """Ctrl-C while a checkpoint is packed, by hand or on first use, ends the program with one line and leaves no file behind."""
     program = [sys.executable, "-c", SLOWLY, *[str(tmp_path / "target") if word == "TARGET" else word for word in command]]
@@ -222,7 +222,7 @@ def test_full_disk_while_packing_leaves_nothing(tmp_path: Path) -> None:
         "import resource, signal, sys; from zamba2 import api; from zamba2.cli import run; api.SMALL = 1\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "sys.exit(run(['generate', 'hi']))"
+        "sys.exit(run(['generate', 'hi', '--model', 'random']))"
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
@@ -269,9 +269,9 @@ def test_native_stays_near_torch(packed: Path) -> None:
         logits = model.backend.forward([Row(ids, model.backend.new_state(), len(ids))])[0].numpy().astype(np.float64)
         return np.asarray(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
 
-    expected = log_probabilities(zamba2.load(DEFAULT, dtype="float32"))
+    expected = log_probabilities(zamba2.load(RANDOM, dtype="float32"))
     for format, bound in (("bf16", 1e-3), ("q8", 0.01), ("q4", 0.2)):
-        found = log_probabilities(zamba2.load(DEFAULT, format=format))
+        found = log_probabilities(zamba2.load(RANDOM, format=format))
         divergence = (np.exp(expected) * (expected - found)).sum(-1).mean()
         assert -1e-9 <= divergence <= bound, (format, divergence)
 
@@ -348,7 +348,7 @@ def test_spoiled_checkpoint(name: str, packed: Path, tmp_path: Path, capsys: pyt
 
 def spoil_source(tmp_path: Path, value: bytes) -> Path:
     source = tmp_path / "source"
-    shutil.copytree(DEFAULT, source)
+    shutil.copytree(RANDOM, source)
     stored = stored_tensors(source / "model.safetensors")
     name = next(name for name in stored if name.endswith("in_proj.weight"))
     dtype, shape, data = stored[name]
@@ -367,9 +367,9 @@ def test_command_refuses(packed: Path, tmp_path: Path, capsys: pytest.CaptureFix
     before = sorted(tmp_path.rglob("*"))
     for message, arguments in {
         "NaN": [str(source), str(target)],
-        "not an empty folder": [str(DEFAULT), str(full)],
-        "not an empty folder;": [str(DEFAULT), str(file)],
-        "there is no format 'q5'": [str(DEFAULT), str(target), "--format", "q5"],
+        "not an empty folder": [str(RANDOM), str(full)],
+        "not an empty folder;": [str(RANDOM), str(file)],
+        "there is no format 'q5'": [str(RANDOM), str(target), "--format", "q5"],
         "packed already": [str(packed), str(target)],
         "nowhere": [str(tmp_path / "nowhere"), str(target)],
     }.items():
@@ -402,11 +402,11 @@ def test_load_refuses(packed: Path) -> None:
         with pytest.raises(Zamba2Error, match=message):
             zamba2.load(packed, **options)  # type: ignore[arg-type]
     with pytest.raises(Zamba2Error, match="there is no format"):
-        zamba2.load(DEFAULT, format="q5")
+        zamba2.load(RANDOM, format="q5")
     with pytest.raises(Zamba2Error, match="PyTorch keeps keys and values in its dtype"):
-        zamba2.load(DEFAULT, backend="torch", kv="q8")
+        zamba2.load(RANDOM, backend="torch", kv="q8")
     assert is_packed(packed)
-    assert not is_packed(DEFAULT)
+    assert not is_packed(RANDOM)
 
 
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}, {"backend": "torch"}, {"kv": "q3"}])
@@ -414,5 +414,5 @@ def test_what_packing_cannot_serve_is_refused_first(options: dict[str, str], tmp
     """An option that the native engine has not is refused before anything is packed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(Zamba2Error, match=next(iter(options.values())) if "backend" not in options else "format"):
-        zamba2.load("default", format="q4", **options)
+        zamba2.load("random", format="q4", **options)
     assert list(tmp_path.iterdir()) == []

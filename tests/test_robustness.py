@@ -17,7 +17,7 @@ from zamba2.runtime import processors
 from zamba2.runtime.native import chosen_threads
 from zamba2.runtime.processors import cores, default_threads, processors_for, quota
 from zamba2.weights.formats import FORMATS
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="threads are pinned a
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model in bf16, so that its matrices span many pages."""
     target = tmp_path_factory.mktemp("packed") / "bf16"
-    quantize(DEFAULT, target, FORMATS["bf16"])
+    quantize(RANDOM, target, FORMATS["bf16"])
     return target
 
 
@@ -130,7 +130,7 @@ for format in ("q4", "q8"):
                 continue
             print(format, part.name, bits)
 """
-    assert child(code, tmp_path, DEFAULT) == (0, "", [])
+    assert child(code, tmp_path, RANDOM) == (0, "", [])
 
 
 # ---- files that shrink ------------------------------------------------------------------------------------------------------

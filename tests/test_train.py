@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -23,15 +24,19 @@ from torch.nn import functional as F
 import zamba2.hf
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
+from zamba2.model import model as model_module
 from zamba2.runtime.backend import Row
 from zamba2.train import run as module
 from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.demo import train, write_base
+from zamba2.train.instructions import documents
 from zamba2.train.masks import mask_conversation, mask_pair
+from zamba2.train.muon import Muon
 from zamba2.train.packing import IGNORED, collate_packed, pack
 from zamba2.train.prepare import labels, pair_row, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import RECIPES, Lora, Recipe, read_recipe
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 
 WORDS = ["red", "green", "blue", "old", "new", "cat", "dog", "house", "tree", "river", "one", "two", "three"]
 # trl, peft and transformers warn of each other.
@@ -46,7 +51,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.from_folder(DEFAULT)
+    return Tokenizer.from_folder(RANDOM)
 
 
 def some_text(generator: torch.Generator, words: int) -> str:
@@ -77,7 +82,7 @@ def write_pairs(path: Path, count: int = 48) -> Path:
 
 def recipe(tmp_path: Path, stage: str = "sft", **fields: object) -> Recipe:
     data = f"messages:{write_chats(tmp_path / 'chats.jsonl')}" if stage == "sft" else f"preferences:{write_pairs(tmp_path / 'pairs.jsonl')}"
-    base = dict(stage=stage, model=str(DEFAULT), out=tmp_path / "out", data=(data,), max_tokens=96, precision="fp32", device="cpu",
+    base = dict(stage=stage, model=str(RANDOM), out=tmp_path / "out", data=(data,), max_tokens=96, precision="fp32", device="cpu",
                 batch_size=4, device_batch_size=4, steps=4, log_every=1, learning_rate=1e-3)  # fmt: skip
     return Recipe.model_validate(base | fields)
 
@@ -94,7 +99,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def fresh_model(seed: int = 0) -> zamba2.hf.Zamba2ForCausalLM:
     """The default model with trained-like small noise on its zeros, in training mode."""
     torch.manual_seed(seed)
-    return zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(DEFAULT), dtype="float32").train()
+    return zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(RANDOM), dtype="float32").train()
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def test_packed_equals_separate(tokenizer):
 def test_packing_leaks_in_transformers(tokenizer):
     """The same test, with the position_ids that transformers documents for packed rows, shows the leak of its own class."""
     apart, together = packed_batch(tokenizer, torch.Generator().manual_seed(3))
-    theirs = transformers.models.zamba2.Zamba2ForCausalLM.from_pretrained(str(DEFAULT), dtype=torch.float32).train()
+    theirs = transformers.models.zamba2.Zamba2ForCausalLM.from_pretrained(str(RANDOM), dtype=torch.float32).train()
     loss, gradients = losses_and_gradients(theirs, map(one, apart))
     seq_idx = together.pop("seq_idx")
     starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
@@ -189,7 +194,7 @@ turns = st.lists(st.tuples(st.text("ab \n<|>Ã©", max_size=9), st.text("ab \n<|>Ã
 @given(st.lists(turns, min_size=1, max_size=4))
 def test_only_the_assistant_carries_loss_under_packing(conversations):
     """In a packed batch the targets of each document, decoded, are its answers and their end tokens, and nothing else."""
-    tokenizer = Tokenizer.from_folder(DEFAULT)
+    tokenizer = Tokenizer.from_folder(RANDOM)
     documents, said = [], []
     for conversation in conversations:
         said_by = [said for pair in conversation for said in zip(("user", "assistant"), pair, strict=True)]
@@ -214,7 +219,7 @@ def test_sft_loss_is_cross_entropy(tmp_path):
     """The first loss that trl reports is the mean of -log p over the assistant's tokens of the batch."""
     wanted = recipe(tmp_path, steps=1)
     module.run(wanted)
-    rows = prepare(wanted, Tokenizer.from_folder(DEFAULT), [], lambda n: None).train
+    rows = prepare(wanted, Tokenizer.from_folder(RANDOM), [], lambda n: None).train
     model = fresh_model().eval()
     batch = collate_packed([rows[i] for i in first_batch(wanted, rows)], size=wanted.max_tokens, padding=0)
     targets = batch.pop("labels")[:, 1:]
@@ -228,8 +233,8 @@ def test_sft_loss_is_cross_entropy(tmp_path):
 def first_batch(wanted: Recipe, rows) -> list[int]:
     """Indices of the first batch, as the trainer's sampler draws them."""
     model = fresh_model()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(DEFAULT))
-    prepared = prepare(wanted, Tokenizer.from_folder(DEFAULT), [], lambda n: None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(RANDOM))
+    prepared = prepare(wanted, Tokenizer.from_folder(RANDOM), [], lambda n: None)
     numbered = prepared.train.add_column("number", list(range(len(prepared.train))))
     trainer = module.make_trainer(wanted, model, tokenizer, type(prepared)(numbered, None, prepared.report), Progress())
     collate, seen = trainer.data_collator, []
@@ -251,7 +256,7 @@ def test_dpo_loss_is_the_papers(tmp_path, tokenizer):
     wanted = recipe(tmp_path, "dpo", steps=3, beta=0.3, batch_size=2, device_batch_size=2)
     prepared = prepare(wanted, tokenizer, [], lambda n: None)
     model = fresh_model()
-    trainer = module.make_trainer(wanted, model, transformers.AutoTokenizer.from_pretrained(str(DEFAULT)), prepared, Progress())
+    trainer = module.make_trainer(wanted, model, transformers.AutoTokenizer.from_pretrained(str(RANDOM)), prepared, Progress())
     trainer.train()
     rows = [trainer.train_dataset[i] for i in (0, 1)]
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -274,7 +279,7 @@ def test_trl_alone_packs_and_masks_as_we_do(tmp_path, tokenizer):
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in write_chats(tmp_path / "chats.jsonl", 12).read_text().splitlines()]
-    theirs = transformers.AutoTokenizer.from_pretrained(str(DEFAULT))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(RANDOM))
     theirs.chat_template = zamba2.hf.TRAINING_TEMPLATE
     plain = theirs.apply_chat_template(rows[0]["messages"], tokenize=False, chat_template=tokenizer.chat_template)
     assert theirs.apply_chat_template(rows[0]["messages"], tokenize=False) == plain
@@ -326,12 +331,12 @@ def test_accumulation_changes_nothing(tmp_path, stage):
     assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-5) for name in first)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_resuming_changes_nothing(tmp_path, stage):
+@pytest.mark.parametrize(("stage", "optimizer"), [("sft", "adamw"), ("dpo", "adamw"), ("sft", "muon")])
+def test_resuming_changes_nothing(tmp_path, stage, optimizer):
     """A run that was cut after two of six steps and resumed has the losses and the very weights of one that was not."""
-    through = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "through")
+    through = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, optimizer=optimizer, out=tmp_path / "through")
     wanted = weights(module.run(through))
-    cut = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "cut")
+    cut = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, optimizer=optimizer, out=tmp_path / "cut")
     (tmp_path / "cut").mkdir()
     os.rename(tmp_path / "through" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     (tmp_path / "cut" / "checkpoint-4").mkdir()  # as a killed process leaves it: not complete
@@ -340,10 +345,50 @@ def test_resuming_changes_nothing(tmp_path, stage):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
-def test_checkpointing_and_bf16_train(tmp_path):
-    """Activation checkpointing leaves the trajectory as it is; bf16 products, and adapters on bf16 weights, stay near it."""
+def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest():
+    """Three steps of our Muon are those of torch's on the matrices inside and of torch's AdamW on all else, also after saving."""
+    models = [fresh_model(), fresh_model()]
+    ours = Muon(models[0].named_parameters(), 1e-2, betas=(0.8, 0.9), weight_decay=0.1)
+    inside = [p for n, p in models[1].named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
+    rest = [p for n, p in models[1].named_parameters() if p.ndim != 2 or "embed_tokens" in n]
+    assert len(inside) > 20 and len(rest) > 20
+    parts = [torch.optim.Muon(inside, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+             torch.optim.AdamW(rest, lr=1e-2, betas=(0.8, 0.9), weight_decay=0.0)]  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda step: 1 / (step + 1))
+    for step in range(3):
+        for model in models:
+            g = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=g)
+        for part in parts:
+            part.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            part.step()
+        if step == 2:  # as after resuming
+            state = ours.state_dict()
+            ours = Muon(models[0].named_parameters(), 1e-2, betas=(0.8, 0.9), weight_decay=0.1)
+            ours.load_state_dict(state)
+        ours.step()
+        schedule.step()
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_muon_needs_a_torch_that_has_it(monkeypatch):
+    """Where torch has no Muon, one sentence says which torch does."""
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(Zamba2Error, match=r"torch >= 2\.9 is needed"):
+        Muon(fresh_model().named_parameters(), 1e-2)
+
+
+def test_checkpointing_and_bf16_train(tmp_path, monkeypatch):
+    """Activation checkpointing and what is computed again inside a layer leave the trajectory as it is; bf16 products, and adapters on
+    bf16 weights, stay near it."""
     plain = recipe(tmp_path, out=tmp_path / "plain")
     module.run(plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "WORTH_IT", 0)
+        inside = recipe(tmp_path, out=tmp_path / "inside")
+        module.run(inside)
+    assert losses(inside.out) == pytest.approx(losses(plain.out), rel=1e-6)
     lora = {"precision": "bf16", "lora": {}}
     for name, fields, near in (
         ("again", {"checkpointing": True}, 1e-5), ("mixed", {"precision": "bf16-mixed"}, 0.02), ("lora", lora, 0.1),
@@ -491,7 +536,7 @@ BAD = {
 def test_bad_recipes_are_named(tmp_path, name):
     """What is wrong with a recipe is one sentence with the field in it."""
     fields, sentence = BAD[name]
-    good = {"stage": "sft", "model": "default", "out": "o", "data": ["messages:x.jsonl"]}
+    good = {"stage": "sft", "model": "random", "out": "o", "data": ["messages:x.jsonl"]}
     (tmp_path / "r.yaml").write_text(json.dumps(good | fields).replace("Infinity", ".inf"))
     with pytest.raises(Zamba2Error) as error:
         read_recipe(tmp_path / "r.yaml")
@@ -512,6 +557,21 @@ def test_the_demonstration_model_is_built_from_nothing(tmp_path):
     again = []
     build(tmp_path / "demo", sizes=sizes, say=again.append)
     assert len(said) > 5 and not again
+
+
+def test_two_processes_train_a_stage_of_it_as_one(tmp_path):
+    """Started in two processes by ourselves, a recipe of the demonstration model has the losses of one process."""
+    texts = itertools.islice(documents(1, split="train"), 40)
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_base(tmp_path / "base")
+    own = [f"model={tmp_path / 'base'}", f'data=["text:{tmp_path / "data.jsonl"}"]', "steps=3", "log_every=1", "precision=fp32"]
+    own += ["device=cpu", "batch_size=4", "held_out=2"]
+    for processes, size in ((1, 4), (2, 2)):
+        out = tmp_path / str(processes)
+        train("demo-pretrain", [*own, f"out={out}", f"device_batch_size={size}"], out, processes)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+    with pytest.raises(Zamba2Error, match="ended with exit code"):
+        train("demo-pretrain", [*own, f"out={tmp_path / '2'}", "device_batch_size=1", "model=nowhere/to"], tmp_path / "2", 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"- a", b"{", b"\xff\xfe", b"a: &x [*x]", b"[" * 5000, b"x" * 2_000_000])
@@ -610,8 +670,8 @@ def test_two_processes_with_fsdp_train_as_one(tmp_path):
 
 
 def test_training_keeps_little(monkeypatch, tokenizer):
-    """What lies between projections is computed again by the backward pass: gradients to the bit, about half of the bytes kept."""
-    from zamba2.model import model as zamba
+    """What lies between projections of some size is computed again by the backward pass: gradients to the bit, about half of the bytes
+    kept; what is small is kept."""
 
     def kept(model, ids):
         sizes: dict[int, int] = {}
@@ -629,8 +689,9 @@ def test_training_keeps_little(monkeypatch, tokenizer):
 
     ids = torch.randint(3, 1000, (1, 300), generator=torch.Generator().manual_seed(0))
     model = fresh_model()
+    monkeypatch.setattr(model_module, "WORTH_IT", 1000)
     little, gradients = kept(model, ids)
-    monkeypatch.setattr(zamba, "again_in_backward", lambda f, *arguments: f(*arguments))
+    monkeypatch.undo()
     much, expected = kept(model, ids)
     assert little < 0.55 * much
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)

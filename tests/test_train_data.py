@@ -43,7 +43,7 @@ from zamba2.train.data import (
     shuffled,
 )  # fmt: skip
 from zamba2.train.masks import Masked, MaskedPair, mask_conversation, mask_pair
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 END = "<|im_end|>"
@@ -170,7 +170,7 @@ def simple(question: str, answer: str = "yes") -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def default() -> Tokenizer:
-    return Tokenizer.from_folder(DEFAULT)
+    return Tokenizer.from_folder(RANDOM)
 
 
 # ---- the loaders -----------------------------------------------------------------------------------------------------
@@ -603,7 +603,7 @@ def test_preferences_are_masked_to_the_last_answer(folders: dict[str, Tokenizer]
 
 
 def with_template(template: str, folder: Path) -> Tokenizer:
-    (folder / "tokenizer.json").write_bytes((DEFAULT / "tokenizer.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes((RANDOM / "tokenizer.json").read_bytes())
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     return Tokenizer.from_folder(folder)
 

@@ -56,7 +56,7 @@ def test_installs_and_converses(wheel: Path, tmp_path: Path) -> None:
     said = done.stderr.splitlines()
     assert len(done.stdout.splitlines()) == 2 and sum("first after" in line for line in said) == 2, (done.stdout, said)
     assert any(line.startswith("user: hello") for line in said)
-    native = "import zamba2; print(type(zamba2.load('default').backend).__name__)"
+    native = "import zamba2; print(type(zamba2.load('random').backend).__name__)"
     shown = subprocess.run([python, "-c", native], env=alone, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert shown == "NativeBackend\n"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "venv") == [], "something was written into the home folder"

@@ -17,11 +17,11 @@ __version__ = "0.1.0"
 
 
 def load(
-    path_or_id: str | Path = "default", *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
+    path_or_id: str | Path = "demo", *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None,
     format: str | None = None, kv: str | None = None, threads: int | None = None, pin: bool | None = None,
     adapter: str | Path | None = None, revision: str | None = None, offline: bool = False,
 ) -> LanguageModel:  # fmt: skip
-    """Load a model: a folder, a ``.pt`` file, a Hub id, an alias such as "2.7b-instruct", or "default", the embedded one.
+    """Load a model: a folder, a ``.pt`` file, a Hub id, an alias such as "2.7b-instruct", or "demo", the embedded one.
 
     backend: "native" (packed weights on the CPU), "torch", a loaded ``Backend``, or None: torch where it can use a GPU or a
     device or dtype is given, and for ``.pt`` files, else native. format: "q4", "q8" or "bf16"; a checkpoint that is not

@@ -56,7 +56,7 @@ System = Annotated[Optional[str], typer.Option("--system", "-s", help="System me
 @app.command()
 def generate(
     prompt: Annotated[Optional[str], typer.Argument(help="Text to continue; '-' or nothing reads standard input.")] = None,
-    model: Model = "default",
+    model: Model = "demo",
     file: Annotated[Optional[Path], typer.Option("--file", "-f", help="Read the prompt from a file.")] = None,
     messages: Annotated[Optional[Path], typer.Option(help="Answer a JSON list of {role, content} messages.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Treat the prompt as a user's message: use the chat template.")] = False,
@@ -113,7 +113,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Model = "default",
+    model: Model = "demo",
     system: System = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
@@ -160,7 +160,7 @@ def chat(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="Shape (1.2b, 2.7b, 7b), alias, Hub id, folder or .pt file.")] = "default",
+    model: Annotated[str, typer.Argument(help="Shape (1.2b, 2.7b, 7b), alias, Hub id, folder or .pt file.")] = "demo",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -278,7 +278,7 @@ def preview(
     sets: Annotated[list[str], typer.Argument(metavar="NAME[:PATH][=WEIGHT]...", help=f"Data sets of one stage: {DATA_SETS}.")],
     model: Annotated[
         str, typer.Option("--model", "--tokenizer", "-m", help="Whose tokenizer and chat template: alias, Hub id or folder.")
-    ] = "default",
+    ] = "demo",
     count: Annotated[int, typer.Option("--count", "-c", help="Examples to show, drawn by weight.")] = 3,
     rows: Annotated[int, typer.Option(help="Most rows of each set to read; 0 reads all.")] = 1000,
     seed: Annotated[int, typer.Option(help="The same seed shows the same examples.")] = 0,
@@ -360,9 +360,10 @@ def dpo(recipe: RecipeName, changes: Changes = None, resume: Resume = False, sho
 
 @train.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="The folder to build in; what an earlier try left there is used.")] = Path("demo"),
+    out: Annotated[Path, typer.Argument(help="The folder to build in; what an earlier try left there is used.")] = Path("zamba2-demo"),
     changes: Changes = None,
     small: Annotated[float, typer.Option(min=1e-5, max=1, help="The share of data and prompts to use: 0.01 shows how it goes.")] = 1.0,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Training processes; on CPUs, one per core is fastest.")] = 1,
 ) -> None:
     """Build the demonstration model that ships in the package, from nothing: text, SFT, DPO, measurements and its card.
 
@@ -372,11 +373,75 @@ def demo(
 
         zamba2 train demo
 
-        zamba2 train demo try --small 0.01 compile=false
+        zamba2 train demo --processes 2
+
+        zamba2 train demo try --small 0.01 seed=1
     """
     from zamba2.commands.train import demonstration
 
-    demonstration(out, changes or [], small=small)
+    demonstration(out, changes or [], small=small, processes=processes)
+
+
+evaluate = typer.Typer(
+    help="Measure a model: perplexity, divergence from another.", rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+app.add_typer(evaluate, name="evaluate")
+
+TextFile = Annotated[Path, typer.Argument(help="A UTF-8 text file.")]
+Context = Annotated[int, typer.Option(min=2, help="Tokens of a window, the begin token among them; each is read from its start.")]
+Out = Annotated[Optional[Path], typer.Option(help="Folder to write the result into, as EVALUATION.json.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@evaluate.command()
+def perplexity(
+    text: TextFile, model: Model = "demo", context: Context = 2048, out: Out = None, as_json: AsJson = False,
+    format: FormatName = None, kv_format: KVFormatName = None, adapter: Adapter = None, device: Device = None, dtype: Dtype = None,
+    threads: Threads = None, revision: Revision = None, offline: Offline = False,
+) -> None:  # fmt: skip
+    """How well a model predicts a text: nats and perplexity per token, and by position.
+
+    Examples:
+
+        zamba2 evaluate perplexity novel.txt --model 2.7b
+
+        zamba2 evaluate perplexity novel.txt --model 2.7b --format q4 --context 4096 --out results --json
+    """
+    from zamba2.commands.evaluate import perplexity as main
+
+    where = {
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
+        "revision": revision, "offline": offline,
+    }  # fmt: skip
+    main(text, model, where, context=context, out=out, as_json=as_json)
+
+
+@evaluate.command()
+def divergence(
+    text: TextFile,
+    reference: Annotated[str, typer.Option("--reference", "-r", help="The model to be near to: alias, Hub id or folder.")],
+    reference_format: Annotated[Optional[str], typer.Option(help="Its packed format: bf16, q8 or q4.")] = None,
+    reference_dtype: Annotated[Optional[str], typer.Option(help="Or run it with PyTorch, in float32, bfloat16 or float16.")] = None,
+    model: Model = "demo", context: Context = 2048, out: Out = None, as_json: AsJson = False,
+    format: FormatName = None, kv_format: KVFormatName = None, adapter: Adapter = None, device: Device = None, dtype: Dtype = None,
+    threads: Threads = None, offline: Offline = False,
+) -> None:  # fmt: skip
+    """How far a model's predictions on a text are from a reference's: Kullback-Leibler divergence in nats, and agreement.
+
+    Examples:
+
+        zamba2 evaluate divergence novel.txt --reference 2.7b --reference-format bf16 --model 2.7b --format q4
+
+        zamba2 evaluate divergence novel.txt --reference ./original --reference-dtype float32 --model ./packed-q8 --json
+    """
+    from zamba2.commands.evaluate import divergence as main
+
+    where = {
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "offline": offline,
+    }  # fmt: skip
+    reference_where = {"format": reference_format, "dtype": reference_dtype, "offline": offline}
+    main(text, reference, model, reference_where, where, context=context, out=out, as_json=as_json)
 
 
 def version(wanted: bool) -> None:

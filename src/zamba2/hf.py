@@ -66,6 +66,7 @@ NOT_HERE = {
     "key_mapping", "max_memory", "offload_buffers", "offload_folder", "output_loading_info", "proxies", "quantization_config",
     "state_dict", "subfolder", "tp_plan", "tp_size", "tqdm_class", "use_kernels", "variant",
 }  # fmt: skip
+IGNORED = -100  # a label that counts nowhere
 LOSS_OPTIONS = {"num_items_in_batch", "ignore_index", "shift_labels"}
 PACKED_OPTIONS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # repeat what position_ids or seq_idx say
 
@@ -361,7 +362,7 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Zamba2Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, seq_idx: Tensor | None = None,
         output_attentions: bool | None = None, output_hidden_states: bool | None = None, return_dict: bool | None = None,
-        **kwargs: Any,
+        loss_only: bool = False, **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Scores of the next token after each position, and the loss where ``labels`` are given.
 
@@ -370,8 +371,9 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         themselves follow from the mask, but where they start again within a row a new document starts, as seq_idx
         (b or 1, T) says with numbers: nothing leaks from one document of a row to the next. logits_to_keep: trailing
         positions wanted (0: all) or a tensor of indices. use_cache: by default the config's, and no in training, with
-        labels and for packed rows. Other arguments go to the loss function (num_items_in_batch). Raises ValueError for
-        what does not fit or does not exist here (output_attentions, output_hidden_states).
+        labels and for packed rows. loss_only: no logits, so that only positions with a label pass the head. Other arguments
+        go to the loss function (num_items_in_batch). Raises ValueError for what does not fit or does not exist here
+        (output_attentions, output_hidden_states).
         """
         for name, wanted in (("output_attentions", output_attentions), ("output_hidden_states", output_hidden_states)):
             if getattr(self.config, name, False) if wanted is None else wanted:
@@ -383,10 +385,18 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         options = {name: kwargs[name] for name in kwargs.keys() & PACKED_OPTIONS}
         read = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, **options)
         x = read.last_hidden_state
-        logits = self.model.logits(x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep])
+        options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
         loss = None
+        if loss_only:
+            if labels is None:
+                raise ValueError("loss_only was given without labels")
+            targets = labels[:, 1:]
+            scored = targets != IGNORED
+            logits = self.model.logits(x[:, :-1][scored])
+            loss = self.loss_function(logits, None, vocab_size=logits.shape[-1], shift_labels=targets[scored], **options)
+            return CausalLMOutputWithPast(loss=loss)
+        logits = self.model.logits(x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep])
         if labels is not None:
-            options = {name: value for name, value in kwargs.items() if name in LOSS_OPTIONS}
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **options)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=read.past_key_values)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,10 @@ from zamba2.bench.peers import PEERS, Worker, need_disk
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.runtime.processors import default_threads
+from zamba2.runtime.processors import default_threads, machine
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named, kv_format_named
-from zamba2.weights.hub import DEFAULT, cache_folder, resolve
+from zamba2.weights.hub import RANDOM, cache_folder, resolve
 from zamba2.weights.packed import VERSION, Packing, is_packed, open_packed
 from zamba2.weights.synthetic import packed_bytes, write_synthetic
 
@@ -85,10 +84,10 @@ def main(
 
 
 def config_of(shape: str) -> Config:
-    """A published shape, "default" (the tiny embedded one), or that of a folder with a config.json. Raises Zamba2Error."""
+    """A published shape, "random" (the tiny embedded one), or that of a folder with a config.json. Raises Zamba2Error."""
     if shape.lower() in PRESETS:
         return PRESETS[shape.lower()]
-    folder = DEFAULT if shape == "default" else Path(shape)
+    folder = RANDOM if shape == "random" else Path(shape)
     if not (folder / "config.json").exists():
         raise Zamba2Error(f"there is no shape {shape!r}; there are {', '.join(PRESETS)}, default, or a folder with a config.json.")
     return Config.from_file(folder / "config.json")
@@ -233,15 +232,6 @@ def rival(ready: dict[str, Any], runs: list[dict[str, Any]], ours: Mapping[str, 
     found = medians(runs, ready)
     ratios = {key: ours[key] / found[key] for key in (*RATES, "ttft_seconds", "peak_rss_bytes")}
     return found | {"ratios": ratios} | {key: value for key, value in ready.items() if key != "load_seconds"}
-
-
-def machine() -> str:
-    """What it was measured on, in a few words."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def print_tables(result: dict[str, Any]) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+from zamba2.commands.bars import bar
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.weights import packed
@@ -63,18 +61,3 @@ def read_text(path: Path, target: Path, packing: packed.Packing, text: Path, tok
         with bar(f"reading {len(ids)} tokens") as progress:
             moments = second_moments(NativeBackend(plain, config), ids, progress=progress)
     return moments
-
-
-@contextmanager
-def bar(what: str) -> Iterator[packed.Progress | None]:
-    """A progress bar on standard error, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)

@@ -87,14 +87,14 @@ def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show:
         print(folder)
 
 
-def demonstration(out: Path, changes: Sequence[str], *, small: float) -> None:
-    """Build the demonstration model. small: the share of everything to use. Raises Zamba2Error."""
+def demonstration(out: Path, changes: Sequence[str], *, small: float, processes: int) -> None:
+    """Build the demonstration model. small: the share of everything to use; processes: for training. Raises Zamba2Error."""
     need("pydantic", "yaml")
     prepare_libraries()
     from zamba2.train.demo import Sizes, build
 
     sizes = Sizes(**{name: max(8, round(size * small)) for name, size in asdict(Sizes()).items()})
-    print(build(out, sizes=sizes, changes=changes, say=lambda line: print(line, file=sys.stderr, flush=True)))
+    print(build(out, sizes=sizes, changes=changes, processes=processes, say=lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 def prepare_libraries() -> None:

@@ -36,6 +36,7 @@ from zamba2.model.state import LayerRecord, ModelState
 __all__ = ["Mamba2", "SharedBlock", "Zamba2"]
 
 T = TypeVar("T")
+WORTH_IT = 1 << 21  # elements
 
 
 class Linear(nn.Linear):
@@ -56,8 +57,11 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def again_in_backward(f: Callable[..., T], *arguments: Tensor) -> T:
-    """f(*arguments); with gradients, f's inside is not kept but computed again by the backward pass: little arithmetic, much memory."""
-    if not torch.is_grad_enabled():
+    """f(*arguments); with gradients, f's inside is not kept but computed again by the backward pass: little arithmetic, much memory.
+
+    Small arguments take little memory, but a fifth of a training step's time: there the inside is kept.
+    """
+    if not torch.is_grad_enabled() or sum(argument.numel() for argument in arguments) < WORTH_IT:
         return f(*arguments)
     out: T = checkpoint(f, *arguments, use_reentrant=False, preserve_rng_state=False)
     return out

@@ -1,4 +1,4 @@
-"""How many threads a computation on this machine should have, and on which processors."""
+"""This machine's processors: what they are, how many threads a computation should have, and on which of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from pathlib import Path
 
 from zamba2.errors import Zamba2Error
 
-__all__ = ["MOST_THREADS", "cores", "default_threads", "processors_for", "quota"]
+__all__ = ["MOST_THREADS", "cores", "default_threads", "machine", "processors_for", "quota"]
 
 MOST_THREADS = 1024
 SYSTEM = Path("/sys")
 CGROUPS = Path("/proc/self/cgroup")
+
+
+def machine() -> str:
+    """What this is, in a few words: for figures that depend on it."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def default_threads() -> int:

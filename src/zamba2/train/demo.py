@@ -1,6 +1,6 @@
 """The demonstration model: a small Zamba2 trained from nothing by the recipes ``demo-*``, on a subject narrow enough to be good at.
 
-    base/       config.json and a tokenizer learned from the generator's text
+    base/       config.json, new weights, and a tokenizer learned from the generator's text
     data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, and pairs.jsonl, sampled from the SFT model
     pretrain/, sft/, dpo/     the three runs
     report.json               what was measured on held-out prompts after each stage and in each format
@@ -12,9 +12,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
 import shutil
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,11 @@ import numpy as np
 
 from zamba2.api import load
 from zamba2.config import Config
+from zamba2.errors import Zamba2Error
 from zamba2.language.messages import CHATML
 from zamba2.language.model import LanguageModel
 from zamba2.runtime.backend import Row
+from zamba2.runtime.processors import machine
 from zamba2.train.instructions import Task, documents, passes, tasks
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named
@@ -43,7 +47,7 @@ SAMPLES = 4  # answers sampled to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
 CONFIG = Config(
-    hidden_size=128, num_hidden_layers=8, vocab_size=2048, hybrid_layer_ids=(1, 3, 5, 7), num_mem_blocks=2, mamba_d_state=32,
+    hidden_size=128, num_hidden_layers=8, vocab_size=4096, hybrid_layer_ids=(1, 3, 5, 7), num_mem_blocks=2, mamba_d_state=32,
     n_mamba_heads=4, num_attention_heads=4, num_key_value_heads=4, intermediate_size=512, chunk_size=64, adapter_rank=16,
 )  # fmt: skip
 
@@ -52,26 +56,23 @@ CONFIG = Config(
 class Sizes:
     """How much of everything: documents and conversations to learn from, prompts to sample pairs for, prompts and texts to measure on."""
 
-    documents: int = 32_000
+    documents: int = 40_000
     conversations: int = 300_000
     prompts: int = 12_000
     held_out: int = 1_000
     texts: int = 200
 
 
-def build(folder: Path, *, sizes: Sizes | None = None, changes: Sequence[str] = (), say: Callable[[str], None] = print) -> Path:
+def build(
+    folder: Path, *, sizes: Sizes | None = None, changes: Sequence[str] = (), processes: int = 1, say: Callable[[str], None] = print
+) -> Path:
     """Train the demonstration model in ``folder``, or go on where an earlier try stopped. Returns the folder of the result.
 
-    changes: to the recipes, KEY=VALUE. Raises Zamba2Error.
+    changes: to the recipes, KEY=VALUE. processes: to share each training step. Raises Zamba2Error.
     """
-    from zamba2.train.recipe import read_recipe
-    from zamba2.train.run import checkpoints, run
-
     sizes = sizes or Sizes()
-    started = time.monotonic()
     write_base(folder / "base")
     write_data(folder / "data", sizes)
-    seconds = {}
     for stage in ("pretrain", "sft", "dpo"):
         if stage == "dpo" and not (folder / "data" / "pairs.jsonl").exists():
             say("sampling the SFT model; the checkers choose")
@@ -79,19 +80,33 @@ def build(folder: Path, *, sizes: Sizes | None = None, changes: Sequence[str] = 
         out = folder / stage
         if not (out / "model" / "tokenizer.json").exists():
             say(f"training: {stage}")
-            begun = time.monotonic()
-            source = {"pretrain": "base/config.json", "sft": "pretrain/model", "dpo": "sft/model"}[stage]
+            source = {"pretrain": "base", "sft": "pretrain/model", "dpo": "sft/model"}[stage]
             data = {"pretrain": "text:{}/pretrain.jsonl", "sft": "messages:{}/sft.jsonl", "dpo": "preferences:{}/pairs.jsonl"}[stage]
             held_out = {"pretrain": sizes.documents, "sft": sizes.conversations, "dpo": sizes.prompts}[stage] // 200 or 1
             own = [f"model={folder / source}", f"out={out}", f"data=[{json.dumps(data.format(folder / 'data'))}]", f"held_out={held_out}"]
-            run(read_recipe(f"demo-{stage}", [*own, *changes]), resume=bool(checkpoints(out)))
-            seconds[stage] = time.monotonic() - begun
-    report = write_report(folder, sizes, seconds | {"all": time.monotonic() - started}, say)
+            train(f"demo-{stage}", [*own, *changes], out, processes)
+    report = write_report(folder, sizes, say)
     target = folder / "model"
     shutil.copytree(packed(folder, "dpo", "q8"), target, dirs_exist_ok=True)
     with replacing(target / "README.md") as place:
         place.write_text(card(report), encoding="utf-8")
     return target
+
+
+def train(name: str, changes: Sequence[str], out: Path, processes: int) -> None:
+    """Run one of our recipes, or go on with it, here or in several processes. Raises Zamba2Error."""
+    from zamba2.train.recipe import read_recipe
+    from zamba2.train.run import checkpoints, run
+
+    recipe, resume = read_recipe(name, changes), bool(checkpoints(out))
+    if processes == 1:
+        run(recipe, resume=resume)
+        return
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "zamba2"]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    command = [sys.executable, *launch, "train", recipe.stage, name, *changes, *(["--resume"] if resume else [])]
+    if code := subprocess.run(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode:
+        raise Zamba2Error(f"training {name} in {processes} processes ended with exit code {code}; what they said stands above.")
 
 
 # ---- what it learns from ---------------------------------------------------------------------------------------------
@@ -185,7 +200,7 @@ def tokenizer_settings(config: Config) -> dict[str, Any]:
 
 
 def write_base(folder: Path, seed: int = SEED) -> None:
-    """config.json and the tokenizer's files; what is there already stays."""
+    """config.json, new weights and the tokenizer's files; what is there already stays."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").exists():
         return
@@ -198,10 +213,31 @@ def write_base(folder: Path, seed: int = SEED) -> None:
             yield from text.split("\n")
 
     ids = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_id, "pad_token_id": CONFIG.pad_token_id}
+    new_weights(CONFIG, seed).save_pretrained(folder)
     files = {"config.json": CONFIG.to_dict(), "generation_config.json": ids, "tokenizer_config.json": tokenizer_settings(CONFIG)}
     for name, content in (files | {"tokenizer.json": learn_tokenizer(lines(), CONFIG.vocab_size)}).items():
         with replacing(folder / name) as place:
             place.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def new_weights(config: Config, seed: int) -> Any:
+    """A Zamba2ForCausalLM whose every product keeps its input's variance.
+
+    The usual 0.02 is right for 2.7B's width alone: at 128 a shared block's output, a product of two small numbers that no residual
+    connection goes around, would start as nothing, and copying would be learned twice as late (docs/log.md).
+    """
+    import torch
+    from transformers import Zamba2Config
+
+    from zamba2.hf import Zamba2ForCausalLM
+
+    torch.manual_seed(seed)
+    model = Zamba2ForCausalLM(Zamba2Config.from_dict(config.to_dict()))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:  # (out, in), (vocabulary, hidden) or (channels, 1, taps)
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+    return model
 
 
 # ---- what it can do --------------------------------------------------------------------------------------------------
@@ -262,7 +298,17 @@ def packed(folder: Path, stage: str, format: str) -> Path:
     return target
 
 
-def write_report(folder: Path, sizes: Sizes, seconds: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+def trained(run: Path) -> dict[str, Any]:
+    """What a run's folder says of it: seconds (all tries together), steps, tokens read (0 where they were not counted) and processors."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    times = [float(line["seconds"]) for line in lines]
+    tries = [before for before, after in itertools.pairwise(times) if after < before]  # each starts its clock anew
+    tokens = max((line.get("num_tokens", 0) for line in lines), default=0)
+    versions = json.loads((run / "versions.json").read_text(encoding="utf-8"))
+    return {"seconds": sum(tries) + times[-1], "steps": lines[-1]["step"], "tokens": tokens, "processors": versions["processors"]}
+
+
+def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:
     """Measure each stage, and the last one in each format, on prompts never trained on; report.json."""
     place = folder / "report.json"
     if place.exists():
@@ -281,7 +327,8 @@ def write_report(folder: Path, sizes: Sizes, seconds: dict[str, float], say: Cal
     report = {
         "stages": found,
         "gain": bootstrap(gain),
-        "seconds": seconds,
+        "runs": {stage: trained(folder / stage) for stage in ("pretrain", "sft", "dpo")},
+        "machine": machine(),
         "tasks": [{"kind": task.kind, "messages": task.messages, "check": task.check} for task in asked],
     }
     with replacing(place) as beside:
@@ -300,30 +347,38 @@ def card(report: dict[str, Any]) -> str:
     rows = [f"| {kind} | " + " | ".join(cell(stages[n]["kinds"][kind]) for n in names) + " |" for kind in stages["sft"]["kinds"]]
     rows.append("| **all** | " + " | ".join(cell(stages[n]["all"]) for n in names) + " |")
     rows.append("| perplexity of held-out text | " + " | ".join(f"{stages[n]['perplexity']:.2f}" for n in names) + " |")
+    times = [f"{name} {run['seconds'] / 60:.0f} minutes ({run['steps']:,} steps)" for name, run in report["runs"].items()]
     talks = []
     for task, text in list(zip(report["tasks"], stages["dpo q8"]["answers"], strict=True))[:10]:
         turns = [f"> **{message['role']}:** {message['content']}" for message in task["messages"][:-1]] + [f"> **model:** {text}"]
         talks.append("\n>\n".join(turn.replace("\n", "\n> ") for turn in turns))
     gain = report["gain"]
-    return "\n".join(
-        [
-            "# The demonstration model of `zamba2`",
-            "",
-            "A Zamba2 of 2.1 M parameters, trained from nothing by `zamba2 train demo`: plain text, then SFT, then DPO, all of it out of",
-            "a deterministic generator (`zamba2.train.instructions`) and no other text. It follows short instructions in plain English of",
-            "the kinds below and knows nothing else. It exists so that every command works before a download.",
-            "",
-            f"Measured greedily on {len(report['tasks'])} prompts whose combinations of arguments were never trained on; 95 % bootstrap",
-            f"intervals. DPO against SFT: {gain[0]:+.1%} ({gain[1]:+.1%} to {gain[2]:+.1%}).",
-            "",
-            head,
-            *rows,
-            "",
-            "## Ten conversations",
-            "",
-            "The first ten of the held-out prompts, as the q8 model answers them, unedited.",
-            "",
-            "\n\n---\n\n".join(talks),
-            "",
-        ]
-    )
+    return f"""# The demonstration model of `zamba2`
+
+A Zamba2 of {CONFIG.num_parameters / 1e6:.1f} M parameters (two shared attention blocks in turn, adapters at each position), trained from
+nothing by `zamba2 train demo`: plain text, then SFT, then DPO, all of it made by a deterministic generator
+(`zamba2.train.instructions`) and no other text. It follows short instructions in plain English of the kinds below, with words it
+knows, and knows nothing else. It exists so that every command works before a download.
+
+## What it can do
+
+Greedy answers to {len(report["tasks"])} prompts whose combinations of arguments were never trained on, each held to its checker; 95 %
+bootstrap intervals. DPO against SFT: {gain[0]:+.1%} ({gain[1]:+.1%} to {gain[2]:+.1%}). It ships in q8.
+
+{head}
+{chr(10).join(rows)}
+
+## How long it takes
+
+{"; ".join(times)}, on {report["machine"]}; the rest (data, sampling pairs, measuring) takes minutes.
+
+## Ten conversations
+
+The first ten of the held-out prompts as the q8 model answers them, unedited.
+
+{(chr(10) * 2 + "---" + chr(10) * 2).join(talks)}
+
+## Licence
+
+Apache-2.0, as the rest of the package: no text of others was used.
+"""

@@ -1684,8 +1684,8 @@ def _questions(chance: Chance) -> Iterator[str]:
 
 # How pieces of a kind are joined, and how often it comes.
 DOCUMENTS: tuple[tuple[Callable[[Chance], Iterator[str]], str, int], ...] = (
-    (_stories, "\n\n", 6), (_descriptions, "\n\n", 4), (_scenes, " ", 2), (_facts, " ", 2), (_talks, "\n\n", 2), (_echoes, "\n", 6),
-    (_spellings, "\n", 1), (_repeats, "\n", 1), (_sums, "\n", 2), (_number_lines, "\n", 1), (_questions, "\n\n", 4),
+    (_stories, "\n\n", 6), (_descriptions, "\n\n", 4), (_scenes, " ", 2), (_facts, " ", 2), (_talks, "\n\n", 2), (_echoes, "\n", 10),
+    (_spellings, "\n", 1), (_repeats, "\n", 1), (_sums, "\n", 2), (_number_lines, "\n", 1), (_questions, "\n\n", 8),
 )  # fmt: skip
 
 

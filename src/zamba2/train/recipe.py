@@ -62,6 +62,7 @@ class Recipe(Strict):
     steps: Count | None = Field(None, description="optimizer steps, in the place of epochs")
     batch_size: Count = Field(8, description="rows, or pairs, of one optimizer step over all devices")
     device_batch_size: Count = Field(1, description="of these, how many at once on one device")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices inside the model, beside AdamW for the rest")
     learning_rate: Positive = 2e-5
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps over which the learning rate rises")

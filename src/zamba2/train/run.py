@@ -43,6 +43,7 @@ from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.torch import device_of
 from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.card import model_card
+from zamba2.train.muon import Muon
 from zamba2.train.packing import collate_packed
 from zamba2.train.prepare import Prepared, prepare
 from zamba2.train.progress import Progress
@@ -159,6 +160,9 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         "model": model, "processing_class": tokenizer, "train_dataset": prepared.train, "eval_dataset": prepared.held_out,
         "callbacks": [Watch(recipe, progress)],
     }  # fmt: skip
+    if recipe.optimizer == "muon":
+        muon = Muon(model.named_parameters(), recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
+        common["optimizers"] = (muon, None)
     if recipe.stage == "sft":
         options = SFTConfig(**shared, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
         collate = partial(collate_packed, size=recipe.max_tokens if recipe.packing else None, padding=tokenizer.pad_token_id)
@@ -206,6 +210,17 @@ def not_finite(step: int) -> Zamba2Error:
 
 class Conversations(Watched, SFTTrainer):
     """trl's SFTTrainer on packed rows."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """On a CPU the head of our own forward: trl's scores every position there, in fp32, and not only those with a label."""
+        if self.args.device.type != "cpu" or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = model(**inputs, loss_only=True, num_items_in_batch=num_items_in_batch).loss
+        if model.training:
+            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        # as in trl: the count is of all processes, whose gradients are averaged
+        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
 
 
 class Preferences(Watched, DPOTrainer):

@@ -14,13 +14,15 @@ from typing import Any
 
 from zamba2.errors import Zamba2Error, notice
 
-__all__ = ["ALIASES", "DEFAULT", "cache_folder", "resolve", "upload"]
+__all__ = ["ALIASES", "DEMO", "RANDOM", "cache_folder", "resolve", "upload"]
 
-DEFAULT = Path(__file__).resolve().parent.parent / "default"  # the tiny random model inside the package
+# Inside the package: the demonstration model, packed, and a tiny checkpoint with random weights.
+DEMO, RANDOM = (Path(__file__).resolve().parent.parent / name for name in ("demo", "random"))
 
 # Short names; upper and lower case are the same.
 ALIASES: dict[str, str | Path] = {
-    "default": DEFAULT,
+    "demo": DEMO,
+    "random": RANDOM,
     "1.2b": "Zyphra/Zamba2-1.2B",
     "1.2b-instruct": "Zyphra/Zamba2-1.2B-instruct",
     "2.7b": "Zyphra/Zamba2-2.7B",
@@ -48,7 +50,8 @@ def resolve(
 ) -> Path:
     """Return the local folder (or ``.pt`` file) of a checkpoint, downloading it when needed.
 
-    ``source``: an existing folder or ``.pt`` file, else a short name (``ALIASES``), else a Hub id "owner/name". A ``Path``
+    ``source``: an existing folder or ``.pt`` file, else a short name (``ALIASES``; those of embedded models yield only to a
+    folder that is a checkpoint), else a Hub id "owner/name". A ``Path``
     is always a local path. ``revision``: branch, tag or commit of a Hub repository. ``offline``: use the download cache
     only (as HF_HUB_OFFLINE=1 does). ``weights``: False fetches configuration and tokenizer alone.
     ``progress``: show progress bars on standard error.
@@ -58,10 +61,10 @@ def resolve(
     name = str(source)
     path = Path(os.path.expanduser(name))
     alias = ALIASES.get(name.lower()) if isinstance(source, str) else None
-    if name and os.path.exists(path):  # unlike Path.exists it takes names too long for a path
+    if isinstance(alias, Path):
+        local = path if os.path.exists(path / "config.json") else alias
+    elif name and os.path.exists(path):  # unlike Path.exists it takes names too long for a path
         local = path
-    elif isinstance(alias, Path):
-        local = alias
     else:
         repository = alias if alias is not None else name
         if isinstance(source, Path) or _looks_like_path(name):

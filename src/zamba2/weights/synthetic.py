@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from zamba2.config import Config
 from zamba2.weights.formats import BLOCK, GROUP, Format, round_bf16
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import Packing, Part, parts, write_packed
 
 __all__ = ["packed_bytes", "write_synthetic"]
@@ -41,7 +41,7 @@ def write_synthetic(config: Config, packing: Packing, target: Path, *, seed: int
         for piece in matrix(part, packing.of(part), random) if part.is_matrix else [vector(part, config, random)]:
             yield piece.data
 
-    tokenizer = DEFAULT.glob("tokenizer*") if config.vocab_size >= Config.from_file(DEFAULT / "config.json").vocab_size else ()
+    tokenizer = RANDOM.glob("tokenizer*") if config.vocab_size >= Config.from_file(RANDOM / "config.json").vocab_size else ()
     write_packed(target, config, packing, lambda part: partial(pieces, part), {"zamba2_random": "true"}, tokenizer)
 
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from zamba2.config import Config
-from zamba2.weights.hub import DEFAULT
+from zamba2.weights.hub import RANDOM
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_default_model.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_random_model.py"
 TEXTS = [
     "Once upon a time, there was a flower.",
     "",
@@ -26,7 +26,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_default_model", SCRIPT)
+    spec = importlib.util.spec_from_file_location("make_random_model", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,18 +36,18 @@ def script() -> ModuleType:
 def test_rebuilding_gives_the_same_bytes(script: ModuleType, tmp_path: Path) -> None:
     script.write_model(tmp_path)
     for path in tmp_path.iterdir():
-        assert path.read_bytes() == (DEFAULT / path.name).read_bytes(), f"{path.name}: run scripts/make_default_model.py"
+        assert path.read_bytes() == (RANDOM / path.name).read_bytes(), f"{path.name}: run scripts/make_random_model.py"
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_small() -> None:
-    assert sum(path.stat().st_size for path in DEFAULT.iterdir()) < 1_500_000
+    assert sum(path.stat().st_size for path in RANDOM.iterdir()) < 1_500_000
 
 
 def test_config_counts_its_weights() -> None:
-    config = Config.from_file(DEFAULT / "config.json")
+    config = Config.from_file(RANDOM / "config.json")
     assert config.num_shared_blocks == 2
-    with safe_open(DEFAULT / "model.safetensors", "np") as file:
+    with safe_open(RANDOM / "model.safetensors", "np") as file:
         names = list(file.keys())
         shapes = [file.get_slice(name).get_shape() for name in names]
         assert file.metadata() == {"format": "pt", "zamba2_random": "true"}
@@ -78,10 +78,10 @@ def test_bfloat16_rounds_to_nearest_even(script: ModuleType) -> None:
 def test_transformers_finds_every_tensor() -> None:
     from transformers import Zamba2ForCausalLM
 
-    model, report = Zamba2ForCausalLM.from_pretrained(DEFAULT, output_loading_info=True)
+    model, report = Zamba2ForCausalLM.from_pretrained(RANDOM, output_loading_info=True)
     assert not any(report.values()), report
     assert model.config.hybrid_layer_ids == [2, 4, 6]
-    with safe_open(DEFAULT / "model.safetensors", "pt") as file:
+    with safe_open(RANDOM / "model.safetensors", "pt") as file:
         state = model.state_dict()
         for name in file.keys():  # noqa: SIM118 (no mapping)
             assert file.get_tensor(name).equal(state[name]), name
@@ -91,7 +91,7 @@ def test_transformers_finds_every_tensor() -> None:
 def test_tokenizer_reads_the_same_everywhere(text: str) -> None:
     from transformers import AutoTokenizer
 
-    ours, theirs = Tokenizer.from_file(str(DEFAULT / "tokenizer.json")), AutoTokenizer.from_pretrained(DEFAULT)
+    ours, theirs = Tokenizer.from_file(str(RANDOM / "tokenizer.json")), AutoTokenizer.from_pretrained(RANDOM)
     for special in (False, True):
         ids = ours.encode(text, add_special_tokens=special).ids
         assert ids == theirs(text, add_special_tokens=special)["input_ids"]
@@ -105,11 +105,11 @@ def test_tokenizer_reads_the_same_everywhere(text: str) -> None:
 def test_tokenizer_is_built_like_the_published_one() -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = Tokenizer.from_file(str(DEFAULT / "tokenizer.json"))
-    config = Config.from_file(DEFAULT / "config.json")
+    tokenizer = Tokenizer.from_file(str(RANDOM / "tokenizer.json"))
+    config = Config.from_file(RANDOM / "config.json")
     assert tokenizer.get_vocab_size() == config.vocab_size
     assert [tokenizer.id_to_token(i) for i in (0, 1, 2, 3, 258)] == ["[PAD]", "<|im_start|>", "<|im_end|>", "<0x00>", "<0xFF>"]
-    theirs = AutoTokenizer.from_pretrained(DEFAULT)
+    theirs = AutoTokenizer.from_pretrained(RANDOM)
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (0, 1, 2)
     messages = json.loads((SCRIPT.parent.parent / "examples" / "card_conversation.json").read_text(encoding="utf-8"))
     chat = theirs.apply_chat_template(messages, tokenize=False)

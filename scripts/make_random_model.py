@@ -1,9 +1,9 @@
-"""Build src/zamba2/default/, the tiny Zamba2 that ships inside the package so that every command works before a download.
+"""Build src/zamba2/random/, the tiny Zamba2 that ships inside the package so that every command works before a download.
 
 Its weights are random (its words are noise), its tokenizer is real: a BPE with byte fallback in the style of Mistral v0.1,
 learnt from public-domain novels. Same input, same bytes. Needs numpy and tokenizers, not torch.
 
-    python scripts/make_default_model.py [--text FOLDER] [--out FOLDER]
+    python scripts/make_random_model.py [--text FOLDER] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zamba2.train.demo import BYTES, SPECIAL, learn_tokenizer, tokenizer_setting
 from zamba2.weights.files import write_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "src" / "zamba2" / "default"
+OUT = ROOT / "src" / "zamba2" / "random"
 TEXT = ROOT.parent / "shared" / "data" / "text"
 SEED = 20241014
 # Small, but with everything the 2.7B has: two shared blocks used in turn (A B A), adapters per position, several heads.

@@ -1,0 +1,1 @@
+"""Measuring a model: IFEval, MT-Bench, lm-eval tasks, perplexity and divergence."""
