@@ -653,12 +653,40 @@ def test_replies_as_a_model() -> None:
         assert len(server.asked) == 3
 
 
+def test_replies_that_nobody_waits_for() -> None:
+    """A caller that leaves half way, as on Ctrl-C, has nothing more sent but what was on its way."""
+    conversations = [[{"role": "user", "content": str(i)}] for i in range(50)]
+    with ScriptedJudge() as server:
+        replies = server.endpoint(requests_per_minute=1200).replies(conversations, max_tokens=5)
+        next(replies)
+        replies.close()  # type: ignore[attr-defined]
+        time.sleep(0.4)
+        sent = len(server.asked)
+        time.sleep(0.3)
+        assert len(server.asked) == sent < 15
+
+
+def test_a_second_interrupt_leaves_at_once(bench: Bench) -> None:
+    """A second Ctrl-C does not wait for the judge; the file holds whole lines and goes on."""
+    answer_questions(Fake(), bench.questions, bench.answers)
+    with ScriptedJudge(lambda number, body: "HANG" if number >= 4 else rating(number, body)) as server:
+        process = start(bench, "judge", server.url, parallel=2)
+        until(lambda: len(server.asked) == 6 and bench.judgments.read_bytes().count(b"\n") == 4)
+        assert process.stdout is not None
+        process.send_signal(signal.SIGINT)
+        assert b"waiting for replies on their way, 2 at most" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT), output
+    assert len(unjudged(bench.requests(), bench.judgments, "judge-1")) == TURNS - 4
+
+
 def test_options_change_the_request() -> None:
     """Options replace and remove fields of the request, for endpoints that name them otherwise."""
     with ScriptedJudge() as server:
         one(server, options={"max_tokens": None, "max_completion_tokens": 9, "temperature": None})
         assert server.bodies[0] == {
-            "model": "judge-1", "messages": [{"role": "user", "content": "hi"}], "n": 1, "max_completion_tokens": 9,
+            "model": "judge-1", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 9,
         }  # fmt: skip
 
 
@@ -947,7 +975,7 @@ def test_chart(tmp_path: Path) -> None:
     """The same scores give the same bytes, of one model by turn and of several by model, as a PNG and an SVG that are whole."""
     judgments = [
         Judgment(81 + i, turn, model, "gpt-4", (i * turn + len(model)) % 10 + 1 if i != 79 else -1)
-        for i in range(80) for turn in (1, 2) for model in ("a", "another model with a rather long name " * 3)
+        for i in range(80) for turn in (1, 2) for model in ("a", "_another $model^$ with a rather long name " * 3)
     ]  # fmt: skip
     scores = list(aggregate(judgments).models.values())
     first, second, several = chart(scores[:1], tmp_path / "a"), chart(scores[:1], tmp_path / "b"), chart(scores, tmp_path / "c")

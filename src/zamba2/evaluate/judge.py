@@ -10,6 +10,7 @@ import http.client
 import json
 import math
 import os
+import queue
 import random
 import socket
 import ssl
@@ -144,7 +145,7 @@ class Endpoint:
         if parts.username is not None:
             raise Zamba2Error(f"the address of {self.what} holds a user name; put the key into {self.key_variable} and leave it out.")
         path = parts.path.rstrip("/").removesuffix(CHAT) + CHAT
-        local = host == "localhost" or host == "::1" or host.startswith("127.")
+        local = host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
         return urlunsplit((parts.scheme, parts.netloc, path, parts.query, "")), local
 
     def _read_key(self, local: bool) -> str | None:
@@ -170,7 +171,7 @@ class Endpoint:
         """
         stop = stop or threading.Event()
         body: dict[str, Any] = {
-            "model": self.model, "messages": [dict(message) for message in messages], "n": 1, "max_tokens": max_tokens,
+            "model": self.model, "messages": [dict(message) for message in messages], "max_tokens": max_tokens,
             "temperature": temperature, "seed": seed,
         }  # fmt: skip
         body = {name: value for name, value in (body | self.options).items() if value is not None}
@@ -374,13 +375,17 @@ class Endpoint:
     def replies(
         self, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> Iterator[tuple[int, str]]:
-        """(index, text) as they come. Raises Zamba2Error for the first failure, after what else had come by then."""
-        import queue
+        """(index, text) as they come; nothing new is sent once the caller has left.
 
+        Raises Zamba2Error for the first failure, after what else had come by then.
+        """
         came: queue.SimpleQueue[tuple[int, Outcome] | None] = queue.SimpleQueue()
         problems: list[BaseException] = []
+        left = threading.Event()
 
         def receive(index: int, outcome: Outcome) -> None:
+            if left.is_set():
+                raise GeneratorExit
             came.put((index, outcome))
             if isinstance(outcome, Failure):
                 raise Zamba2Error(f"{self._name} did not answer: {outcome.reason}; run this again, what was answered so far is kept.")
@@ -393,9 +398,12 @@ class Endpoint:
             came.put(None)
 
         threading.Thread(target=run, daemon=True).start()
-        while (item := came.get()) is not None:
-            if isinstance(item[1], Reply):
-                yield item[0], item[1].text
+        try:
+            while (item := came.get()) is not None:
+                if isinstance(item[1], Reply):
+                    yield item[0], item[1].text
+        finally:
+            left.set()
         if problems:
             raise problems[0]
 

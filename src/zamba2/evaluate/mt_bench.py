@@ -808,7 +808,9 @@ def chart(scores: Sequence[ModelScores], target: Path) -> list[Path]:
 
 
 def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """A name as matplotlib shows it: it reads $ as mathematics, and leaves what begins with _ out of a legend."""
+    shown = text if len(text) <= length else text[: length - 1] + "…"
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def _bars(axes: Axes, names: Sequence[str], series: Sequence[tuple[str, list[float | None], float | None]]) -> None:
@@ -816,7 +818,7 @@ def _bars(axes: Axes, names: Sequence[str], series: Sequence[tuple[str, list[flo
     thickness = 0.8 / len(series)
     for number, (label, values, mean) in enumerate(series):
         shown = [(i + (number - (len(series) - 1) / 2) * thickness, value) for i, value in enumerate(values) if value is not None]
-        told = label if mean is None else f"{_short(label, 45)} (mean {mean:.2f})"
+        told = _short(label, 45) + ("" if mean is None else f" (mean {mean:.2f})")
         axes.barh([y for y, _ in shown], [value for _, value in shown], height=thickness * 0.92, color=COLOURS[number], label=told)
         for y, value in shown:
             axes.text(value + 0.1, y, f"{value:.1f}", va="center", fontsize=11 if len(series) < 3 else 10)
