@@ -1,0 +1,410 @@
+"""lm-eval on our backends: the scores of its own transformers model, work that is shared but changes nothing, and runs that go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval's tasks need the extra [evaluate]")
+pytest.importorskip("torch", reason="the PyTorch backend is compared")
+pytest.importorskip("transformers", reason="transformers' Zamba2 is compared")
+import torch
+import transformers
+
+import zamba2
+from zamba2.errors import Zamba2Error
+from zamba2.evaluate import harness
+from zamba2.evaluate.harness import STEP, Prefixes, generations, loglikelihoods, model_class, open_lm, run_tasks
+from zamba2.language.model import LanguageModel
+from zamba2.language.sampling import log_softmax
+from zamba2.runtime.backend import Row
+from zamba2.weights.hub import RANDOM
+
+# lm-eval, datasets and transformers warn of each other; its cache leaves its database to the garbage collector.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::SyntaxWarning", "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)  # fmt: skip
+FP32 = 2e-4  # between two fp32 implementations, on sums of at most some dozen log-probabilities
+# Nats per token between fp32 and the engine on this model, whose random weights spend 7.3 of them: twice what 64 continuations showed.
+TOLERANCE = {"bf16": 0.03, "q8": 0.3}
+
+QUESTIONS = [
+    ("The sky is", ["blue", "green and yellow", "a fish"], 0),
+    ("Two and two make", ["five", "four", "four hundred and some more than that"], 1),
+    ("A cat says", ["woof", "meow", "moo, as every cow does in the morning"], 1),
+    ("Water is", ["wet", "dry", "W"], 0),
+    ("The first letter is", ["B", "C", "A"], 2),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return zamba2.load("random", backend="torch", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine() -> LanguageModel:
+    return zamba2.load("random", format="q8", threads=1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """lm-eval's own model over transformers' Zamba2, whose time-step floor the checkpoints were not trained with."""
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = transformers.Zamba2ForCausalLM.from_pretrained(RANDOM, dtype=torch.float32).eval()
+    for layer in theirs.modules():
+        if hasattr(layer, "time_step_limit"):
+            layer.time_step_limit = (0.0, float("inf"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(RANDOM)
+    return HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Three tasks on local data: one that compares choices, one that generates (a YAML file), one that adds up a text's probability."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS]
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    choose = common | {
+        "task": "choose", "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "num_fewshot": 2, "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }  # fmt: skip
+    go_on = common | {
+        "task": "go_on", "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["t", "\n"], "max_gen_toks": 12, "do_sample": False}, "num_fewshot": 0,
+        "metric_list": [{"metric": "exact_match"}],
+    }  # fmt: skip
+    file = folder / "go_on.yaml"
+    file.write_text(json.dumps(go_on), encoding="utf-8")  # JSON is YAML
+    rolling = common | {
+        "task": "rolling", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}} {{choices[answer]}}.",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
+    }  # fmt: skip
+    return {"choose": choose, "go_on": file, "rolling": rolling}
+
+
+def run(model: Any, tasks: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return run_tasks(model, list(tasks.values()), progress=False, resamples=10, **options)
+
+
+@pytest.fixture(scope="module")
+def ours(model: LanguageModel, tasks: dict[str, Any]) -> dict[str, Any]:
+    return run(model, tasks)
+
+
+@pytest.fixture(scope="module")
+def theirs(reference: Any, tasks: dict[str, Any]) -> dict[str, Any]:
+    return run(reference, tasks)
+
+
+# ---- against lm-eval's own model -------------------------------------------------------------------------------------
+
+
+def test_choices_as_in_transformers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Example by example and choice by choice, log-probabilities equal those of lm-eval's model over transformers, and so do the scores."""
+    for one, other in zip(ours["samples"]["choose"], theirs["samples"]["choose"], strict=True):
+        assert one["arguments"] == other["arguments"] and len(one["resps"]) == 3
+        for a, b in zip(one["filtered_resps"], other["filtered_resps"], strict=True):
+            assert float(a[0]) == pytest.approx(float(b[0]), abs=FP32) and a[1] == b[1]
+        assert (one["acc"], one["acc_norm"]) == (other["acc"], other["acc_norm"])
+    assert scores(ours, "choose") == scores(theirs, "choose") and ours["questions"]["choose"] == 5
+
+
+def test_texts_as_in_transformers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Example by example, generated texts, cut before the first stop text, equal those of lm-eval's model over transformers."""
+    found = [[sample["filtered_resps"] for sample in result["samples"]["go_on"]] for result in (ours, theirs)]
+    assert found[0] == found[1] and len({text for (text,) in found[0]}) > 1 and not any("t" in text for (text,) in found[0])
+    assert scores(ours, "go_on") == scores(theirs, "go_on")
+
+
+def test_rolling_as_in_transformers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Perplexities equal those of lm-eval's model over transformers."""
+    mine, other = scores(ours, "rolling"), scores(theirs, "rolling")
+    assert set(mine) == {"word_perplexity,none", "byte_perplexity,none"} and mine == pytest.approx(other, rel=FP32)
+
+
+def test_long_texts_as_in_transformers(model: LanguageModel, reference: Any) -> None:
+    """Texts of several borders and several windows, and long contexts: the same sums as lm-eval's model over transformers."""
+    from lm_eval.api.instance import Instance
+
+    text = " ".join(f"The {i}th sentence of this text is short." for i in range(90))
+    own, other = model_class()(model, progress=False), reference
+    length = len(own.tok_encode(text))
+    assert length > 2 * STEP
+    requests = [Instance("loglikelihood_rolling", {}, (text[:n],), i) for i, n in enumerate((len(text), 300))]
+    for a, b in zip(own.loglikelihood_rolling(requests), other.loglikelihood_rolling(requests, disable_tqdm=True), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+    pairs = [Instance("loglikelihood", {}, (text, " and more"), 0), Instance("loglikelihood", {}, (text + " So", " then"), 1)]
+    for (a, same), (b, also) in zip(own.loglikelihood(pairs), other.loglikelihood(pairs, disable_tqdm=True), strict=True):
+        assert a == pytest.approx(b, abs=FP32) and same == also
+
+
+@pytest.mark.parametrize("format", TOLERANCE)
+def test_the_engine_is_near(format: str, tasks: dict[str, Any], ours: dict[str, Any]) -> None:
+    """The engine in its formats is what is scored: within 0.03 (bf16) and 0.3 (q8) nats per token of fp32, a text's perplexity within 2 %."""
+    engine = zamba2.load("random", format=format, threads=1)
+    quantized = run(engine, {name: tasks[name] for name in ("choose", "rolling")})
+    lm, worst = open_lm(engine, progress=False), 0.0
+    for one, other in zip(quantized["samples"]["choose"], ours["samples"]["choose"], strict=True):
+        for a, b, (_, choice) in zip(one["filtered_resps"], other["filtered_resps"], one["arguments"], strict=True):
+            worst = max(worst, abs(float(a[0]) - float(b[0])) / len(lm.tok_encode(choice, add_special_tokens=False)))
+    assert 0 < worst < TOLERANCE[format]
+    assert scores(quantized, "rolling")["byte_perplexity,none"] == pytest.approx(scores(ours, "rolling")["byte_perplexity,none"], rel=0.02)
+
+
+def scores(result: dict[str, Any], task: str) -> dict[str, float]:
+    return {name: value for name, value in result["scores"][task].items() if "stderr" not in name and "," in name}
+
+
+# ---- sharing and batches ---------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend that counts the tokens it reads and fails after ``most`` calls."""
+
+    def __init__(self, backend: Any, most: int = 10**9) -> None:
+        self.backend, self.config, self.most = backend, backend.config, most
+        self.calls = self.tokens = 0
+        self.fingerprint = backend.fingerprint
+
+    def new_state(self, *, adapter: str | None = None) -> Any:
+        return self.backend.new_state(adapter=adapter)
+
+    def forward(self, rows: Sequence[Row]) -> Any:
+        self.calls += 1
+        if self.calls > self.most:
+            raise KeyboardInterrupt
+        self.tokens += sum(len(row.tokens) for row in rows)
+        return self.backend.forward(rows)
+
+
+def plain(backend: Any, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
+    """One request on its own, in one call behind the context: the definition."""
+    state = backend.new_state()
+    (first,) = backend.forward([Row(np.array(context, np.int32), state)])
+    rows = list(first.numpy())
+    if len(continuation) > 1:
+        (rest,) = backend.forward([Row(np.array(continuation[:-1], np.int32), state, logits=len(continuation) - 1)])
+        rows += list(rest.numpy())
+    found = [log_softmax(row) for row in rows]
+    total = sum(float(row[token]) for row, token in zip(found, continuation, strict=True))
+    return total, all(int(row.argmax()) == token for row, token in zip(found, continuation, strict=True))
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[tuple[list[int], list[int]]]:
+    """Contexts with a beginning of two borders in common, others with none, choices of every length, one request twice."""
+    rng = np.random.default_rng(0)
+    start = rng.integers(3, 1000, 2 * STEP + 7).tolist()
+    contexts = [[1, *start], [1, *start[:-3], 5, 6], [1, *start[:STEP], 9], [1, 4], [1], [1, *start[: STEP - 1]], [1, *start[:STEP]]]
+    found = [(context, rng.integers(3, 1000, n).tolist()) for context in contexts for n in (1, 2, 9)]
+    return [*found, found[0], ([1], rng.integers(3, 1000, STEP + 40).tolist())]
+
+
+@pytest.mark.parametrize("which", ["model", "engine"])
+def test_sharing_changes_nothing(which: str, pairs: Any, request: pytest.FixtureRequest) -> None:
+    """Whatever shares a batch, its size and the order: every score has the same bits as alone, and is that of the plain computation."""
+    backend = request.getfixturevalue(which).backend
+    alone = [next(iter(loglikelihoods(backend, [pair])))[1:] for pair in pairs]
+    for batch, order in ((8, range(len(pairs))), (3, reversed(range(len(pairs))))):
+        places = list(order)
+        found = {places[i]: result for i, *result in loglikelihoods(backend, [pairs[i] for i in places], batch=batch)}
+        assert [tuple(found[i]) for i in range(len(pairs))] == alone
+    for (total, greedy), pair in zip(alone, pairs, strict=True):
+        expected = plain(backend, *pair)
+        assert total == pytest.approx(expected[0], rel=1e-4 if which == "model" else 2e-2) and greedy == expected[1]
+
+
+def test_common_beginnings_are_read_once(model: LanguageModel, pairs: Any) -> None:
+    """The choices of a question read it once, and contexts that begin alike read their common blocks once."""
+    counting: Any = Counting(model.backend)
+    context, other = pairs[0][0], pairs[3][0]
+    list(loglikelihoods(counting, [(context, [5]), (context, [6, 7]), (context, [8, 9, 10])]))
+    assert counting.tokens == len(context) + 1 + 2
+    counting.tokens = 0
+    list(loglikelihoods(counting, [(context, [5]), (other, [6])]))
+    assert counting.tokens == len(context) + len(other) - 2 * STEP
+    prefixes = Prefixes(counting)
+    states = [prefixes.behind(tuple(c), tuple(n)) for c, n in ((context, other), (other, ()))]
+    assert [(at, state.position) for at, state in states] == [(2 * STEP, 2 * STEP)] * 2 and prefixes.tokens_read == 2 * STEP
+    lonely = Prefixes(counting)
+    lonely.behind(tuple(context))
+    assert len(prefixes._path) == 2 and lonely._path == []  # what nobody else begins with is not kept
+
+
+@pytest.mark.parametrize("which", ["model", "engine"])
+def test_generation_shares_and_stays_the_same(which: str, pairs: Any, request: pytest.FixtureRequest) -> None:
+    """Generated texts do not depend on company, batch or order, begin from shared states, and equal ``generate``'s tokens."""
+    model = request.getfixturevalue(which)
+    contexts = [pairs[i][0] for i in (0, 3, 6, 9)]
+    options = {"until": [], "max_gen_toks": 6}
+    counting: Any = Counting(model.backend)
+    found = dict(generations(counting, model.tokenizer, contexts, options, batch=3))
+    assert counting.tokens == sum(map(len, contexts)) - 3 * STEP + sum(
+        len(model.generate(c, max_tokens=6).tokens) - 1 for c in contexts
+    )  # the third context shares one block, the second two
+    for index, context in enumerate(contexts):
+        assert found[index] == model.tokenizer.decode(model.generate(context, max_tokens=6).tokens)
+        assert dict(generations(model.backend, model.tokenizer, [context], options)) == {0: found[index]}
+
+
+def test_stop_texts_and_special_tokens(model: LanguageModel) -> None:
+    """A text is cut before the first of the stop texts; a special token among them ends it too, although no text shows it."""
+    tokenizer = model.tokenizer
+    context = tokenizer.encode("The sky is")
+    whole = model.generate(context, max_tokens=20, ignore_eos=True)
+    text = tokenizer.decode(whole.tokens)
+    stop = text[4:6]
+    cut = dict(generations(model.backend, tokenizer, [context], {"until": stop, "max_gen_toks": 20}))[0]
+    assert cut == text.split(stop)[0]
+    assert harness.special_token(tokenizer, "<|im_end|>") == [2] and harness.special_token(tokenizer, "\n") == []
+    banned: Any = Counting(model.backend)
+    assert dict(generations(banned, tokenizer, [context], {"until": ["<|im_end|>", "[PAD]"], "max_gen_toks": 3}))[0] in text
+
+
+def test_sampling_is_seeded(model: LanguageModel) -> None:
+    """Tasks that sample give the same texts with the same seed, in any batch, and others with another."""
+    contexts = [model.tokenizer.encode(f"Question {i}") for i in range(3)]
+    options = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    first = dict(generations(model.backend, model.tokenizer, contexts, options, seed=1))
+    assert first == dict(generations(model.backend, model.tokenizer, contexts, options, seed=1, batch=1))
+    assert first[1] == dict(generations(model.backend, model.tokenizer, contexts[1:], options, seed=1))[0]
+    assert first != dict(generations(model.backend, model.tokenizer, contexts, options, seed=2))
+    twice = dict(generations(model.backend, model.tokenizer, [contexts[0]] * 2, options, seed=1))
+    assert twice[0] == first[0] != twice[1]  # repetitions of a question are drawn anew
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on(model: LanguageModel, tasks: dict[str, Any], ours: dict[str, Any], tmp_path: Path) -> None:
+    """With a cache, what was computed before Ctrl-C is not computed again, and the results are those of a run in one piece; what another
+    model computed is not used."""
+    wanted = {name: tasks[name] for name in ("choose", "go_on")}
+    broken: Any = Counting(model.backend, most=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(LanguageModel(broken, model.tokenizer), wanted, cache=tmp_path, batch=1)
+    second: Any = Counting(model.backend)
+    result = run(LanguageModel(second, model.tokenizer), wanted, cache=tmp_path, batch=1)
+    whole: Any = Counting(model.backend)
+    run(LanguageModel(whole, model.tokenizer), wanted, batch=1)
+    assert 0 < second.tokens < whole.tokens
+    assert result["scores"]["choose"] == pytest.approx(ours["scores"]["choose"]) and result["scores"]["go_on"] == ours["scores"]["go_on"]
+    third: Any = Counting(model.backend)
+    assert run(LanguageModel(third, model.tokenizer), wanted, cache=tmp_path)["scores"] == result["scores"] and third.calls == 0
+    third.fingerprint = "another model's"
+    run(LanguageModel(third, model.tokenizer), {"go_on": tasks["go_on"]}, cache=tmp_path, limit=1)
+    assert third.calls > 0
+
+
+def test_chat_template(model: LanguageModel, reference: Any, tasks: dict[str, Any]) -> None:
+    """With chat, questions go through the checkpoint's template, as transformers renders it, and the begin token stands there once."""
+    wanted = {"go_on": tasks["go_on"]}
+    ours, theirs = (run(lm, wanted, chat=True, system="Be brief.", limit=2) for lm in (model, reference))
+    for one, other in zip(ours["samples"]["go_on"], theirs["samples"]["go_on"], strict=True):
+        assert one["arguments"] == other["arguments"] and one["filtered_resps"] == other["filtered_resps"]
+        rendered = one["arguments"][0][0]
+        assert rendered.startswith("<|im_start|>system\nBe brief.") and rendered.endswith("<|im_start|>assistant\n")
+        assert open_lm(model, progress=False).tok_encode(rendered)[:2].count(1) == 1
+    history = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": "The answer is"}]
+    own, other = open_lm(model, progress=False), reference
+    assert own.apply_chat_template(history, False) == other.apply_chat_template(history, add_generation_prompt=False)
+    assert ours["questions"] == {"go_on": 2} and ours["settings"]["chat"] is True
+
+
+@dataclass
+class Endpoint:
+    """Something that answers conversations and tells no probabilities."""
+
+    name: str = "endpoint"
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def answer(
+        self, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[tuple[int, str]]:
+        for index in reversed(range(len(conversations))):
+            yield index, f"{conversations[index][-1]['content']}!\nmore"
+
+
+def test_endpoints_generate_alone(tasks: dict[str, Any]) -> None:
+    """A chat endpoint answers tasks that generate, cut at their stop texts; for the others the sentence says what it lacks."""
+    result = run(Endpoint(), {"go_on": tasks["go_on"]}, chat=True)
+    assert result["samples"]["go_on"][1]["filtered_resps"] == ["Two and "]
+    assert result["scores"]["go_on"]["exact_match,none"] == 0
+    sampled = json.loads(Path(tasks["go_on"]).read_text()) | {"generation_kwargs": {"do_sample": True, "top_p": 0.5}}
+    with pytest.raises(Zamba2Error, match="endpoint takes temperature alone"):
+        run(Endpoint(), {"go_on": sampled}, chat=True)
+    with pytest.raises(Zamba2Error, match="endpoint gives no probabilities"):
+        run(Endpoint(), {"choose": tasks["choose"]}, chat=True)
+
+
+# ---- what cannot work ------------------------------------------------------------------------------------------------
+
+
+def test_bad_requests_are_one_sentence(model: LanguageModel, tasks: dict[str, Any], tmp_path: Path) -> None:
+    """Unknown tasks, missing files, broken configurations and impossible settings end in one sentence each, before anything is computed."""
+    counting: Any = Counting(model.backend)
+    lm = LanguageModel(counting, model.tokenizer, name="small")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("task: x\ndataset_path: json\ndataset_kwargs: {data_files: {test: none.jsonl}}\noutput_type: generate_until\n")
+    odd = json.loads(Path(tasks["go_on"]).read_text()) | {"generation_kwargs": {"num_beams": 4}}
+    for wanted, options, said in (
+        (["helaswag"], {}, "lm-eval has no task 'helaswag'; did you mean hellaswag"),
+        ([tmp_path / "none.yaml"], {}, "none.yaml does not exist"),
+        ([broken], {}, "lm-eval cannot load .*broken.yaml"),
+        ([], {}, "there is no task"),
+        ([odd], {}, "generation_kwargs have num_beams=4; known here are until"),
+        ([tasks["go_on"]], {"limit": 0}, "limit is 0"),
+        ([tasks["go_on"]], {"include": tmp_path / "no"}, "is no folder"),
+        ([tasks["go_on"]], {"batch": 0}, "batch_size is 0"),
+    ):
+        with pytest.raises(Zamba2Error, match=said):
+            run_tasks(lm, wanted, progress=False, **options)
+    assert counting.calls == 0
+
+
+def test_a_checkpoint_without_tokenizer(model: LanguageModel, tasks: dict[str, Any]) -> None:
+    """Without a tokenizer the sentence says which file is missing; nothing is computed."""
+    with pytest.raises(Zamba2Error, match=r"small has no tokenizer\.json"):
+        run(LanguageModel(model.backend, None, name="small"), tasks)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval the sentence says what to install."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(Zamba2Error, match=r"pip install 'zamba2\[evaluate\]'"):
+        harness.need_lm_eval()
+
+
+def test_lm_evals_own_ways_in(tasks: dict[str, Any]) -> None:
+    """By its registered name and argument string lm-eval makes the model itself; the entry point's name is the same class."""
+    from importlib.metadata import EntryPoint
+
+    from lm_eval.api.registry import get_model
+
+    harness.register()
+    harness.register()
+    arguments = "pretrained=random,format=q8,threads=1,progress=False"
+    lm = get_model("zamba2").create_from_arg_string(arguments, {"batch_size": 1, "device": None})
+    assert lm.model.backend.format.name == "q8" and lm.prefix_token_id == 1 and lm.eot_token_id == 2
+    assert EntryPoint("zamba2", "zamba2.evaluate.harness:Zamba2LM", "lm_eval.models").load() is model_class()
+
+
+def test_import_is_cheap() -> None:
+    """Importing the module loads none of the libraries behind it."""
+    code = "import sys, zamba2.evaluate.harness\nprint({'lm_eval', 'datasets', 'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
