@@ -79,7 +79,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
     choose = common | {
         "task": "choose", "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
-        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "num_fewshot": 2, "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"},
+        "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "num_fewshot": 2, "fewshot_split": "test",
+        "fewshot_config": {"sampler": "first_n"},
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
     go_on = common | {
@@ -154,7 +155,7 @@ def test_long_texts_as_in_transformers(model: LanguageModel, reference: Any) -> 
 
 @pytest.mark.parametrize("format", TOLERANCE)
 def test_the_engine_is_near(format: str, tasks: dict[str, Any], ours: dict[str, Any]) -> None:
-    """The engine in its formats is what is scored: within 0.03 (bf16) and 0.3 (q8) nats per token of fp32, a text's perplexity within 2 %."""
+    """The engine in its formats is what is scored: within 0.03 (bf16) and 0.3 (q8) nats per token of fp32, perplexity within 2 %."""
     engine = zamba2.load("random", format=format, threads=1)
     quantized = run(engine, {name: tasks[name] for name in ("choose", "rolling")})
     lm, worst = open_lm(engine, progress=False), 0.0
@@ -373,6 +374,20 @@ def test_bad_requests_are_one_sentence(model: LanguageModel, tasks: dict[str, An
     ):
         with pytest.raises(Zamba2Error, match=said):
             run_tasks(lm, wanted, progress=False, **options)
+    assert counting.calls == 0
+
+
+def test_empty_choices_are_one_sentence(model: LanguageModel) -> None:
+    """A choice without text or tokens has no probability to compare; the sentence says so before anything is computed."""
+    from lm_eval.api.instance import Instance
+
+    counting: Any = Counting(model.backend)
+    lm = model_class()(LanguageModel(counting, model.tokenizer), progress=False)
+    for context in ("Question", ""):
+        with pytest.raises(Zamba2Error, match="scores an empty text"):
+            lm.loglikelihood([Instance("loglikelihood", {}, ("Question", " yes"), 0), Instance("loglikelihood", {}, (context, ""), 1)])
+    with pytest.raises(Zamba2Error, match="has no tokens"):
+        next(loglikelihoods(counting, [([1], [])]))
     assert counting.calls == 0
 
 

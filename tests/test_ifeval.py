@@ -124,6 +124,26 @@ print(json.dumps(score([found[k] for k in keys], read_responses(pathlib.Path({st
         assert json.loads(done.stdout) == first, done.stderr
 
 
+@needs_data
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_whole_runs_agree() -> None:
+    """Ten runs over all 541 prompts, each in a process of its own with another hash seed and other draws before, give the same bytes."""
+    code = f"""
+import json, pathlib, random
+from zamba2.evaluate.ifeval import read_prompts, read_responses, score
+random.random()
+prompts, responses = (read(pathlib.Path(path)) for read, path in ((read_prompts, {str(PROMPTS)!r}), (read_responses, {str(RESPONSES)!r})))
+print(json.dumps(score(prompts, responses).to_dict()))
+"""
+    runs = []
+    for _ in range(10):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        runs.append(done.stdout)
+    assert len(set(runs)) == 1 and round(json.loads(runs[0])["metrics"]["prompt_strict"]["value"], 2) == 76.89
+
+
 def test_strict_and_loose() -> None:
     """Strict takes the answer as it is; loose forgives a first line, a last line and asterisks; an empty answer follows nothing."""
     prompts = [prompt(i, "startend:quotation") for i in range(4)]

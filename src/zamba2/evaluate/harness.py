@@ -292,9 +292,7 @@ def model_class() -> Any:
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             for request in requests:
                 if not request.args[1]:
-                    raise Zamba2Error(
-                        f"a task asks for the probability of an empty text (behind {brief(repr(request.args[0]))}); correct it."
-                    )
+                    raise Zamba2Error(f"a task scores an empty text behind {brief(repr(request.args[0]))}; correct its choices.")
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not self.progress)  # type: ignore[no-any-return]
 
         def _loglikelihood_tokens(
@@ -522,7 +520,7 @@ def run_tasks(
     plain: dict[str, Any] = json.loads(json.dumps(found, default=handle_non_serializable))
     scores = {**plain["results"], **plain.get("groups", {})}
     return {
-        "scores": {task: {name: v for name, v in own.items() if "," in name and isinstance(v, (int, float))} for task, own in scores.items()},
+        "scores": {task: {k: v for k, v in own.items() if "," in k and isinstance(v, (int, float))} for task, own in scores.items()},
         "questions": {task: len({sample["doc_id"] for sample in own}) for task, own in plain["samples"].items()},
         "versions": plain.get("versions", {}),
         "few_shot": plain.get("n-shot", {}),
