@@ -71,7 +71,7 @@ def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
     training = ["train preview", "train sft", "train dpo", "train demo"]
-    measuring = ["evaluate perplexity", "evaluate divergence"]
+    measuring = [f"evaluate {name}" for name in ("perplexity", "divergence", "tasks", "ifeval", "mt-bench")]
     assert [*COMMANDS] == ["generate", "chat", "info", "download", "quantize", "bench", *training, *measuring]
 
 

@@ -383,7 +383,7 @@ def demo(
 
 
 evaluate = typer.Typer(
-    help="Measure a model: perplexity, divergence from another.", rich_markup_mode="markdown",
+    help="Measure a model: lm-eval tasks, IFEval, MT-Bench, perplexity, divergence from another.", rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 app.add_typer(evaluate, name="evaluate")
@@ -442,6 +442,118 @@ def divergence(
     }  # fmt: skip
     reference_where = {"format": reference_format, "dtype": reference_dtype, "offline": offline}
     main(text, reference, model, reference_where, where, context=context, out=out, as_json=as_json)
+
+
+Answerer = Annotated[
+    str, typer.Option("--model", "-m", help="Alias, Hub id or folder; hf:ID runs in transformers, openai:URL#MODEL at an endpoint.")
+]
+Results = Annotated[Path, typer.Option(help="Folder for answers and results; what an interrupted run left there is not done again.")]
+Limit = Annotated[Optional[int], typer.Option(min=1, help="Take the first so many alone: a look at how it goes, no score to quote.")]
+
+
+@evaluate.command()
+def tasks(
+    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="Names, patterns or YAML files of lm-eval's tasks.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Alias, Hub id or folder; hf:ID; openai:URL#MODEL.")] = "demo",
+    few_shot: Annotated[Optional[int], typer.Option(min=0, help="Examples before each question; the task's own number without.")] = None,
+    limit: Limit = None,
+    batch: Annotated[int, typer.Option(min=1, max=64, help="Requests in a call.")] = 8,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions through the chat template.")] = False,
+    include: Annotated[Optional[Path], typer.Option(help="A folder of YAML files that adds tasks.")] = None,
+    out: Results = Path("results"), as_json: AsJson = False, format: FormatName = None, kv_format: KVFormatName = None,
+    adapter: Adapter = None, device: Device = None, dtype: Dtype = None, threads: Threads = None, revision: Revision = None,
+    offline: Offline = False,
+) -> None:  # fmt: skip
+    """Run tasks of lm-eval, the field's usual harness, on a model. Needs the extra `evaluate`.
+
+    Examples:
+
+        zamba2 evaluate tasks arc_easy hellaswag --model 2.7b
+
+        zamba2 evaluate tasks gsm8k --model 2.7b-instruct --chat --limit 20
+    """
+    from zamba2.commands.evaluate import tasks as main
+
+    where = {
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
+        "revision": revision, "offline": offline,
+    }  # fmt: skip
+    main(
+        names, model, where, few_shot=few_shot, limit=limit, batch=batch, chat=chat, include=include, out=out, as_json=as_json
+    )
+
+
+@evaluate.command()
+def ifeval(
+    model: Answerer = "demo",
+    prompts: Annotated[Optional[Path], typer.Option(help="IFEval's input_data.jsonl; from the Hub if not given.")] = None,
+    responses: Annotated[Optional[Path], typer.Option(help="Score these answers instead of the model's (prompt and response).")] = None,
+    limit: Limit = None,
+    max_tokens: Annotated[Optional[int], typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")] = None,
+    out: Results = Path("results"), as_json: AsJson = False, format: FormatName = None, kv_format: KVFormatName = None,
+    adapter: Adapter = None, device: Device = None, dtype: Dtype = None, threads: Threads = None, revision: Revision = None,
+    offline: Offline = False,
+) -> None:  # fmt: skip
+    """IFEval: 541 prompts with instructions that a program can check, answered greedily. Needs the extra `evaluate`.
+
+    Examples:
+
+        zamba2 evaluate ifeval --model 2.7b-instruct
+
+        zamba2 evaluate ifeval --prompts input_data.jsonl --responses gpt4.jsonl --json
+    """
+    from zamba2.commands.evaluate import ifeval as main
+
+    where = {
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
+        "revision": revision, "offline": offline,
+    }  # fmt: skip
+    main(
+        model, where, prompts=prompts, responses=responses, limit=limit, max_tokens=max_tokens, out=out, as_json=as_json, offline=offline
+    )
+
+
+@evaluate.command("mt-bench")
+def mt_bench(
+    model: Answerer = "demo",
+    questions: Annotated[Optional[Path], typer.Option(help="FastChat's question.jsonl.")] = None,
+    judge: Annotated[Optional[str], typer.Option(help="The judge's name at its endpoint, as in gpt-4; without, answers alone.")] = None,
+    judge_url: Annotated[str, typer.Option(help="Its OpenAI-compatible endpoint.")] = "https://api.openai.com/v1",
+    judge_key: Annotated[str, typer.Option(help="The environment variable with its key.")] = "OPENAI_API_KEY",
+    judge_prompts: Annotated[Optional[Path], typer.Option(help="FastChat's judge_prompts.jsonl.")] = None,
+    references: Annotated[Optional[Path], typer.Option(help="FastChat's reference_answer/gpt-4.jsonl.")] = None,
+    judgments: Annotated[Optional[Path], typer.Option(help="Only average finished ratings (model_judgment/*_single.jsonl).")] = None,
+    rate: Annotated[Optional[float], typer.Option(min=0.01, help="Most requests a minute to the judge.")] = None,
+    prices: Annotated[
+        Optional[tuple[float, float]], typer.Option(help="Of a million prompt and reply tokens, for the estimate.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Judge without asking.")] = False,
+    limit: Limit = None,
+    max_tokens: Annotated[Optional[int], typer.Option("--max-tokens", "-n", min=1, help="Longest answer; 1024 if not given.")] = None,
+    out: Results = Path("results"), as_json: AsJson = False, format: FormatName = None, kv_format: KVFormatName = None,
+    adapter: Adapter = None, device: Device = None, dtype: Dtype = None, threads: Threads = None, revision: Revision = None,
+    offline: Offline = False,
+) -> None:  # fmt: skip
+    """MT-Bench: 80 questions of two turns, rated from 1 to 10 by a judge at any OpenAI-compatible endpoint.
+
+    Examples:
+
+        zamba2 evaluate mt-bench --model 2.7b-instruct --questions question.jsonl --judge gpt-4 --judge-prompts judge_prompts.jsonl
+        --references reference_answer/gpt-4.jsonl
+
+        zamba2 evaluate mt-bench --judgments model_judgment/gpt-4_single.jsonl --json
+    """
+    from zamba2.commands.evaluate import mt_bench as main
+
+    where = {
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
+        "revision": revision, "offline": offline,
+    }  # fmt: skip
+    main(
+        model, where, questions=questions, judgments=judgments, judge=judge, judge_url=judge_url, judge_key=judge_key,
+        judge_prompts=judge_prompts, references=references, rate=rate, prices=prices, yes=yes, limit=limit, max_tokens=max_tokens, out=out,
+        as_json=as_json,
+    )  # fmt: skip
 
 
 def version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Who answers: one of our models or a transformers checkpoint (``hf:ID``)."""
+"""Who answers: one of our models, a transformers checkpoint (``hf:ID``), or a chat endpoint (``openai:URL#MODEL``)."""
 
 # transformers is typed in parts.
 # mypy: disable-error-code="no-untyped-call"
@@ -9,13 +9,16 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Piece, run
 from zamba2.language.model import LanguageModel
 
-__all__ = ["Answers", "Ours", "Transformers", "open_answers"]
+if TYPE_CHECKING:
+    from zamba2.evaluate.judge import Endpoint
+
+__all__ = ["Answers", "Chat", "Ours", "Transformers", "open_answers"]
 
 Messages = Sequence[Mapping[str, str]]
 TOGETHER = 8  # conversations read and answered in one call of the engine
@@ -30,7 +33,10 @@ class Answers(Protocol):
     def answer(
         self, conversations: Sequence[Messages], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> Iterator[tuple[int, str]]:
-        """(index, text) of each conversation's next message as it is finished, in any order. Raises Zamba2Error."""
+        """(index, text) of each conversation's next message as it is finished, in any order. Raises Zamba2Error.
+
+        seed: the same for each, so that an answer is the same in a run that was interrupted.
+        """
 
 
 @dataclass
@@ -49,9 +55,9 @@ class Ours:
             requests = [
                 self.model.request(
                     tokenizer.encode_chat(messages, add_generation_prompt=True), max_tokens=max_tokens, temperature=temperature,
-                    seed=None if seed is None else seed + start + i,
+                    seed=seed,
                 )
-                for i, messages in enumerate(conversations[start : start + TOGETHER])
+                for messages in conversations[start : start + TOGETHER]
             ]  # fmt: skip
             texts = [""] * len(requests)
             for piece in run(self.model.backend, requests, tokenizer):
@@ -81,7 +87,7 @@ class Transformers:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
         for index, messages in enumerate(conversations):
             if seed is not None:
-                torch.manual_seed(seed + index)
+                torch.manual_seed(seed)
             try:
                 read = self.tokenizer.apply_chat_template(
                     [dict(message) for message in messages], add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -93,16 +99,46 @@ class Transformers:
             yield index, self.tokenizer.decode(out[0, read["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@dataclass
+class Chat:
+    """A chat endpoint as OpenAI's clients know it; its key is in OPENAI_API_KEY."""
+
+    endpoint: Endpoint
+    name: str
+    about: dict[str, Any]
+
+    def answer(
+        self, conversations: Sequence[Messages], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
+    ) -> Iterator[tuple[int, str]]:
+        yield from self.endpoint.replies(conversations, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
 def open_answers(model: str, **options: Any) -> Answers:
-    """``model``: what ``zamba2.load`` takes, with its options; or hf:ID. Raises Zamba2Error."""
+    """``model``: what ``zamba2.load`` takes, with its options; or hf:ID; or openai:URL#MODEL. Raises Zamba2Error."""
     kind, _, rest = model.partition(":")
     if kind == "hf" and rest:
         return open_transformers(rest, **options)
+    if kind == "openai" and rest:
+        return open_chat(rest, **options)
     from zamba2.api import load
 
     loaded = load(model, **options)
     loaded.tokenizer  # noqa: B018 (complains here if there is none)
     return Ours(loaded, loaded.name, about_ours(loaded, options))
+
+
+def open_chat(address: str, **options: Any) -> Chat:
+    """A model at a chat endpoint, URL#MODEL. Raises Zamba2Error."""
+    from zamba2.evaluate.judge import Endpoint
+
+    for name, value in options.items():
+        if value:
+            raise Zamba2Error(f"{name} is {value!r}, but openai:{address} runs elsewhere; leave it out.")
+    url, _, name = address.partition("#")
+    if not name:
+        raise Zamba2Error(f"openai:{address} names no model; openai:URL#MODEL is needed, as in openai:http://localhost:8000/v1#zamba2.")
+    endpoint = Endpoint(name, url, what="the endpoint")
+    return Chat(endpoint, name, {"model": name, "backend": "openai", "url": endpoint.url})
 
 
 def about_ours(model: LanguageModel, options: Mapping[str, Any]) -> dict[str, Any]:

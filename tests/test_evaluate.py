@@ -1,0 +1,193 @@
+"""``zamba2 evaluate``: whole runs of the model inside the package, what they leave behind, and one sentence for what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_mt_bench import QUESTIONS, SHARED, TURNS, Bench, ScriptedJudge, published
+
+import zamba2
+from zamba2.cli import run
+from zamba2.errors import Zamba2Error
+from zamba2.evaluate.answers import hash_of, open_answers
+from zamba2.evaluate.results import CARD, beside_the_card
+from zamba2.weights.hub import DEMO, RANDOM
+
+NLTK = SHARED.parent / "ifeval" / "nltk_data"
+# lm_eval, transformers and datasets warn of each other.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::SyntaxWarning", "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)  # fmt: skip
+
+
+def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The one JSON document of a command that succeeds."""
+    assert run(["evaluate", *arguments, "--json"]) == 0
+    out = capsys.readouterr().out
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def test_our_answers_do_not_depend_on_company() -> None:
+    """Eleven conversations asked together get the answers they get alone, greedily and sampled, with the index they were asked under."""
+    words = ("moon", "river", "apple", "house", "bread", "fox", "sea", "door", "hat", "bell", "owl")
+    asked = [[{"role": "user", "content": f"Say exactly this: {word}"}] for word in words]
+    answers = open_answers("demo", threads=1)
+    for options in ({"max_tokens": 12}, {"max_tokens": 12, "temperature": 1.0, "seed": 5}):
+        together = dict(answers.answer(asked, **options))  # type: ignore[arg-type]
+        assert sorted(together) == list(range(len(asked)))
+        model = zamba2.load(threads=1)
+        assert [together[index] for index in range(len(asked))] == [model.chat(messages, **options).text for messages in asked]
+
+
+def test_a_result_names_the_model() -> None:
+    """What is said of a model: its name, the hash of its weights, parameters, backend and format."""
+    about = open_answers("demo").about
+    assert about["model"] == "demo" and about["format"] == "q8" and about["backend"] == "NativeBackend" and about["parameters"] > 2e6
+    assert about["sha256"] == hash_of(DEMO) != hash_of(RANDOM)
+
+
+def test_transformers_answers() -> None:
+    """hf:FOLDER answers greedily with transformers' own words; options of ours are refused."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    asked = [[{"role": "user", "content": text}] for text in ("Hello", "Write of the sea.")]
+    found = dict(open_answers(f"hf:{RANDOM}", dtype="float32").answer(asked, max_tokens=5))
+    tokenizer = AutoTokenizer.from_pretrained(RANDOM)
+    model = AutoModelForCausalLM.from_pretrained(RANDOM, dtype=torch.float32)
+    for index, messages in enumerate(asked):
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = model.generate(**ids, max_new_tokens=5, do_sample=False)
+        assert found[index] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    with pytest.raises(Zamba2Error, match="format is 'q4'"):
+        open_answers(f"hf:{RANDOM}", format="q4")
+    with pytest.raises(Zamba2Error, match="transformers cannot load"):
+        open_answers(f"hf:{RANDOM.parent}", offline=True)
+
+
+def test_endpoint_answers() -> None:
+    """openai:URL#MODEL asks the endpoint for that model; an address without a model is refused."""
+    with ScriptedJudge(script=lambda number, body: f"{body['model']} heard {body['messages'][-1]['content']}") as server:
+        answers = open_answers(f"openai:{server.url}#me/mine")
+        found = dict(answers.answer([[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]], max_tokens=7))
+        assert found == {0: "me/mine heard a", 1: "me/mine heard b"} and {body["max_tokens"] for body in server.bodies} == {7}
+        assert answers.name == "me/mine" and answers.about["backend"] == "openai"
+        with pytest.raises(Zamba2Error, match="names no model"):
+            open_answers(f"openai:{server.url}")
+        with pytest.raises(Zamba2Error, match="threads is 2"):
+            open_answers(f"openai:{server.url}#m", threads=2)
+
+
+def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The model inside the package answers, a scripted judge rates, document, table and chart are written; a second run asks nothing."""
+    Bench(tmp_path)
+    files = ["--questions", str(tmp_path / "question.jsonl"), "--judge-prompts", str(tmp_path / "judge_prompts.jsonl")]
+    files += ["--references", str(tmp_path / "reference_answer" / "judge-1.jsonl"), "--out", str(tmp_path / "out"), "-n", "20"]
+    with ScriptedJudge() as server:
+        options = [*files, "--judge", "judge-1", "--judge-url", server.url, "--prices", "10", "30"]
+        found = document(capsys, "mt-bench", *options)
+        assert len(server.asked) == TURNS
+        again = document(capsys, "mt-bench", *options)
+        assert len(server.asked) == TURNS and again["scores"] == found["scores"]
+    assert found["scores"]["demo"]["mean"] == pytest.approx(sum(range(1, TURNS + 1)) / TURNS)
+    assert (found["evaluation"], found["model"], found["format"], found["settings"]["judge"]) == ("mt-bench", "demo", "q8", "judge-1")
+    folder = tmp_path / "out" / "demo"
+    assert {path.name for path in folder.iterdir()} == {f"mt-bench.{suffix}" for suffix in ("json", "md", "png", "svg")}
+    assert "| demo | 0.0024B | 50.00 |  | measured here |" in (folder / "mt-bench.md").read_text()
+    assert run(["evaluate", "mt-bench", *files]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "model_answer" / "demo.jsonl")
+    with ScriptedJudge(script=lambda number, body: 500) as server:
+        assert run(["evaluate", "mt-bench", *files, "--judge", "other", "--judge-url", server.url + "/nowhere"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) <= 2
+
+
+@published
+def test_mt_bench_aggregates_published_judgments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--judgments gives 6.8187 for mistral-orpo-capybara, 7.125 and 6.5125 by turn, from the published file."""
+    (file,) = (SHARED / "model_judgment").glob("*_single*.jsonl")
+    found = document(capsys, "mt-bench", "--judgments", str(file), "--out", str(tmp_path))
+    own = found["scores"]["mistral-orpo-capybara"]
+    assert own["mean"] == pytest.approx(6.81875) and own["of_100"] == pytest.approx(68.1875)
+    assert [own["turns"][turn]["mean"] for turn in "12"] == [7.125, 6.5125]
+
+
+@pytest.mark.skipif(not NLTK.is_dir(), reason=f"{NLTK} is absent: what splits sentences is read from there")
+def test_ifeval_from_prompts_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model inside the package answers prompts in IFEval's layout; a longer run answers only what is new; --responses scores alone."""
+    pytest.importorskip("lm_eval", reason="IFEval's checkers come with the extra [evaluate]")
+    monkeypatch.setenv("NLTK_DATA", str(NLTK))
+    rows = [
+        {"key": 1, "prompt": "Sort in lower case: MOON, APPLE", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]},
+        {"key": 2, "prompt": "Write about a fox.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+        {"key": 3, "prompt": "Write these with bullets: moon, fox",
+         "instruction_id_list": ["detectable_format:number_bullet_lists"], "kwargs": [{"num_bullets": 2}]},
+    ]  # fmt: skip
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["ifeval", "--prompts", str(prompts), "--offline", "--out", str(tmp_path / "out")]
+    assert document(capsys, *options, "--limit", "2")["scores"]["prompts"] == 2
+    file = tmp_path / "out" / "demo" / "ifeval.answers.jsonl"
+    first = file.read_text()
+    found = document(capsys, *options)
+    assert found["scores"]["instructions"] == 3 and file.read_text().startswith(first) and file.read_text().count("\n") == 3
+    scored = document(capsys, *options, "--responses", str(file))
+    assert scored["scores"]["metrics"] == found["scores"]["metrics"] and scored["settings"]["limit"] is None
+    assert "| demo | 0.0024B |  |" in (tmp_path / "out" / "demo" / "ifeval.md").read_text()
+
+
+def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A task in a YAML file over local data runs on the model inside the package; its scores are printed and written down."""
+    pytest.importorskip("lm_eval", reason="tasks are lm-eval's, of the extra [evaluate]")
+    data = tmp_path / "questions.jsonl"
+    rows = [{"question": "A fox is", "choices": ["an animal.", "spoon seven"], "answer": 0}] * 3
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "choose", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test",
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "choose.yaml").write_text(json.dumps(task))
+    found = document(capsys, "tasks", str(tmp_path / "choose.yaml"), "--out", str(tmp_path / "out"))
+    assert found["scores"]["choose"]["acc,none"] in (0, 1) and found["settings"]["questions"] == {"choose": 3}
+    assert "| choose | acc |" in (tmp_path / "out" / "demo" / "tasks.md").read_text()
+    assert run(["evaluate", "tasks", "no_such_task_anywhere", "--out", str(tmp_path / "out")]) == 2
+    assert "no_such_task_anywhere" in capsys.readouterr().err
+
+
+def test_the_cards_rows_are_marked() -> None:
+    """The table holds the card's five rows as its claims, and ours as measured."""
+    table = beside_the_card([("mine", "2.7B", 71.0, None)])
+    assert table.count("the card's claim") == len(CARD) == 5 and "| mine | 2.7B | 71.00 |  | measured here |" in table
+    assert "| Zamba2-2.7B-Instruct | 2.7B | 72.40 | 48.02 | the card's claim |" in table
+
+
+BAD = {
+    "no questions": (["mt-bench"], "there are no questions"),
+    "no judge prompts": (["mt-bench", "--questions", "QUESTIONS", "--judge", "j", "--judge-url", "http://127.0.0.1:9/v1"], "no prompts"),
+    "no key": (["mt-bench", "--questions", "QUESTIONS", "--judge", "gpt-4", "--judge-key", "NO_SUCH_KEY"], "NO_SUCH_KEY"),
+    "missing judgments": (["mt-bench", "--judgments", "/nowhere"], "/nowhere"),
+    "missing model": (["mt-bench", "--questions", "QUESTIONS", "--model", "./nowhere"], "does not exist"),
+    "missing prompts": (["ifeval", "--prompts", "/nowhere"], "/nowhere"),
+    "no tokenizer": (["mt-bench", "--questions", "QUESTIONS", "--model", "BARE"], "has no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What cannot be evaluated is one sentence and exit code 2."""
+    arguments, said = BAD[name]
+    if arguments[0] == "ifeval":
+        pytest.importorskip("lm_eval", reason="IFEval's checkers come with the extra [evaluate]")
+    (tmp_path / "QUESTIONS").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (tmp_path / "BARE").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "BARE" / file).symlink_to(RANDOM / file)
+    line = [str(tmp_path / word) if word in ("QUESTIONS", "BARE") else word for word in arguments]
+    assert run(["evaluate", *line, "--out", str(tmp_path / "out")]) == 2
+    err = [row for row in capsys.readouterr().err.splitlines() if "random weights" not in row]
+    assert len(err) == 1 and said in err[0]
