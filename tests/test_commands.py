@@ -32,6 +32,7 @@ GROUPS = [("", app), *((f"{group.name} ", group.typer_instance) for group in app
 COMMANDS = [prefix + str(c.name or c.callback.__name__) for prefix, group in GROUPS for c in group.registered_commands if c.callback]
 # With random weights a greedy reply never ends by itself.
 TINY = ("--model", "random")
+NLTK = ROOT.parent / "shared" / "data" / "ifeval" / "nltk_data"
 GREEDY_HI = ["generate", "hi", "-n", "6", *TINY]
 
 
@@ -513,6 +514,21 @@ def readme_commands() -> list[str]:
     return [line.strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("    zamba2 ")]
 
 
+def files_to_evaluate(folder: Path) -> None:
+    """One question of each evaluation, in its own layout."""
+    task = {
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "train.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": ["four", "five"],
+        "doc_to_target": 0, "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    prompt = {"key": 1, "prompt": "Say it in lower case.", "instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
+    question = {"question_id": 1, "category": "writing", "turns": ["Hello.", "Again."]}
+    for name, content in (("my_task.yaml", task), ("input_data.jsonl", prompt), ("question.jsonl", question)):
+        (folder / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+# lm_eval, transformers and datasets warn of each other.
+@pytest.mark.filterwarnings("ignore", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each command of the README runs as printed, with the tiny model in the place of one that must be downloaded."""
@@ -524,6 +540,11 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "novel.txt").write_text("It is a truth universally acknowledged. " * 400, encoding="utf-8")
     question = {"question": "How many are two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
     (tmp_path / "train.jsonl").write_text(json.dumps(question), encoding="utf-8")
+    files_to_evaluate(tmp_path)
+    if "ifeval" in line:
+        if not NLTK.is_dir():
+            pytest.skip(f"{NLTK} is absent: what splits sentences is read from there")
+        monkeypatch.setenv("NLTK_DATA", str(NLTK))
     code, out, err = zamba(*shlex.split(line, comments=True)[1:], stdin=b"/help\n")
     assert code == 0 and (out or err)
     assert not any(text.startswith("zamba2:") and not text.startswith("zamba2: packing") for text in err)
