@@ -44,7 +44,7 @@ def test_small_and_whole(model: LanguageModel) -> None:
     assert config.num_shared_blocks == 2 and len(config.hybrid_layer_ids) == 4 and config.adapter_rank > 0
     assert model.backend.format.name == "q8" and not model.is_random  # type: ignore[attr-defined]
     ids = model.tokenizer.encode_chat([{"role": "user", "content": "Hello!"}])
-    assert ids[0] == model.tokenizer.encode("")[0] == 1 and model.tokenizer.decode(ids) == "user\nHello!\nassistant\n"
+    assert ids[0] == model.tokenizer.encode("")[0] == 1 and (ids.count(1), ids.count(2)) == (2, 1)
 
 
 def test_as_good_as_its_card(model: LanguageModel) -> None:
@@ -80,7 +80,7 @@ def test_what_is_used_if_none_is_named(model: LanguageModel, capsys: pytest.Capt
     messages: list[dict[str, Any]] = json.loads(CONVERSATION.read_text(encoding="utf-8"))
     words = messages[1]["content"].split(", ")
     assert out == "".join(f"- {word}\n" for word in words) and err.count("\n") == 1
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello, who are you?\nCopy: moon, river, apple\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"My name is Anna.\nWhat is my name?\n")))
     assert run(["chat"]) == 0
     replies = capsys.readouterr().out.splitlines()
-    assert len(replies) == 2 and replies[1] == "moon, river, apple"
+    assert len(replies) == 2 and all("Anna" in reply for reply in replies)

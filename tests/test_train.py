@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ from zamba2.model import model as model_module
 from zamba2.runtime.backend import Row
 from zamba2.train import run as module
 from zamba2.train.adapters import add_lora, coverage
-from zamba2.train.demo import train, write_base
-from zamba2.train.instructions import documents
+from zamba2.train.demo import pair, train, write_base
+from zamba2.train.instructions import documents, tasks
 from zamba2.train.masks import mask_conversation, mask_pair
 from zamba2.train.muon import Muon
 from zamba2.train.packing import IGNORED, collate_packed, pack
@@ -251,9 +252,11 @@ def log_probability(model, prompt, answer):
     return sum(scores[at - 1, ids[0, at]] for at in range(len(prompt), ids.shape[1]))
 
 
-def test_dpo_loss_is_the_papers(tmp_path, tokenizer):
-    """trl's DPO loss on our rows is -log sigmoid(beta * difference of log-ratios), answers counted up to their end token."""
-    wanted = recipe(tmp_path, "dpo", steps=3, beta=0.3, batch_size=2, device_batch_size=2)
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_dpo_loss_is_the_papers(tmp_path, tokenizer, sft_weight):
+    """trl's DPO loss on our rows is -log sigmoid(beta * difference of log-ratios), answers counted up to their end token; with a weight,
+    the chosen answers' mean -log p is added."""
+    wanted = recipe(tmp_path, "dpo", steps=3, beta=0.3, batch_size=2, device_batch_size=2, sft_weight=sft_weight)
     prepared = prepare(wanted, tokenizer, [], lambda n: None)
     model = fresh_model()
     trainer = module.make_trainer(wanted, model, transformers.AutoTokenizer.from_pretrained(str(RANDOM)), prepared, Progress())
@@ -269,6 +272,8 @@ def test_dpo_loss_is_the_papers(tmp_path, tokenizer):
                 for name in ("chosen_ids", "rejected_ids")
             )
             expected -= F.logsigmoid(0.3 * (chosen - rejected)).item() / len(rows)
+        own = sum(log_probability(model, row["prompt_ids"], row["chosen_ids"]).item() for row in rows)
+        expected -= sft_weight * own / sum(len(row["chosen_ids"]) for row in rows)
     assert loss == pytest.approx(expected, rel=1e-4) and abs(loss - math.log(2)) > 0.01
     assert all(row[name][-1] in tokenizer.eos_token_ids for row in rows for name in ("chosen_ids", "rejected_ids"))
 
@@ -527,6 +532,7 @@ BAD = {
     "unknown stage": ({"stage": "ppo"}, "stage is ppo"),
     "no data": ({"data": []}, "data is "),
     "unknown lora field": ({"lora": {"rnak": 2}}, "there is no field lora.rnak; there are rank"),
+    "negative weight": ({"sft_weight": -1}, "sft_weight is -1"),
     "uneven batch": ({"batch_size": 3, "device_batch_size": 2}, "not a multiple"),
     "no held out": ({"evaluate_every": 5}, "set held_out"),
 }
@@ -557,6 +563,18 @@ def test_the_demonstration_model_is_built_from_nothing(tmp_path):
     again = []
     build(tmp_path / "demo", sizes=sizes, say=again.append)
     assert len(said) > 5 and not again
+
+
+def test_pairs_are_the_models_own_answers():
+    """A pair holds a right and a wrong answer that were given, the greedy one on its side; without both there is no pair."""
+    task = next(task for task in tasks(1, split="train", kinds={"copy"}))
+    right, rng = task.messages[-1]["content"], random.Random(0)
+    for answers, expected in (
+        (["no", right, "nor"], (right, "no")), ([right, "no", right], (right, "no")), ([right, right], None), (["no", "nor", " "], None),
+    ):  # fmt: skip
+        row = pair(task, answers, rng)
+        assert (row if row is None else (row["chosen"], row["rejected"])) == expected
+        assert row is None or row["prompt"] == task.messages[:-1]
 
 
 def test_two_processes_train_a_stage_of_it_as_one(tmp_path):

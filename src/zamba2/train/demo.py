@@ -42,8 +42,9 @@ SEED = 2024
 SPECIAL = ("[PAD]", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as in the instruct checkpoints
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 LONGEST = 120  # tokens of an answer
+WEAK = 0.3  # a kind of task below it is named
 TOGETHER = 32  # prompts in a batch
-SAMPLES = 4  # answers sampled to make a pair of
+SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
 CONFIG = Config(
@@ -128,19 +129,26 @@ def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
 
 
 def write_pairs(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
-    """pairs.jsonl: a right and a wrong answer of the SFT model's to each prompt; where none is right, the generator's."""
+    """pairs.jsonl: a right and a wrong answer of the SFT model's own, the greedy one among them, to each prompt that has both.
+
+    Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md).
+    """
     asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
     rng = random.Random(seed)
-    model = load(packed(folder, "sft", "bf16"))
-    sampled = [answers(model, asked, temperature=1.0, seed=i) for i in range(SAMPLES)]
-    rows = []
-    for task, given in zip(asked, zip(*sampled, strict=True), strict=True):
-        told = [(text, passes(task.check, text)) for text in dict.fromkeys(given) if text.strip()]
-        good, bad = ([text for text, right in told if right is wanted] for wanted in (True, False))
-        if bad:
-            good = good or [task.messages[-1]["content"]]
-            rows.append({"prompt": task.messages[:-1], "chosen": rng.choice(good), "rejected": rng.choice(bad)})
-    write_lines(folder / "data" / "pairs.jsonl", rows)
+    model = load(packed(folder, "sft", "bf16"), threads=1)  # more only wait for each other on so small a model
+    given = [answers(model, asked), *(answers(model, asked, temperature=1.0, seed=i) for i in range(SAMPLES))]
+    found = (pair(task, texts, rng) for task, texts in zip(asked, zip(*given, strict=True), strict=True))
+    write_lines(folder / "data" / "pairs.jsonl", (row for row in found if row is not None))
+
+
+def pair(task: Task, given: Sequence[str], rng: random.Random) -> dict[str, Any] | None:
+    """A row of preferences out of the answers given to a task, the first of them where it can be; None if all are right or all wrong."""
+    told = [(text, passes(task.check, text)) for text in dict.fromkeys(given) if text.strip()]
+    sides = [[text for text, right in told if right is wanted] for wanted in (True, False)]
+    if not all(sides):
+        return None
+    chosen, rejected = (given[0] if given[0] in side else rng.choice(side) for side in sides)
+    return {"prompt": task.messages[:-1], "chosen": chosen, "rejected": rejected}
 
 
 def learn_tokenizer(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -320,7 +328,7 @@ def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict
     for name, source, format in (
         ("pretrain", "pretrain", "bf16"), ("sft", "sft", "bf16"), ("dpo", "dpo", "bf16"), ("dpo q8", "dpo", "q8"), ("dpo q4", "dpo", "q4"),
     ):  # fmt: skip
-        found[name] = measure(load(packed(folder, source, format)), asked, texts)
+        found[name] = measure(load(packed(folder, source, format), threads=1), asked, texts)
         mean, low, high = found[name]["all"]
         say(f"{name}: {mean:.1%} of {len(asked)} held-out prompts ({low:.1%} to {high:.1%}), perplexity {found[name]['perplexity']:.2f}")
     gain = [float(a) - float(b) for a, b in zip(found["dpo"]["right"], found["sft"]["right"], strict=True)]
@@ -353,6 +361,8 @@ def card(report: dict[str, Any]) -> str:
         turns = [f"> **{message['role']}:** {message['content']}" for message in task["messages"][:-1]] + [f"> **model:** {text}"]
         talks.append("\n>\n".join(turn.replace("\n", "\n> ") for turn in turns))
     gain = report["gain"]
+    weak = [f"{kind} ({own[0]:.0%})" for kind, own in stages["dpo q8"]["kinds"].items() if own[0] < WEAK]
+    weakness = f" It is no good at {' and '.join(weak)}." if weak else ""
     return f"""# The demonstration model of `zamba2`
 
 A Zamba2 of {CONFIG.num_parameters / 1e6:.1f} M parameters (two shared attention blocks in turn, adapters at each position), trained from
@@ -363,7 +373,7 @@ knows, and knows nothing else. It exists so that every command works before a do
 ## What it can do
 
 Greedy answers to {len(report["tasks"])} prompts whose combinations of arguments were never trained on, each held to its checker; 95 %
-bootstrap intervals. DPO against SFT: {gain[0]:+.1%} ({gain[1]:+.1%} to {gain[2]:+.1%}). It ships in q8.
+bootstrap intervals. DPO against SFT: {gain[0]:+.1%} ({gain[1]:+.1%} to {gain[2]:+.1%}). It ships in q8.{weakness}
 
 {head}
 {chr(10).join(rows)}

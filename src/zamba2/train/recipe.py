@@ -71,6 +71,7 @@ class Recipe(Strict):
     max_grad_norm: Positive = 1.0
     beta: Positive = Field(0.1, description="dpo: how strongly the model is held to the reference")
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field("sigmoid", description="dpo")
+    sft_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="dpo: of the chosen answers' cross-entropy, added to the loss")
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="dpo: share of pairs thought to be swapped")
 
     precision: Literal["fp32", "bf16", "bf16-mixed"] = Field("bf16-mixed", description="weights / products: fp32, bf16, or fp32 / bf16")

@@ -169,7 +169,9 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         trainer: Any = Conversations(args=options, data_collator=collate, **common)
     else:
         preferences = DPOConfig(
-            **shared, max_length=None, beta=recipe.beta, loss_type=[recipe.loss], label_smoothing=recipe.label_smoothing,
+            **shared, max_length=None, beta=recipe.beta, label_smoothing=recipe.label_smoothing,
+            loss_type=[recipe.loss, "sft"] if recipe.sft_weight else [recipe.loss],
+            loss_weights=[1.0, recipe.sft_weight] if recipe.sft_weight else None,
             precompute_ref_log_probs=True, precompute_ref_batch_size=recipe.device_batch_size,
         )  # fmt: skip
         trainer = Preferences(args=preferences, **common)
@@ -250,7 +252,7 @@ class Watch(TrainerCallback):
         self.progress.log(self.recipe.out, state.global_step, numbers)
         if "loss" in numbers and not math.isfinite(numbers["loss"]):
             raise not_finite(state.global_step)
-        if self.recipe.stage == "dpo" and self.recipe.loss == "sigmoid" and "loss" in numbers:
+        if self.recipe.stage == "dpo" and self.recipe.loss == "sigmoid" and not self.recipe.sft_weight and "loss" in numbers:
             self._check_still(state, numbers["loss"])
 
     def _check_still(self, state: Any, loss: float) -> None:
