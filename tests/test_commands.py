@@ -215,7 +215,7 @@ def test_chat_option_and_system(zamba: Any, model: LanguageModel) -> None:
 
 def test_card_conversation_streams(model: LanguageModel) -> None:
     """The model card's conversation is answered, and the text comes while it is made, not at the end."""
-    command = [sys.executable, "-m", "zamba2", "generate", "--messages", str(CARD), "--max-tokens", "150", "--ignore-eos", *TINY]
+    command = [sys.executable, "-m", "zamba2", "generate", "--messages", str(CARD), "--max-tokens", "1500", "--ignore-eos", *TINY]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         arrivals, pieces = [], []
@@ -224,10 +224,10 @@ def test_card_conversation_streams(model: LanguageModel) -> None:
             pieces.append(piece)
         assert process.wait(60) == 0
         error = process.stderr.read().decode()
-    expected = model.chat(json.loads(CARD.read_text(encoding="utf-8")), max_tokens=150, ignore_eos=True)
+    expected = model.chat(json.loads(CARD.read_text(encoding="utf-8")), max_tokens=1500, ignore_eos=True)
     assert b"".join(pieces).decode() == expected.text + "\n"
-    assert len(pieces) > 10 and arrivals[-1] - arrivals[0] > 0.01  # read as they come: the tiny model takes 0.04 s
-    assert error.splitlines()[0].startswith(NOTICE) and "150 new" in error
+    assert len(pieces) > 10 and arrivals[-1] - arrivals[0] > 0.01  # read as they come: the tiny model takes 0.4 s
+    assert error.splitlines()[0].startswith(NOTICE) and "1500 new" in error
 
 
 def test_dtype_and_name(zamba: Any) -> None:

@@ -746,7 +746,7 @@ def test_preview_as_json(preview: Any, tmp_path: Path, default: Tokenizer) -> No
     """--json prints one line: the report, and examples whose ids and masks are the library's; the same seed, the same document."""
     path = write(tmp_path / "a.jsonl", [simple(f"{i}?", f"It is {i}.") for i in range(30)] + [simple("3?"), {"messages": [A]}])
     questions = write(tmp_path / "q.jsonl", [{"prompt": "7?"}])
-    line = (f"messages:{path}", "--count", "4", "--seed", "5", "--json", "--against", str(questions))
+    line = (f"messages:{path}", "--count", "4", "--seed", "5", "--json", "--against", str(questions), "--model", "random")
     code, out, err = preview(*line)
     assert (code, err, out.count("\n")) == (0, [], 1) and preview(*line)[1] == out
     assert preview(*line, "--seed", "6")[1] != out

@@ -44,6 +44,7 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 LONGEST = 120  # tokens of an answer
 WEAK = 0.3  # a kind of task below it is named
 TOGETHER = 32  # prompts in a batch
+FEWEST_PAIRS = 100  # of the model's own answers
 SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
@@ -77,7 +78,7 @@ def build(
     for stage in ("pretrain", "sft", "dpo"):
         if stage == "dpo" and not (folder / "data" / "pairs.jsonl").exists():
             say("sampling the SFT model; the checkers choose")
-            write_pairs(folder, sizes)
+            write_pairs(folder, sizes, say)
         out = folder / stage
         if not (out / "model" / "tokenizer.json").exists():
             say(f"training: {stage}")
@@ -128,17 +129,23 @@ def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
     write_lines(folder / "sft.jsonl", ({"messages": task.messages} for task in chats))
 
 
-def write_pairs(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
+def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], seed: int = SEED) -> None:
     """pairs.jsonl: a right and a wrong answer of the SFT model's own, the greedy one among them, to each prompt that has both.
 
-    Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md).
+    Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md). A model that gives no
+    right ones at all, as after a hundredth of the training, gets the generator's.
     """
     asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
     rng = random.Random(seed)
     model = load(packed(folder, "sft", "bf16"), threads=1)  # more only wait for each other on so small a model
     given = [answers(model, asked), *(answers(model, asked, temperature=1.0, seed=i) for i in range(SAMPLES))]
-    found = (pair(task, texts, rng) for task, texts in zip(asked, zip(*given, strict=True), strict=True))
-    write_lines(folder / "data" / "pairs.jsonl", (row for row in found if row is not None))
+    every = list(zip(asked, zip(*given, strict=True), strict=True))
+    rows = [row for task, texts in every if (row := pair(task, texts, rng)) is not None]
+    if len(rows) < FEWEST_PAIRS:
+        say(f"{len(rows)} prompts have a right and a wrong answer of the model's; the generator's answers are taken as the right ones")
+        rows = [row for task, texts in every if (row := pair(task, [*texts, task.messages[-1]["content"]], rng)) is not None]
+    say(f"{len(rows)} pairs of answers to {len(asked)} prompts")
+    write_lines(folder / "data" / "pairs.jsonl", rows)
 
 
 def pair(task: Task, given: Sequence[str], rng: random.Random) -> dict[str, Any] | None:
