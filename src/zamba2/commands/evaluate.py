@@ -14,8 +14,6 @@ from typing import Any
 from zamba2.commands.bars import bar
 from zamba2.errors import Zamba2Error, notice
 
-REPLY_CHARACTERS = 1000  # of a usual judgment: GPT-4's are about as long
-
 __all__ = ["divergence", "ifeval", "mt_bench", "perplexity", "tasks"]
 
 
@@ -222,7 +220,7 @@ def mt_bench(
     place = measure.judgments_file(out, endpoint.model)
     waiting = measure.unjudged(requests, place, endpoint.model)
     if waiting:
-        agree(estimate([request.messages for request in waiting], reply_characters=REPLY_CHARACTERS, prices=prices), yes)
+        agree(estimate([request.messages for request in waiting], reply_characters=measure.REPLY_CHARACTERS, prices=prices), yes)
     with bar("judging") as progress:
         done = measure.judge_answers(endpoint, requests, place, progress=progress)
     for request, reason in done.failures:

@@ -20,10 +20,10 @@ import string
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from zamba2.errors import Zamba2Error, notice
 from zamba2.evaluate.judge import Endpoint, Failure, Outcome
@@ -32,6 +32,8 @@ from zamba2.weights.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from zamba2.evaluate.answers import Answers
 
 __all__ = [
     "CATEGORIES", "JUDGE_TOKENS", "MAX_TOKENS", "REPLY_CHARACTERS", "TEMPERATURES", "Answered", "CategoryScores", "JudgePrompt",
@@ -61,16 +63,6 @@ CARD_SCALE = 10  # the card's 72.40 fits ten times the mean rating
 QuestionId = int | str
 Progress = Callable[[int, int], None]  # done, in all
 Row = Mapping[str, Any]
-
-
-class Answers(Protocol):
-    """What is measured (``zamba2.evaluate.answers``)."""
-
-    name: str
-
-    def answer(
-        self, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
-    ) -> Iterator[tuple[int, str]]: ...
 
 
 @dataclass(frozen=True)
