@@ -384,6 +384,13 @@ def test_muon_needs_a_torch_that_has_it(monkeypatch):
         Muon(fresh_model().named_parameters(), 1e-2)
 
 
+def test_muon_is_refused_where_matrices_are_spread(tmp_path, monkeypatch):
+    """Under FSDP, where no process holds a whole matrix, Muon is one sentence instead of other steps."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Zamba2Error, match="needs whole matrices"):
+        module.make_trainer(recipe(tmp_path, optimizer="muon"), fresh_model(), None, None, Progress())
+
+
 def test_checkpointing_and_bf16_train(tmp_path, monkeypatch):
     """Activation checkpointing and what is computed again inside a layer leave the trajectory as it is; bf16 products, and adapters on
     bf16 weights, stay near it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -121,7 +120,7 @@ def tasks(
     need("lm_eval")
     from zamba2.evaluate.answers import open_answers
     from zamba2.evaluate.harness import run_tasks
-    from zamba2.evaluate.results import document, write_result
+    from zamba2.evaluate.results import document, slug, write_result
 
     answers = open_answers(model, **where)
     folder = out / slug(answers.name)
@@ -154,7 +153,7 @@ def ifeval(
     need("lm_eval")
     from zamba2.evaluate import ifeval as measure
     from zamba2.evaluate.answers import open_answers
-    from zamba2.evaluate.results import beside_the_card, document, write_result
+    from zamba2.evaluate.results import beside_the_card, document, slug, write_result
 
     asked = measure.read_prompts(prompts, offline=offline)[:limit]
     settings: dict[str, Any] = {"prompts": str(prompts or measure.HUB), "limit": limit, "seed": measure.SEED}
@@ -192,6 +191,7 @@ def mt_bench(
     from zamba2.evaluate import mt_bench as measure
     from zamba2.evaluate.answers import open_answers
     from zamba2.evaluate.judge import Endpoint, estimate
+    from zamba2.evaluate.results import slug
 
     asked = None if questions is None else measure.read_questions(questions)[:limit]
     started = time.monotonic()
@@ -269,11 +269,6 @@ def report(place: Path, result: Mapping[str, Any], markdown: str, as_json: bool)
         print(json.dumps(result))
     else:
         print(f"{markdown}\nwritten to {place}")
-
-
-def slug(name: str) -> str:
-    """A model's name as a folder's."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 def need(*modules: str) -> None:

@@ -240,7 +240,7 @@ def model_class() -> Any:
         """
 
         def __init__(
-            self, pretrained: LanguageModel | str = "random", *, batch_size: int | str = BATCH, max_batch_size: int | None = None,
+            self, pretrained: LanguageModel | str = "demo", *, batch_size: int | str = BATCH, max_batch_size: int | None = None,
             device: str | None = None, seed: int = 0, progress: bool = True, **options: Any,
         ) -> None:  # fmt: skip
             super().__init__()

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from zamba2.errors import Zamba2Error, notice
 from zamba2.evaluate.judge import Endpoint, Failure, Outcome
+from zamba2.evaluate.results import slug
 from zamba2.language.messages import brief
 from zamba2.weights.files import replacing
 
@@ -287,16 +288,12 @@ def _first_choice(row: Row, place: str, what: str) -> tuple[str, ...]:
 
 def answers_file(folder: Path, model: str) -> Path:
     """Where FastChat keeps a model's answers, below its folder of a benchmark."""
-    return folder / "model_answer" / f"{_file_name(model)}.jsonl"
+    return folder / "model_answer" / f"{slug(model)}.jsonl"
 
 
 def judgments_file(folder: Path, judge: str) -> Path:
     """Where FastChat keeps a judge's ratings of single answers, below its folder of a benchmark."""
-    return folder / "model_judgment" / f"{_file_name(judge)}_single.jsonl"
-
-
-def _file_name(model: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", model).strip("-.") or "model"
+    return folder / "model_judgment" / f"{slug(judge)}_single.jsonl"
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ from typing import Any
 from zamba2.runtime.processors import machine
 from zamba2.weights.files import replacing
 
-__all__ = ["CARD", "beside_the_card", "document", "write_result"]
+__all__ = ["CARD", "beside_the_card", "document", "slug", "write_result"]
 
 # Zamba2-2.7B-Instruct's model card: aggregate MT-Bench (scale not stated; ten times a mean of 1 to 10 fits) and IFEval (metric not stated).
 CARD: Mapping[str, tuple[str, float, float]] = {
@@ -53,6 +54,11 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
     with replacing(target) as place:
         place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return target
+
+
+def slug(name: str) -> str:
+    """A model's name as a file's or folder's."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 def beside_the_card(rows: Sequence[tuple[str, str, float | None, float | None]]) -> str:

@@ -128,6 +128,9 @@ def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
 
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, progress: Progress) -> Any:
     """trl's trainer for the recipe's stage. model: a Zamba2ForCausalLM; with ``recipe.lora``, adapters are added to it."""
+    if recipe.optimizer == "muon" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # each process would turn the parts of matrices that it holds
+        raise Zamba2Error("optimizer is muon, which needs whole matrices, and FSDP spreads them; use optimizer=adamw.")
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
     device = device_of(recipe.device)
