@@ -23,6 +23,7 @@ from zamba2.train.instructions import (
     GROUPS,
     KINDS,
     LAWS,
+    MARKS,
     SPLITS,
     THINGS,
     WORDS,
@@ -344,9 +345,10 @@ def _exercised(texts: Iterator[str]) -> Iterator[tuple[str, list[object]]]:
     for text in texts:
         for a, sign, b, _ in SUM.findall(text):
             yield "sum", [[a, b], sign]
-        for word, spelled in re.findall(r"^(\w+) -> ((?:\w-)+\w)$", text, re.MULTILINE):
-            assert spelled.replace("-", "") == word
-            yield "spelling", [word]
+        for word, spelled in re.findall(r"^(\w+)(?: ->| is spelled|:| with \w+:) ((?:\w\W{1,2})+\w)\.?$", text, re.MULTILINE):
+            if re.sub(r"\W", "", spelled) == word:  # not: a list of one, and what is done with it
+                (marks,) = {name for name, mark in MARKS.items() if mark.join(word) == spelled}
+                yield "spelling", [word, marks]
         for words in re.findall(r"^(\w+(?:, \w+)+)(?: ->|; | = )", text, re.MULTILINE):
             yield "list", [words.split(", ")]
         for numbers in re.findall(r"^(\d+(?:, \d+)+) from", text, re.MULTILINE):

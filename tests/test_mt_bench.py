@@ -106,8 +106,12 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    yield Bench(tmp_path)
+    for process in STARTED:
+        process.kill()
+        process.communicate()
+    STARTED.clear()
 
 
 class Fake:
@@ -414,11 +418,16 @@ PROGRAM = """
 """
 
 
+STARTED: list[subprocess.Popen[bytes]] = []  # a failed test leaves none of them running
+
+
 def start(bench: Bench, step: str, url: str = "", parallel: int = 1) -> subprocess.Popen[bytes]:
     program = textwrap.dedent(PROGRAM).format(
         tests=str(Path(__file__).parent), folder=str(bench.folder), step=step, url=url, parallel=parallel
     )
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    STARTED.append(process)
+    return process
 
 
 def test_killed_while_answering(bench: Bench) -> None:

@@ -6,6 +6,7 @@ One POST to URL/chat/completions a request, with the standard library. What may 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import math
@@ -21,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from zamba2.errors import Zamba2Error, notice
@@ -96,6 +97,23 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+T = TypeVar("T")
+
+# A signal that comes just before a wait without limit does not end it: Python only looks for signals between its own steps.
+TICK = 0.2  # seconds
+
+
+def _wait(event: threading.Event) -> None:
+    while not event.wait(TICK):
+        pass
+
+
+def _next(items: queue.SimpleQueue[T]) -> T:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return items.get(timeout=TICK)
 
 
 class Endpoint:
@@ -358,7 +376,7 @@ class Endpoint:
             for thread in threads:
                 thread.start()
                 started += 1
-            over.wait()
+            _wait(over)
         except BaseException:
             stop.set()
             with lock:
@@ -367,7 +385,7 @@ class Endpoint:
                     over.set()
             if not over.is_set():
                 notice(f"interrupted; waiting for replies on their way, {running} at most (Ctrl-C again leaves them).", once=False)
-            over.wait()
+            _wait(over)
             raise
         if errors:
             raise errors[0]
@@ -399,7 +417,7 @@ class Endpoint:
 
         threading.Thread(target=run, daemon=True).start()
         try:
-            while (item := came.get()) is not None:
+            while (item := _next(came)) is not None:
                 if isinstance(item[1], Reply):
                     yield item[0], item[1].text
         finally:

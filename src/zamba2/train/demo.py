@@ -12,12 +12,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from zamba2.language.messages import CHATML
 from zamba2.language.model import LanguageModel
 from zamba2.runtime.backend import Row
 from zamba2.runtime.processors import machine
-from zamba2.train.instructions import Task, documents, passes, tasks
+from zamba2.train.instructions import KINDS, Task, documents, passes, tasks
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named
 from zamba2.weights.packed import is_packed, quantize
@@ -45,6 +47,8 @@ LONGEST = 120  # tokens of an answer
 WEAK = 0.3  # a kind of task below it is named
 TOGETHER = 32  # prompts in a batch
 FEWEST_PAIRS = 100  # of the model's own answers
+TEXT = 0.04  # texts to each conversation in SFT; about a tenth of its tokens
+MORE = (*["arithmetic"] * 3, *["spell"] * 2, "follow_up", "words", "sentences", "sort", "compare")  # kinds that take more practice
 SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
@@ -60,7 +64,7 @@ class Sizes:
 
     documents: int = 40_000
     conversations: int = 300_000
-    prompts: int = 12_000
+    prompts: int = 36_000
     held_out: int = 1_000
     texts: int = 200
 
@@ -78,14 +82,13 @@ def build(
     for stage in ("pretrain", "sft", "dpo"):
         if stage == "dpo" and not (folder / "data" / "pairs.jsonl").exists():
             say("sampling the SFT model; the checkers choose")
-            write_pairs(folder, sizes, say)
+            write_pairs(folder, sizes, say, processes)
         out = folder / stage
         if not (out / "model" / "tokenizer.json").exists():
             say(f"training: {stage}")
             source = {"pretrain": "base", "sft": "pretrain/model", "dpo": "sft/model"}[stage]
-            data = {"pretrain": "text:{}/pretrain.jsonl", "sft": "messages:{}/sft.jsonl", "dpo": "preferences:{}/pairs.jsonl"}[stage]
             held_out = {"pretrain": sizes.documents, "sft": sizes.conversations, "dpo": sizes.prompts}[stage] // 200 or 1
-            own = [f"model={folder / source}", f"out={out}", f"data=[{json.dumps(data.format(folder / 'data'))}]", f"held_out={held_out}"]
+            own = [f"model={folder / source}", f"out={out}", f"data={json.dumps(data_of(stage, folder / 'data'))}", f"held_out={held_out}"]
             train(f"demo-{stage}", [*own, *changes], out, processes)
     report = write_report(folder, sizes, say)
     target = folder / "model"
@@ -93,6 +96,15 @@ def build(
     with replacing(target / "README.md") as place:
         place.write_text(card(report), encoding="utf-8")
     return target
+
+
+def data_of(stage: str, folder: Path) -> list[str]:
+    """What a stage learns from. Without some text among the conversations the language of the texts is forgotten (docs/log.md)."""
+    return {
+        "pretrain": [f"text:{folder}/pretrain.jsonl"],
+        "sft": [f"messages:{folder}/sft.jsonl", f"text:{folder}/pretrain.jsonl={TEXT}"],
+        "dpo": [f"preferences:{folder}/pairs.jsonl"],
+    }[stage]
 
 
 def train(name: str, changes: Sequence[str], out: Path, processes: int) -> None:
@@ -125,11 +137,11 @@ def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
     """pretrain.jsonl and sft.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "pretrain.jsonl", ({"text": text} for text in itertools.islice(documents(seed, split="train"), sizes.documents)))
-    chats = itertools.islice(tasks(seed, split="train"), sizes.conversations)
+    chats = itertools.islice(tasks(seed, split="train", kinds=[*KINDS, *MORE]), sizes.conversations)
     write_lines(folder / "sft.jsonl", ({"messages": task.messages} for task in chats))
 
 
-def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], seed: int = SEED) -> None:
+def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], processes: int = 1, seed: int = SEED) -> None:
     """pairs.jsonl: a right and a wrong answer of the SFT model's own, the greedy one among them, to each prompt that has both.
 
     Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md). A model that gives no
@@ -137,15 +149,30 @@ def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], seed: in
     """
     asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
     rng = random.Random(seed)
-    model = load(packed(folder, "sft", "bf16"), threads=1)  # more only wait for each other on so small a model
-    given = [answers(model, asked), *(answers(model, asked, temperature=1.0, seed=i) for i in range(SAMPLES))]
-    every = list(zip(asked, zip(*given, strict=True), strict=True))
+    every = list(zip(asked, sampled(packed(folder, "sft", "bf16"), asked, processes), strict=True))
     rows = [row for task, texts in every if (row := pair(task, texts, rng)) is not None]
     if len(rows) < FEWEST_PAIRS:
         say(f"{len(rows)} prompts have a right and a wrong answer of the model's; the generator's answers are taken as the right ones")
         rows = [row for task, texts in every if (row := pair(task, [*texts, task.messages[-1]["content"]], rng)) is not None]
     say(f"{len(rows)} pairs of answers to {len(asked)} prompts")
     write_lines(folder / "data" / "pairs.jsonl", rows)
+
+
+def sampled(model: Path, asked: Sequence[Task], processes: int = 1) -> list[tuple[str, ...]]:
+    """The greedy answer to each task, then ``SAMPLES`` others; the same however many processes share the work."""
+    share = math.ceil(len(asked) / processes / TOGETHER) * TOGETHER
+    starts = range(0, len(asked), share)
+    given = [(model, asked[start : start + share], [i * len(asked) + start for i in range(SAMPLES)]) for start in starts]
+    if processes == 1:
+        return list(itertools.chain.from_iterable(itertools.starmap(_sampled, given)))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(itertools.chain.from_iterable(pool.map(_sampled, *zip(*given, strict=True))))
+
+
+def _sampled(folder: Path, asked: Sequence[Task], seeds: Sequence[int]) -> list[tuple[str, ...]]:
+    model = load(folder, threads=1)  # more only wait for each other on so small a model
+    others = (answers(model, asked, temperature=1.0, seed=seed) for seed in seeds)
+    return list(zip(answers(model, asked), *others, strict=True))
 
 
 def pair(task: Task, given: Sequence[str], rng: random.Random) -> dict[str, Any] | None:
@@ -160,8 +187,8 @@ def pair(task: Task, given: Sequence[str], rng: random.Random) -> dict[str, Any]
 
 def learn_tokenizer(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
     """A BPE with byte fallback in the style of Mistral v0.1, as tokenizer.json holds it: no piece spans two words, joins letters and
-    punctuation, or holds two digits."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    punctuation, or holds three digits: numbers below 100, which sums are made of, are one token each."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -170,7 +197,7 @@ def learn_tokenizer(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
         [
             pre_tokenizers.Split("▁", "merged_with_next"),
             pre_tokenizers.Punctuation("isolated"),
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex("▁?[0-9]{1,2}"), "isolated"),
         ]
     )
     learner.train_from_iterator(
@@ -259,11 +286,11 @@ def new_weights(config: Config, seed: int) -> Any:
 
 
 def answers(model: LanguageModel, asked: Sequence[Task], *, temperature: float = 0.0, seed: int | None = None) -> list[str]:
-    """The model's answer to each task's conversation but its last message."""
+    """The model's answer to each task's conversation but its last message. seed: of the first batch; each task further adds one."""
     given: list[str] = []
     for start in range(0, len(asked), TOGETHER):
         prompts = [model.tokenizer.encode_chat(task.messages[:-1]) for task in asked[start : start + TOGETHER]]
-        own = None if seed is None else seed * len(asked) + start
+        own = None if seed is None else seed + start
         given += [answer.text for answer in model.generate(prompts, max_tokens=LONGEST, temperature=temperature, seed=own)]
     return given
 

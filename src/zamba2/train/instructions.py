@@ -1121,18 +1121,14 @@ class Sum(NamedTuple):
 
 
 def _sum(chance: Chance) -> Sum:
-    """A sum that fits, with numbers and result from 1 to 99, or 144 for products."""
+    """A sum that fits, with a result from 1 to 99: numbers to 30 and 20, in either order, and products of a number to 5 and one to 12."""
     while True:
-        sign = chance.choice("+-x")
-        if sign == "x":
-            a, b = chance.randint(2, 12), chance.randint(2, 12)
-            found = Sum(a, b, sign, a * b)
-        else:
-            a, b = chance.randint(2, 98), chance.randint(1, 98)
-            if chance.random() < 0.4:
-                a, b = a % 20 + 2, b % 20 + 1
-            found = Sum(a, b, sign, a + b if sign == "+" else a - b)
-        if found.result > 0 and (sign == "x" or found.result < 100) and chance.fits([a, b], sign):
+        sign = chance.choice("++--x")
+        a, b = (chance.randint(2, 12), chance.randint(2, 5)) if sign == "x" else (chance.randint(1, 30), chance.randint(1, 20))
+        if sign != "-" and chance.random() < 0.5:
+            a, b = b, a
+        found = Sum(a, b, sign, {"+": a + b, "-": a - b, "x": a * b}[sign])
+        if found.result > 0 and chance.fits([a, b], sign):
             return found
 
 
@@ -1187,17 +1183,24 @@ def _compare(chance: Chance) -> Made:
 
 
 SPELL = (
-    "Spell the word {word} with hyphens.", 'Spell "{word}" letter by letter, with hyphens.',
-    "Spell {word} with a hyphen between the letters.",
-    "Write the letters of {word} with hyphens between them.", "Spell this word with hyphens: {word}",
+    "Spell the word {word} with {marks}.", 'Spell "{word}" letter by letter, with {marks}.',
+    "Spell {word} with {marks} between the letters.", "Write the letters of {word} with {marks} between them.",
+    "Spell this word with {marks}: {word}",
 )  # fmt: skip
+MARKS = {"hyphens": "-", "spaces": " ", "commas": ", ", "dots": ".", "slashes": "/"}
+
+
+def _spelling(chance: Chance, marks: Sequence[str] = tuple(MARKS)) -> tuple[str, str, str]:
+    """A word, the name of what stands between its letters, and the word spelled. A word as such is of both splits: nothing but
+    having read its letters tells them, where it is one token."""
+    while not chance.fits(word := chance.choice(WORDS), name := chance.choice(marks)):
+        pass
+    return word, name, MARKS[name].join(word)
 
 
 def _spell(chance: Chance) -> Made:
-    while not chance.fits(word := chance.choice(WORDS)):
-        pass
-    spelled = "-".join(word)
-    return _one(chance, word, SPELL, spelled, {"text": spelled}, word=word)
+    word, marks, spelled = _spelling(chance)
+    return _one(chance, _canonical(word, marks), SPELL, spelled, {"text": spelled}, word=word, marks=marks)
 
 
 STORY = (
@@ -1526,7 +1529,8 @@ def _chance(seed: int | str, purpose: str, split: str) -> Chance:
 
 
 def tasks(seed: int | str, *, split: str, kinds: Collection[str] | None = None) -> Iterator[Task]:
-    """Tasks without end, uniform over the kinds, or over those named; the same for the same seed.
+    """Tasks without end, uniform over the kinds, or over those named (a name given twice comes twice as often); the same for the same
+    seed.
 
     Raises ValueError for a split or kind that is none, and for no kinds.
     """
@@ -1534,7 +1538,8 @@ def tasks(seed: int | str, *, split: str, kinds: Collection[str] | None = None) 
     unknown = [name for name in kinds or () if name not in KINDS]
     if unknown or (kinds is not None and not kinds):
         raise ValueError(f"kinds are {unknown}; some of {', '.join(KINDS)} are needed")
-    return _tasks(chance, [kind for name, kind in KINDS.items() if kinds is None or name in kinds])
+    names = list(KINDS if kinds is None else kinds)
+    return _tasks(chance, [kind for name, kind in KINDS.items() for _ in range(names.count(name))])
 
 
 def _tasks(chance: Chance, kinds: Sequence[Kind]) -> Iterator[Task]:
@@ -1583,10 +1588,11 @@ def _echoes(chance: Chance) -> Iterator[str]:
 
 
 def _spellings(chance: Chance) -> Iterator[str]:
-    layout = chance.choice(("{word}: {spelled}", "{word} -> {spelled}", "{word} is spelled {spelled}.", "{spelled} = {word}"))
+    layout = chance.choice(("{word}: {spelled}", "{word} -> {spelled}", "{word} is spelled {spelled}.", "{word} with {marks}: {spelled}"))
+    some = chance.sample(list(MARKS), chance.choice((1, 2, len(MARKS))))
     while True:
-        word = _spell(chance).arguments
-        yield layout.format(word=word, spelled="-".join(word))
+        word, marks, spelled = _spelling(chance, some)
+        yield layout.format(word=word, marks=marks, spelled=spelled)
 
 
 def _repeats(chance: Chance) -> Iterator[str]:
@@ -1685,7 +1691,7 @@ def _questions(chance: Chance) -> Iterator[str]:
 # How pieces of a kind are joined, and how often it comes.
 DOCUMENTS: tuple[tuple[Callable[[Chance], Iterator[str]], str, int], ...] = (
     (_stories, "\n\n", 6), (_descriptions, "\n\n", 4), (_scenes, " ", 2), (_facts, " ", 2), (_talks, "\n\n", 2), (_echoes, "\n", 10),
-    (_spellings, "\n", 1), (_repeats, "\n", 1), (_sums, "\n", 2), (_number_lines, "\n", 1), (_questions, "\n\n", 8),
+    (_spellings, "\n", 4), (_repeats, "\n", 1), (_sums, "\n", 6), (_number_lines, "\n", 1), (_questions, "\n\n", 8),
 )  # fmt: skip
 
 
