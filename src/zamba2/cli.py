@@ -266,6 +266,48 @@ def bench(
     main(shape, model, format, kv_format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out)
 
 
+@app.command()
+def figures(
+    out: Annotated[Path, typer.Option(help="Folder of the results and the report; goes on with an earlier try's.")] = Path("figures"),
+    models: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Beside it: phi-2, phi-3-mini, stablelm-3b, gemma-2-2b, danube-4b, mistral-7b, or zamba2-2.7b in transformers."),
+    ] = None,
+    formats: Annotated[Optional[list[str]], typer.Option(help="Of ours: q4, q8, bf16; all if not given.")] = None,
+    engines: Annotated[Optional[list[str]], typer.Option(help="zamba2, transformers, llama.cpp; all that are installed.")] = None,
+    prompt_tokens: Annotated[Optional[list[int]], typer.Option(help="Lengths of prompts: 128, 512, 1024, 2048.")] = None,
+    batches: Annotated[Optional[list[int]], typer.Option(help="Numbers of sequences of 128 tokens: 1, 4, 8.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Rounds over all points.")] = 3,
+    budget: Annotated[str, typer.Option(help="Time for this try, such as 30m or 2h.")] = "2h",
+    memory: Annotated[Optional[float], typer.Option(help="GB that one process may take; what is free, less one, if not given.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    threads: Annotated[Optional[int], typer.Option(help="Threads; all processors that this process may use if not given.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="Shapes shrunk to next to nothing: tries everything in a minute.")] = False,
+    again: Annotated[Optional[Path], typer.Option(help="Only draw: the report of this figures.json, into --out.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
+) -> None:
+    """Make the card's efficiency figures here: time to first token, latency, throughput and memory beside models of Zamba2's size.
+
+    True shapes with random weights; each measurement in a process of its own; within the time and memory given. Options that name
+    several things are given once for each. The last line of standard output is one JSON document.
+
+    Examples:
+
+        zamba2 figures --budget 2h
+
+        zamba2 figures --models phi-3-mini --prompt-tokens 512 --repeats 1 --out quick
+
+        zamba2 figures --again figures/figures.json --out redrawn
+    """
+    from zamba2.commands.figures import main
+
+    main(
+        out, models or [], formats or [], engines or [], prompt_tokens or [], batches or [], new_tokens, repeats, budget, memory, device,
+        threads, small, again, as_json,
+    )  # fmt: skip
+
+
 train = typer.Typer(
     help="Post-train a model: look at the data, then SFT, then DPO.", rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

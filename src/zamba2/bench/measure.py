@@ -1,7 +1,7 @@
-"""What a user's process measures of itself: the engine over a packed checkpoint, beside what the machine gives at best.
+"""What a user's process measures of itself: the engine over a packed checkpoint, beside what the machine gives at best; or PyTorch.
 
 Runs as a child, so that its memory is that of a user's run: ``python -m zamba2.bench.measure REQUEST``, the request in JSON.
-It says one JSON line when the model is ready, then one for every line that it reads ("repeat", "limits").
+It says one JSON line when the model is ready, then one for every line that it reads ("warm", "repeat", "limits").
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,25 @@ from zamba2.weights.files import DTYPE_BYTES, TensorFile
 from zamba2.weights.formats import KVFormat
 from zamba2.weights.packed import parts
 
-__all__ = ["decode_bytes", "kv_bytes_per_token", "prefill_operations", "prompts"]
+__all__ = ["WARM_TOKENS", "decode_bytes", "gpu_memory", "kv_bytes_per_token", "prefill_operations", "random_ids"]
 
 SEED = 1  # of the prompts
+WARM_TOKENS = 16  # of a prompt read to warm up: threads, kernels, pages of the weights
 
 
-def prompts(config: Config, count: int, length: int) -> list[npt.NDArray[np.int32]]:
+def random_ids(vocab_size: int, count: int, length: int) -> list[npt.NDArray[np.int32]]:
     """``count`` random prompts, int32 [length], the same ones each time; without the ids of special tokens."""
     random = np.random.default_rng(SEED)
-    return [random.integers(min(3, config.vocab_size - 1), config.vocab_size, length, dtype=np.int32) for _ in range(count)]
+    return [random.integers(min(3, vocab_size - 1), vocab_size, length, dtype=np.int32) for _ in range(count)]
+
+
+def gpu_memory(device: str) -> dict[str, int]:
+    """The most bytes of a GPU that PyTorch has held for tensors; nothing for a CPU."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {"peak_gpu_bytes": torch.cuda.max_memory_allocated(device)}
 
 
 def decode_bytes(file: TensorFile, config: Config, context: float, kv: KVFormat) -> dict[str, float]:
@@ -83,13 +93,32 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "prefill_operations": prefill_operations(config, prompt_tokens),
         "kind": product_kind(backend.isa, backend.format.name),
     }  # fmt: skip
-    texts = prompts(config, batch, prompt_tokens)
+    texts = random_ids(config.vocab_size, batch, prompt_tokens)
     for line in sys.stdin:
-        if line.strip() == "limits":
+        if line.strip() == "warm":
+            repeat(backend, [text[:WARM_TOKENS] for text in texts], 1)
+            yield {}
+        elif line.strip() == "limits":
             rate, pattern, _ = _engine.read_bandwidth(np.frombuffer(backend.file.map(), dtype=np.uint8), threads, backend.isa)
             yield {"read_bandwidth": rate, "read_pattern": pattern, "product_rates": dict(_engine.product_rates(threads, backend.isa))}
         else:
             yield repeat(backend, texts, new_tokens)
+
+
+def serve_torch(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """As ``serve``, for our PyTorch model on a device, in bf16: what a GPU runs."""
+    import zamba2
+
+    start = time.perf_counter()
+    backend: Any = zamba2.load(request["path"], backend="torch", device=request["device"], dtype="bfloat16").backend
+    yield {"load_seconds": time.perf_counter() - start}
+    texts = random_ids(backend.config.vocab_size, request["batch"], request["prompt_tokens"])
+    for line in sys.stdin:
+        if line.strip() == "warm":
+            repeat(backend, [text[:WARM_TOKENS] for text in texts], 1)
+            yield {}
+        else:
+            yield repeat(backend, texts, request["new_tokens"]) | gpu_memory(request["device"])
 
 
 def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) -> dict[str, Any]:
@@ -97,11 +126,10 @@ def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) ->
     start = time.perf_counter()
     states = [backend.new_state() for _ in texts]
     rows = [Row(text, state) for text, state in zip(texts, states, strict=True)]
-    scores = backend.forward(rows)
+    tokens = likeliest(backend.forward(rows))
     first = time.perf_counter()
     for _ in range(new_tokens):
-        tokens = [own.numpy()[-1:].argmax(-1).astype(np.int32) for own in scores]
-        scores = backend.forward([Row(token, state) for token, state in zip(tokens, states, strict=True)])
+        tokens = likeliest(backend.forward([Row(token, state) for token, state in zip(tokens, states, strict=True)]))
     end = time.perf_counter()
     return {
         "ttft_seconds": first - start,
@@ -109,6 +137,11 @@ def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) ->
         "decode_tokens_per_second": len(texts) * new_tokens / (end - first),
         "state_bytes": sum(state.nbytes for state in states),
     } | memory()
+
+
+def likeliest(scores: Iterable[Any]) -> list[npt.NDArray[np.int32]]:
+    """The next token of each sequence, int32 [1]; a GPU is waited for."""
+    return [own.numpy()[-1:].argmax(-1).astype(np.int32) for own in scores]
 
 
 def product_kind(isa: str, format: str) -> str:
@@ -122,7 +155,8 @@ def product_kind(isa: str, format: str) -> str:
 
 if __name__ == "__main__":
     try:
-        for answer in serve(json.loads(sys.argv[1])):
+        asked = json.loads(sys.argv[1])
+        for answer in serve(asked) if "kv_format" in asked else serve_torch(asked):
             print(json.dumps(answer), flush=True)
     except Zamba2Error as error:
         print(json.dumps({"error": str(error)}), flush=True)

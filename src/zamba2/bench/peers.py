@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from zamba2.bench import llama_cpp_peer
-from zamba2.config import Config
+from zamba2.bench.rivals import parameters
+from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.weights.files import replacing
 from zamba2.weights.hub import cache_folder
 
-__all__ = ["PEERS", "Worker", "llama_cpp_folder", "llama_cpp_python", "need_disk", "random_checkpoint"]
+__all__ = [
+    "PEERS", "BeyondLimits", "DoesNotFit", "Limits", "Worker", "llama_cpp", "llama_cpp_folder", "llama_cpp_python", "need_disk",
+    "random_checkpoint", "written_checkpoint",
+]  # fmt: skip
 
 TRANSFORMERS = "5.23.0"
 
@@ -35,13 +44,45 @@ def need_disk(target: Path, nbytes: float) -> None:
         raise Zamba2Error(f"{target} needs {nbytes / 1e9:.1f} GB and {room}; free some space or set XDG_CACHE_HOME.")
 
 
-class Worker:
-    """A child process that says one line of JSON when it is ready, and one for every line it is sent."""
+@dataclass(frozen=True)
+class Limits:
+    """memory: bytes that a process may hold, mapped files included. end: when it is stopped, by time.monotonic()."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
+    memory: float = math.inf
+    end: float = math.inf
+
+
+class BeyondLimits(Zamba2Error):
+    """A process was stopped at its limits."""
+
+
+class DoesNotFit(BeyondLimits):
+    """It took more memory than it may."""
+
+
+class Worker:
+    """A child process that says one line of JSON when it is ready, and one for every line it is sent.
+
+    quiet: what it says otherwise is kept for the sentence of its failure.
+
+    The constructor and ``ask`` raise BeyondLimits where the process was stopped at its limits, Zamba2Error where it fails.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None, *, limits: Limits | None = None,
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
         self.name = name
+        self._said = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 - closed by close()
+        self._beyond: BeyondLimits | None = None
         variables = os.environ | (environment or {})
-        self._process = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
+        # In a session of its own: Ctrl-C is for the parent, which closes it.
+        self._process = subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True, env=variables,
+            start_new_session=True,
+        )  # fmt: skip
+        if limits is not None:
+            threading.Thread(target=self._watch, args=(limits,), daemon=True).start()
         try:
             self.ready = self._answer()
         except BaseException:
@@ -63,19 +104,53 @@ class Worker:
         for line in self._process.stdout:
             if line.startswith("{"):  # a library may print something too
                 answer: dict[str, Any] = json.loads(line)
+                if "does not fit" in answer:
+                    raise DoesNotFit(answer["does not fit"])
                 if "error" in answer:
                     raise Zamba2Error(answer["error"])
                 return answer
         code = self._process.wait()
+        if self._beyond is not None:
+            raise self._beyond
         reason = "was stopped by the system, for want of memory as a rule" if code == -9 else f"ended with exit code {code}"
-        raise Zamba2Error(f"the process that measures {self.name} {reason}; what it said is above.")
+        raise Zamba2Error(f"the process that measures {self.name} {reason}; {self._last_words()}")
+
+    def _last_words(self) -> str:
+        if self._said is None:
+            return "what it said is above."
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
+        return f"it said last: {lines[-1]}" if lines else "it said nothing."
+
+    def _watch(self, limits: Limits) -> None:
+        """Stop the process where it goes beyond its limits."""
+        while self._process.poll() is None:
+            if (held := resident(self._process.pid)) > limits.memory:
+                self._beyond = DoesNotFit(f"took more than the {limits.memory / 1e9:.1f} GB that it may ({held / 1e9:.1f} GB)")
+            elif time.monotonic() > limits.end:
+                self._beyond = BeyondLimits("was stopped when the time was up")
+            if self._beyond is not None:
+                self._process.kill()
+                return
+            time.sleep(0.1)
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._process.stdin, self._process.stdout, self._said):
             if pipe is not None:
                 pipe.close()
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds now; 0 where it has ended."""
+    status = Path(f"/proc/{pid}/status")
+    try:
+        if status.parent.parent.joinpath("self").exists():
+            return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmRSS")), 0)
+        return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() or 0) * 1024
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -91,14 +166,7 @@ def prepare_transformers(config: Config, checkpoint: Path | None, dtype: str) ->
     if find_spec("transformers") is None or find_spec("torch") is None:
         raise Zamba2Error(f"transformers is not installed; install it with: pip install 'zamba2[hf]' (transformers {TRANSFORMERS}).")
     module = [sys.executable, "-m", "zamba2.bench.transformers_peer"]
-    if checkpoint is None:
-        checkpoint = random_checkpoint(config)
-        if not (checkpoint / "config.json").exists():
-            need_disk(checkpoint, 2.02 * config.num_parameters)
-            notice(f"writing random bf16 weights for transformers into {checkpoint}, once.")
-            with replacing(checkpoint) as temporary:
-                write_by([*module, "write", json.dumps(config.to_dict()), temporary])
-    return [*module, "run", checkpoint, dtype]
+    return [*module, "run", checkpoint or written_checkpoint(config), dtype]
 
 
 def write_by(command: Sequence[str | Path]) -> None:
@@ -110,13 +178,20 @@ def write_by(command: Sequence[str | Path]) -> None:
 
 def random_checkpoint(config: Config) -> Path:
     """Where transformers' random bf16 checkpoint of a config is kept."""
-    import hashlib
-
-    from zamba2.config import PRESETS
-
     published = [name for name, preset in PRESETS.items() if preset == config]
     name = published[0] if published else hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest()[:12]
     return cache_folder().with_name("zamba2-baselines") / f"zamba2-{name}-random-bfloat16"
+
+
+def written_checkpoint(config: Config) -> Path:
+    """``random_checkpoint``, made on first use. Raises Zamba2Error."""
+    target = random_checkpoint(config)
+    if not (target / "config.json").exists():
+        need_disk(target, 2.02 * config.num_parameters)
+        notice(f"writing random bf16 weights for transformers into {target}, once.")
+        with replacing(target) as temporary:
+            write_by([sys.executable, "-m", "zamba2.bench.transformers_peer", "write", json.dumps(config.to_dict()), temporary])
+    return target
 
 
 def llama_cpp_folder() -> Path:
@@ -131,16 +206,22 @@ def llama_cpp_python() -> Path | None:
 
 
 def prepare_llama_cpp(config: Config, checkpoint: Path | None) -> list[str | Path]:
+    weights = config.weights_per_token(hoisted=False)
+    return llama_cpp({**llama_cpp_peer.stand_in(weights), "name": f"dense-{weights / 1e9:.3f}G"})
+
+
+def llama_cpp(spec: llama_cpp_peer.Spec) -> list[str | Path]:
+    """The command that runs llama.cpp on random Q4_0 weights of a shape (``llama_cpp_peer.py write``), made on first use."""
     python = llama_cpp_python()
     if python is None:
         raise Zamba2Error("llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install")
-    weights = config.weights_per_token(hoisted=False)
-    model = llama_cpp_folder() / f"dense-{weights / 1e9:.3f}G-q4_0.gguf"
+    weights = parameters(spec)
+    model = llama_cpp_folder() / f"{spec['name']}-q4_0.gguf"
     if not model.exists():
-        need_disk(model, 0.6 * weights + 1e8)  # 4.5 bits each, and the embeddings
-        notice(f"writing a dense model of {weights / 1e9:.2f} G random weights per token in Q4_0 into {model}, once.")
+        need_disk(model, 0.6 * weights + 1e8)  # 4.5 bits each
+        notice(f"writing {spec['name']}, {weights / 1e9:.2f} G random weights in Q4_0, into {model}, once.", once=False)
         with replacing(model) as temporary:
-            write_by([python, llama_cpp_peer.__file__, "write", str(weights), temporary])
+            write_by([python, llama_cpp_peer.__file__, "write", json.dumps(spec), temporary])
     return [python, llama_cpp_peer.__file__, "run", model]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,6 +68,7 @@ def main(
     if prompt_tokens + new_tokens > config.max_position_embeddings and config.use_mem_rope:
         notice(f"more than the {config.max_position_embeddings} tokens that the model was trained for.")
     need_memory((path / "model.safetensors").stat().st_size + batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv) + ROOM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes that measure are to be closed
     commands = {name: PEERS[name].prepare(config, original) for name in compare}
     request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
     result = measure(commands, request, {"path": str(path), "batch": batch, "kv_format": kv.name}, repeats)
@@ -112,13 +115,17 @@ def check_format(path: Path, format: str) -> None:
         raise Zamba2Error(f"{path} is packed as {found.format.name}, not {format}; leave --format out, or give the original checkpoint.")
 
 
+def free_memory() -> float:
+    """Bytes that the system says are free; infinite where it says nothing."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
+
+
 def need_memory(nbytes: float) -> None:
     """Raises Zamba2Error where the system says that so many bytes are not free: it would measure the disk."""
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return
-    free = next((int(line.split()[1]) * 1024 for line in info.read_text().splitlines() if line.startswith("MemAvailable")), None)
-    if free is not None and free < nbytes:
+    free = free_memory()
+    if free < nbytes:
         found = f"{free / 1e9:.1f} GB are free"
         raise Zamba2Error(f"this needs {nbytes / 1e9:.1f} GB of memory and {found}; close something or take a smaller shape.")
 
