@@ -16,7 +16,7 @@ from zamba2.language.sampling import Sampler, Sampling, log_softmax, top_logprob
 from zamba2.language.tokenizer import IncrementalDecoder, Tokenizer
 from zamba2.runtime.backend import Backend, Row, State
 
-__all__ = ["Generation", "Piece", "Request", "TokenLogprob", "collect", "run"]
+__all__ = ["Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "run"]
 
 PREFILL_STEP = 512  # tokens between two progress reports while a prompt is read
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
@@ -131,7 +131,7 @@ class StopText:
         return next((n for n in range(longest, 0, -1) if any(s.startswith(self.held[-n:]) for s in self.stops)), 0)
 
 
-class _Sequence:
+class Running:
     """One request on its way."""
 
     def __init__(self, index: int, request: Request, state: State, vocab_size: int, tokenizer: Tokenizer | None) -> None:
@@ -172,7 +172,7 @@ def run(
     sequences = []
     for index, request in enumerate(requests):
         state = backend.new_state(adapter=request.adapter) if request.state is None else request.state.copy()
-        sequences.append(_Sequence(index, request, state, backend.config.vocab_size, tokenizer))
+        sequences.append(Running(index, request, state, backend.config.vocab_size, tokenizer))
         _say_if_long(backend, state.position + len(request.tokens) + request.max_tokens)
     rows = _read_prompts(backend, sequences, progress)
     while sequences:
@@ -187,7 +187,7 @@ def run(
         sequences = going
 
 
-def _read_prompts(backend: Backend, sequences: Sequence[_Sequence], progress: Progress | None) -> list[Row]:
+def _read_prompts(backend: Backend, sequences: Sequence[Running], progress: Progress | None) -> list[Row]:
     """Read all prompts but their last stretch; returns the rows of the call that gives the first scores."""
     total, done, rows = sum(len(s.request.tokens) for s in sequences), 0, []
     for sequence in sequences:

@@ -1,0 +1,319 @@
+"""Many requests, one model: a thread that owns the backend lets requests join and leave a running batch at token borders.
+
+Each call of the backend decodes one token of every running reply and reads one stretch of one prompt, so that nobody's stream waits for
+another's prompt. Prompts take turns, stretch by stretch. A reply does not depend on its company (the backend's law), nor on how its
+prompt was cut: stretches end at multiples of 64 tokens, and at the borders where a state is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Piece, Request, Running, TokenLogprob
+from zamba2.language.sampling import log_softmax, top_logprobs
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.runtime.backend import Backend, Row
+from zamba2.serve.cache import StateCache
+
+__all__ = ["Busy", "Job", "Prompt", "Scheduler", "TimeIsUp"]
+
+ALIGNED = 64  # tokens; a prompt cut at multiples of it gives the same bits (csrc: borders of the scan)
+SHORT = 8  # tokens a call up to which the engine's arithmetic is another; no stretch before the last is so short
+
+
+class Busy(Zamba2Error):
+    """The queue is full. retry_after: seconds after which there may be room."""
+
+    def __init__(self, waiting: int, retry_after: float) -> None:
+        super().__init__(f"{waiting} requests are waiting, which is all there is room for; try again in {retry_after:.0f} s.")
+        self.retry_after = retry_after
+
+
+class TimeIsUp(Zamba2Error):
+    """A request took longer than it may."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a request's tokens are to the cache.
+
+    borders: numbers of tokens after which a state is worth keeping, the ends of messages. closing: token ids that follow a reply that
+    ended by itself or at its length, up to where the next message begins, an end token first; None keeps no state behind the reply.
+    text: of the tokens, special ones included, and ``closing_text`` of the closing ones; both for ``StateCache.encode``.
+    logprobs: of the prompt's own tokens too, with so many alternatives each; the cache is then left out.
+    """
+
+    borders: Sequence[int] = ()
+    closing: Sequence[int] | None = None
+    text: str | None = None
+    closing_text: str = ""
+    logprobs: int | None = None
+
+
+Receive = Callable[["Piece | Zamba2Error"], None]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way; ``cancel`` may be called from any thread.
+
+    cached_tokens and prompt_logprobs (None for the first token) are there with the first piece.
+    """
+
+    request: Request
+    prompt: Prompt
+    receive: Receive
+    end: float  # by time.monotonic()
+    begun: float = field(default_factory=time.monotonic)
+    cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    cancelled: bool = False
+    running: Running | None = None
+    read: int = 0  # of the prompt
+    said: list[int] = field(default_factory=list)
+    reply: list[str] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Stop at the next token border; nothing more is received."""
+        self.cancelled = True
+
+
+class Scheduler:
+    """See the module. most_running: replies in a batch. most_waiting: requests beside them. step: tokens of a prompt read in one call
+    while others decode."""
+
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer | None, *, cache: StateCache | None = None, most_running: int = 8,
+        most_waiting: int = 64, step: int = 128,
+    ) -> None:  # fmt: skip
+        if step % ALIGNED or step < ALIGNED:
+            raise Zamba2Error(f"step is {step}; a multiple of {ALIGNED} is needed.")
+        self.backend, self.tokenizer, self.cache = backend, tokenizer, cache
+        self.most_running, self.most_waiting, self.step = most_running, most_waiting, step
+        self._waiting: deque[Job] = deque()
+        self._reading: deque[Job] = deque()
+        self._decoding: list[Job] = []
+        self._closing: list[tuple[Job, Row]] = []  # replies that are over: what is still read before their state is kept
+        self._condition = threading.Condition()
+        self._stopped = self._draining = False
+        self._recent: deque[float] = deque(maxlen=32)  # seconds that requests took
+        self.failed: BaseException | None = None
+        self.prompt_tokens = self.generated_tokens = self.finished = self.cancelled = 0
+        self._thread = threading.Thread(target=self._work, name="zamba2 model", daemon=True)
+        self._thread.start()
+
+    # ---- for the callers' threads
+
+    def submit(self, request: Request, prompt: Prompt, receive: Receive, *, seconds: float = float("inf")) -> Job:
+        """Queue a request; ``receive`` is called from the model's thread with each piece, the last of which has a finish_reason, or with
+        the error that ended it. It must be quick and raise nothing. Raises Busy, and Zamba2Error where no request is taken any more."""
+        job = Job(request, prompt, receive, time.monotonic() + seconds)
+        with self._condition:
+            if self._draining or self._stopped:
+                raise Zamba2Error("the server is shutting down and takes no more requests.")
+            if self.failed is not None:
+                raise Zamba2Error(f"the model has failed ({self.failed}); the server must be started again.")
+            if len(self._waiting) >= self.most_waiting:
+                raise Busy(len(self._waiting), self.expected_wait)
+            self._waiting.append(job)
+            self._condition.notify()
+        return job
+
+    @property
+    def expected_wait(self) -> float:
+        """Seconds until a new request might begin, from what the last ones took; at least 1."""
+        mean = sum(self._recent) / len(self._recent) if self._recent else 1.0
+        return max(1.0, mean * (len(self._waiting) + 1) / self.most_running)
+
+    def counts(self) -> dict[str, int]:
+        """Requests by where they are."""
+        return {"waiting": len(self._waiting), "reading": len(self._reading), "decoding": len(self._decoding)}
+
+    def close(self, seconds: float = 0.0) -> int:
+        """Take no more requests, give those that are there so many seconds, then drop the rest. Returns how many were dropped."""
+        end = time.monotonic() + seconds
+        with self._condition:
+            self._draining = True
+            while self._busy() and time.monotonic() < end and self._thread.is_alive():
+                self._condition.wait(0.05)
+            left = [*self._waiting, *self._reading, *self._decoding]
+            for job in left:
+                job.cancel()
+            self._stopped = True
+            self._condition.notify_all()
+        self._thread.join(timeout=60)
+        for job in left:
+            job.receive(Zamba2Error("the server was shut down before the reply was finished."))
+        return len(left)
+
+    # ---- the model's thread
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._decoding or self._closing)
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._condition:
+                    while not self._busy() and not self._stopped:
+                        self._condition.wait()
+                    if self._stopped:
+                        return
+                    fresh = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._room()))]
+                for job in fresh:
+                    self._begin(job)
+                self._leave()
+                self._round()
+                with self._condition:
+                    self._condition.notify_all()  # for close
+        except BaseException as error:
+            self.failed = error
+            for job in [*self._waiting, *self._reading, *self._decoding]:
+                self._end(job, Zamba2Error(f"the model has failed: {error}"))
+
+    def _room(self) -> int:
+        return self.most_running - len(self._reading) - len(self._decoding)
+
+    def _begin(self, job: Job) -> None:
+        request = job.request
+        try:
+            size = self.backend.config.vocab_size
+            for token in (min(request.tokens), max(request.tokens)):
+                if not 0 <= token < size:
+                    raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {size - 1}.")
+            found = None
+            if self.cache is not None and job.prompt.logprobs is None:
+                found = self.cache.find(request.tokens, request.adapter)
+            state = self.backend.new_state(adapter=request.adapter) if found is None else found.state
+            job.read = job.cached_tokens = 0 if found is None else found.tokens
+            job.running = Running(0, request, state, size, self.tokenizer)
+        except Zamba2Error as error:
+            self._end(job, error)
+            return
+        if job.prompt.logprobs is not None:
+            job.prompt_logprobs.append(None)
+        self._reading.append(job)
+
+    def _leave(self) -> None:
+        """Let go of requests whose caller has gone or whose time is up."""
+        now = time.monotonic()
+        for job in [*self._reading, *self._decoding]:
+            if job.cancelled:
+                self.cancelled += 1
+                self._remove(job)
+            elif now > job.end:
+                self._remove(job)
+                self._end(job, TimeIsUp(f"the reply took longer than the {job.end - job.begun:.0f} s that it may."))
+
+    def _remove(self, job: Job) -> None:
+        if job in self._reading:
+            self._reading.remove(job)
+        if job in self._decoding:
+            self._decoding.remove(job)
+
+    def _end(self, job: Job, error: Zamba2Error) -> None:
+        if not job.cancelled:
+            job.receive(error)
+
+    def _round(self) -> None:
+        """One call of the backend."""
+        rows, decoding, closing = [], list(self._decoding), self._closing
+        for job in decoding:
+            assert job.running is not None
+            rows.append(Row(np.array([job.said[-1]], np.int32), job.running.state))
+        rows += [row for _, row in closing]
+        self._closing = []
+        reading = self._reading.popleft() if self._reading else None
+        if reading is not None:
+            rows.append(self._stretch(reading, alone=not decoding))
+        if not rows:
+            return
+        scores = self.backend.forward(rows)
+        for job, own in zip(decoding, scores[: len(decoding)], strict=True):
+            self._said(job, own.numpy()[-1])
+        for job, _ in closing:
+            self._keep(job)
+        if reading is not None:
+            self._have_read(reading, rows[-1], scores[-1].numpy() if rows[-1].logits else None)
+
+    def _stretch(self, job: Job, *, alone: bool) -> Row:
+        """The next part of a prompt."""
+        assert job.running is not None
+        tokens = np.asarray(job.request.tokens, np.int32)
+        stop = next_cut(job.read, len(tokens), 4 * self.step if alone else self.step, self._borders(job))
+        part = tokens[job.read : stop]
+        logits = len(part) if job.prompt.logprobs is not None else int(stop == len(tokens))
+        return Row(part, job.running.state, logits=logits)
+
+    def _borders(self, job: Job) -> Sequence[int]:
+        return () if self.cache is None or job.prompt.logprobs is not None else job.prompt.borders
+
+    def _have_read(self, job: Job, row: Row, scores: np.ndarray | None) -> None:
+        begin, job.read = job.read, job.read + len(row.tokens)
+        self.prompt_tokens += len(row.tokens)
+        tokens, done = job.request.tokens, job.read == len(job.request.tokens)
+        if job.prompt.logprobs is not None and scores is not None:
+            for i, own in enumerate(scores[: len(scores) - done]):
+                token, all_of_them = int(tokens[begin + i + 1]), log_softmax(own)
+                top = tuple(top_logprobs(own, job.prompt.logprobs))
+                job.prompt_logprobs.append(TokenLogprob(token, float(all_of_them[token]), top))
+        if self.cache is not None and job.read in self._borders(job):
+            self.cache.put(tokens[: job.read], row.state.copy())
+        if not done:
+            self._reading.append(job)  # behind the others: prompts take turns
+        else:
+            assert scores is not None
+            self._decoding.append(job)
+            self._said(job, scores[-1])
+
+    def _said(self, job: Job, scores: np.ndarray) -> None:
+        """Sample a token of a reply."""
+        assert job.running is not None
+        piece = job.running.step(scores)
+        job.said.append(piece.token)
+        job.reply.append(piece.text)
+        self.generated_tokens += 1
+        if piece.finish_reason is not None:
+            self._decoding.remove(job)
+            self.finished += 1
+            self._recent.append(time.monotonic() - job.begun)
+            self._close_reply(job, piece)
+        if not job.cancelled:
+            job.receive(piece)
+
+    def _close_reply(self, job: Job, piece: Piece) -> None:
+        """Have what stands between a reply and the next message read, so that the state behind it can be kept."""
+        closing = job.prompt.closing
+        if self.cache is None or closing is None or piece.stop is not None or job.running is None:
+            return
+        ended = bool(closing) and piece.token == closing[0]
+        unread = [*job.said[-1:], *(closing[1:] if ended else closing)]
+        job.said += closing[1:] if ended else closing
+        self._closing.append((job, Row(np.array(unread, np.int32), job.running.state, logits=0)))
+
+    def _keep(self, job: Job) -> None:
+        assert self.cache is not None and job.running is not None
+        text, prompt = None, job.prompt
+        if prompt.text is not None and self.tokenizer is not None:
+            whole = self.tokenizer.incremental(skip_special_tokens=False, after=job.request.tokens)
+            said = "".join([*map(whole.push, job.said), whole.flush()])
+            wanted = "".join(job.reply) + prompt.closing_text
+            text = prompt.text + wanted if said == wanted else None  # a reply may end inside a character
+        self.cache.put([*job.request.tokens, *job.said], job.running.state, text)
+
+
+def next_cut(position: int, length: int, step: int, borders: Sequence[int] = ()) -> int:
+    """Where a stretch of a prompt that begins at ``position`` ends: at a border, else at a multiple of 64 (``ALIGNED``) at most ``step``
+    tokens on, else at the end. What is left at the end is never as short as the engine's other arithmetic."""
+    border = min((b for b in borders if position < b < length), default=length)
+    stop = (position + step) // ALIGNED * ALIGNED
+    if stop <= position or border - stop <= SHORT:
+        stop = border
+    return min(stop, border)
