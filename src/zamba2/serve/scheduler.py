@@ -230,7 +230,7 @@ class Scheduler:
             rows.append(Row(np.array([job.said[-1]], np.int32), job.running.state))
         rows += [row for _, row in closing]
         self._closing = []
-        reading = self._reading.popleft() if self._reading else None
+        reading = self._reading[0] if self._reading else None
         if reading is not None:
             rows.append(self._stretch(reading, alone=not decoding))
         if not rows:
@@ -241,6 +241,7 @@ class Scheduler:
         for job, _ in closing:
             self._keep(job)
         if reading is not None:
+            self._reading.popleft()
             self._have_read(reading, rows[-1], scores[-1].numpy() if rows[-1].logits else None)
 
     def _stretch(self, job: Job, *, alone: bool) -> Row:

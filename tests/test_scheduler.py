@@ -1,0 +1,434 @@
+"""The scheduler and the cache of states: company, arrival and cancellation change no reply, and what was read is not read again."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import zamba2
+from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Generation, Piece
+from zamba2.language.model import LanguageModel, make_request
+from zamba2.runtime.backend import Row
+from zamba2.serve.cache import StateCache
+from zamba2.serve.scheduler import ALIGNED, SHORT, Busy, Job, Prompt, Scheduler, TimeIsUp, next_cut
+from zamba2.train.instructions import tasks
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return zamba2.load("demo", threads=1)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: LanguageModel) -> list[list[int]]:
+    """Chats of the demonstration model's own kinds, and stretches of random tokens of several hundred."""
+    chats = [model.tokenizer.encode_chat(task.messages[:-1]) for task in itertools.islice(tasks("serve", split="test"), 24)]
+    rng = np.random.default_rng(5)
+    sizes = (65, 128, 135, 136, 137, 200, 513, 700)
+    return chats + [rng.integers(300, model.backend.config.vocab_size, size).tolist() for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def alone(model: LanguageModel, prompts: list[list[int]]) -> list[Generation]:
+    return [model.generate(prompt, max_tokens=24, ignore_eos=i % 5 == 0) for i, prompt in enumerate(prompts)]
+
+
+@pytest.fixture
+def scheduler(model: LanguageModel, request: pytest.FixtureRequest) -> Iterator[Scheduler]:
+    made = Scheduler(model.backend, model.tokenizer, **getattr(request, "param", {}))
+    yield made
+    made.close()
+
+
+class Replies:
+    """Requests' pieces by number."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.received: queue.Queue[tuple[int, Piece | Zamba2Error]] = queue.Queue()
+        self.pieces: dict[int, list[Piece]] = {}
+        self.errors: dict[int, Zamba2Error] = {}
+        self.jobs: dict[int, Job] = {}
+
+    def submit(self, number: int, tokens: list[int], prompt: Prompt | None = None, seconds: float = 60.0, **options: Any) -> Job:
+        self.pieces[number] = []
+        request = make_request(tokens, options)
+        self.jobs[number] = self.scheduler.submit(request, prompt or Prompt(), lambda p: self.received.put((number, p)), seconds=seconds)
+        return self.jobs[number]
+
+    def wait(self, *numbers: int) -> None:
+        """Until these are over."""
+        while not all(number in self.errors or self.over(number) for number in numbers):
+            number, piece = self.received.get(timeout=60)
+            if isinstance(piece, Zamba2Error):
+                self.errors[number] = piece
+            else:
+                self.pieces[number].append(piece)
+
+    def over(self, number: int) -> bool:
+        return bool(self.pieces[number]) and self.pieces[number][-1].finish_reason is not None
+
+    def tokens(self, number: int) -> list[int]:
+        return [piece.token for piece in self.pieces[number]]
+
+    def text(self, number: int) -> str:
+        return "".join(piece.text for piece in self.pieces[number])
+
+
+# ---- company ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_replies_are_those_of_a_request_alone(
+    data: st.DataObject, model: LanguageModel, prompts: list[list[int]], alone: list[Generation]
+) -> None:
+    """Whatever joins, leaves and waits beside it, a greedy reply is token for token that of the request alone, without a cache."""
+    most, step = data.draw(st.sampled_from([1, 2, 3, 8])), data.draw(st.sampled_from([64, 128, 512]))
+    scheduler = Scheduler(model.backend, model.tokenizer, most_running=most, step=step)
+    replies = Replies(scheduler)
+    numbers = data.draw(st.lists(st.integers(0, len(prompts) - 1), min_size=2, max_size=14, unique=True))
+    cancelled = set(data.draw(st.lists(st.sampled_from(numbers), max_size=3)))
+    for number in numbers:
+        job = replies.submit(number, prompts[number], max_tokens=24, ignore_eos=number % 5 == 0)
+        time.sleep(data.draw(st.sampled_from([0.0, 0.0, 0.002, 0.01])))
+        if number in cancelled:
+            job.cancel()
+    left = [number for number in numbers if number not in cancelled]
+    replies.wait(*left)
+    for number in left:
+        assert replies.tokens(number) == alone[number].tokens and replies.text(number) == alone[number].text
+        assert replies.pieces[number][-1].finish_reason == alone[number].finish_reason
+    assert scheduler.close(10) == 0 and not replies.errors
+
+
+@given(st.integers(0, 3000), st.integers(1, 3000), st.sampled_from([64, 128, 512]), st.lists(st.integers(0, 3000), max_size=4))
+def test_where_prompts_are_cut(position: int, more: int, step: int, borders: list[int]) -> None:
+    """Stretches follow each other to the end, stop at each border, else at multiples of 64 and within the step, and leave no short rest."""
+    length, cuts = position + more, [position]
+    while cuts[-1] < length:
+        cuts.append(next_cut(cuts[-1], length, step, borders))
+        assert cuts[-1] > cuts[-2] and cuts[-1] - cuts[-2] <= step + ALIGNED + SHORT
+    assert cuts[-1] == length
+    assert {b for b in borders if position < b < length} <= set(cuts)
+    for before, cut in itertools.pairwise(cuts):
+        if cut not in (*borders, length):
+            assert cut % ALIGNED == 0
+            rest = min((b for b in borders if before < b < length), default=length) - cut
+            assert rest > SHORT
+
+
+def test_a_long_prompt_stalls_nobody(model: LanguageModel, scheduler: Scheduler, prompts: list[list[int]]) -> None:
+    """While a prompt of thousands of tokens is read, a running reply gets a token with each stretch, and a short prompt begins first."""
+    replies = Replies(scheduler)
+    long = np.random.default_rng(1).integers(300, 4000, 6000).tolist()
+    replies.submit(0, prompts[0], max_tokens=200, ignore_eos=True)
+    replies.submit(1, long, max_tokens=1)
+    replies.submit(2, prompts[1], max_tokens=2, ignore_eos=True)
+    replies.wait(2)
+    assert not replies.pieces[1], "the short prompt waited for the long one"
+    before = len(replies.pieces[0])
+    replies.wait(1)
+    assert len(replies.pieces[0]) - before >= 6000 / (4 * scheduler.step)
+    replies.jobs[0].cancel()
+
+
+@pytest.mark.parametrize("scheduler", [{"most_running": 1, "most_waiting": 2}], indirect=True)
+def test_a_full_queue_refuses(scheduler: Scheduler, prompts: list[list[int]]) -> None:
+    """One too many is refused with a time to come again; there is room again as soon as one has left."""
+    replies = Replies(scheduler)
+    replies.submit(0, prompts[0], max_tokens=100000, ignore_eos=True)
+    while scheduler.counts()["waiting"]:
+        time.sleep(0.001)
+    replies.submit(1, prompts[1], max_tokens=3)
+    replies.submit(2, prompts[2], max_tokens=3)
+    with pytest.raises(Busy, match="2 requests are waiting, which is all there is room for") as error:
+        replies.submit(3, prompts[3])
+    assert error.value.retry_after >= 1
+    replies.jobs[0].cancel()
+    replies.wait(1, 2)
+    replies.submit(4, prompts[3], max_tokens=3)
+    replies.wait(4)
+    assert scheduler.cancelled == 1 and scheduler.counts() == {"waiting": 0, "reading": 0, "decoding": 0}
+
+
+def test_time_is_up(scheduler: Scheduler, prompts: list[list[int]], alone: list[Generation]) -> None:
+    """A request beyond its time ends with an error; others go on."""
+    replies = Replies(scheduler)
+    replies.submit(0, prompts[0], max_tokens=10**6, ignore_eos=True, seconds=0.3)
+    replies.submit(1, prompts[1], max_tokens=24)
+    replies.wait(0, 1)
+    assert isinstance(replies.errors[0], TimeIsUp) and replies.tokens(1) == alone[1].tokens
+
+
+def test_bad_requests_end_alone(scheduler: Scheduler, prompts: list[list[int]], alone: list[Generation]) -> None:
+    """Tokens out of range and adapters that are none end their own request."""
+    replies = Replies(scheduler)
+    replies.submit(0, [5, 10**6])
+    replies.submit(1, prompts[1], max_tokens=24)
+    replies.submit(2, [5], adapter="nobody's")
+    replies.wait(0, 1, 2)
+    assert "token id 1000000 is out of range" in str(replies.errors[0]) and "nobody's" in str(replies.errors[2])
+    assert replies.tokens(1) == alone[1].tokens
+
+
+def test_shut_down(model: LanguageModel, prompts: list[list[int]]) -> None:
+    """Closing finishes what it can within its time, says what it dropped to its callers and to ours, and takes no more."""
+    scheduler = Scheduler(model.backend, model.tokenizer)
+    replies = Replies(scheduler)
+    replies.submit(0, prompts[0], max_tokens=3, ignore_eos=True)
+    replies.submit(1, prompts[1], max_tokens=10**6, ignore_eos=True)
+    assert scheduler.close(1.0) == 1
+    replies.wait(0, 1)
+    assert len(replies.tokens(0)) == 3 and "shut down before the reply was finished" in str(replies.errors[1])
+    with pytest.raises(Zamba2Error, match="shutting down and takes no more"):
+        replies.submit(2, prompts[2])
+
+
+def test_a_failing_model_is_said(model: LanguageModel, prompts: list[list[int]]) -> None:
+    """A model that fails ends all requests with what happened, and later ones at once."""
+
+    class Broken:
+        config = model.backend.config
+
+        def new_state(self, *, adapter: str | None = None) -> Any:
+            return model.backend.new_state()
+
+        def forward(self, rows: Any) -> Any:
+            raise MemoryError("no memory")
+
+    scheduler = Scheduler(Broken(), model.tokenizer)
+    replies = Replies(scheduler)
+    replies.submit(0, prompts[0])
+    replies.wait(0)
+    assert "the model has failed: no memory" in str(replies.errors[0])
+    scheduler._thread.join(10)
+    with pytest.raises(Zamba2Error, match="has failed"):
+        replies.submit(1, prompts[1])
+
+
+def test_logprobs_of_a_prompt(model: LanguageModel, scheduler: Scheduler, prompts: list[list[int]]) -> None:
+    """The prompt's own tokens get the log-probabilities of one plain call, in stretches too."""
+    tokens = prompts[-1]
+    replies = Replies(scheduler)
+    job = replies.submit(0, tokens, Prompt(logprobs=2), max_tokens=1, logprobs=1)
+    replies.wait(0)
+    (scores,) = model.backend.forward([Row(np.array(tokens, np.int32), model.backend.new_state(), logits=len(tokens))])
+    wanted = scores.numpy().astype(np.float64)
+    wanted = wanted - np.log(np.exp(wanted - wanted.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wanted.max(-1, keepdims=True)
+    assert job.prompt_logprobs[0] is None and len(job.prompt_logprobs) == len(tokens)
+    for i, found in enumerate(job.prompt_logprobs[1:]):
+        assert found is not None and found.token == tokens[i + 1] and len(found.top) == 2
+        assert found.logprob == pytest.approx(wanted[i, found.token], abs=1e-4)
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def cache_of(model: LanguageModel, **options: Any) -> StateCache:
+    return StateCache(lambda adapter: model.backend.new_state(adapter=adapter), **options)
+
+
+def plain(model: LanguageModel, text: str) -> list[int]:
+    return model.tokenizer.encode(text, add_special_tokens=False)
+
+
+CLOSING = "<|im_end|>\n"  # behind a reply, before the next message
+
+
+def turn(model: LanguageModel, cache: StateCache, replies: Replies, number: int, messages: list[dict[str, str]], **options: Any) -> Job:
+    """A chat request as the server makes it."""
+    text = model.tokenizer.render_chat(messages)
+    tokens = cache.encode(text, lambda part: plain(model, part))
+    before = model.tokenizer.render_chat(messages[:-1], add_generation_prompt=False) if messages[:-1] else ""
+    border = len(plain(model, before))
+    borders = [border] if border and tokens[:border] == plain(model, before) else []
+    prompt = Prompt(borders, plain(model, CLOSING), text, CLOSING)
+    job = replies.submit(number, tokens, prompt, **options)
+    replies.wait(number)
+    return job
+
+
+def settled(cache: StateCache, count: int) -> None:
+    """Until so many states are kept: the last one is a moment behind its reply."""
+    end = time.monotonic() + 20
+    while len(cache) < count:
+        assert time.monotonic() < end, len(cache)
+        time.sleep(0.002)
+
+
+def test_a_second_turn_reads_what_is_new_alone(model: LanguageModel) -> None:
+    """Everything up to the end of the last reply is cached, whatever tokens its text has by itself; the reply is a conversation's own."""
+    cache = cache_of(model)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    replies = Replies(scheduler)
+    asked = ["Sort these words: pear, apple, fig", "Now in upper case.", "How many words are there?"]
+    own, messages, kept = model.conversation(), list[dict[str, str]](), 0
+    for number, content in enumerate(asked):
+        for _ in own.say(content, max_tokens=40):
+            pass
+        messages.append({"role": "user", "content": content})
+        job = turn(model, cache, replies, number, messages, max_tokens=40)
+        assert job.cached_tokens == kept
+        assert replies.text(number) == own.messages[-1]["content"]
+        messages.append({"role": "assistant", "content": replies.text(number)})
+        kept = len(job.request.tokens) + len(replies.tokens(number)) - 1 + len(plain(model, CLOSING))  # its end token was said
+        settled(cache, number + 1)
+    assert scheduler.close(5) == 0
+
+
+def test_other_endings_reuse_the_border(model: LanguageModel) -> None:
+    """A message asked anew or otherwise reuses all messages before it; a sampled reply is found again by its text."""
+    cache = cache_of(model)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    replies = Replies(scheduler)
+    messages = [{"role": "user", "content": "Name three fruits."}]
+    turn(model, cache, replies, 0, messages, max_tokens=30, temperature=1.5, seed=7)
+    settled(cache, 1)
+    messages.append({"role": "assistant", "content": replies.text(0)})
+    for number, content in enumerate(("Sort them.", "Reverse the order.", "Sort them."), 1):
+        job = turn(model, cache, replies, number, [*messages, {"role": "user", "content": content}], max_tokens=30)
+        assert job.cached_tokens == len(replies.jobs[0].request.tokens) + len(replies.tokens(0)) - 1 + len(plain(model, CLOSING))
+    assert scheduler.close(5) == 0
+
+
+def states(model: LanguageModel, lengths: list[int]) -> list[tuple[list[int], Any]]:
+    rng = np.random.default_rng(3)
+    made = []
+    for length in lengths:
+        tokens, state = rng.integers(300, 4000, length).astype(np.int32), model.backend.new_state()
+        model.backend.forward([Row(tokens, state, logits=0)])
+        made.append((tokens.tolist(), state))
+    return made
+
+
+def test_least_recently_used_goes_first(model: LanguageModel) -> None:
+    """Within the bytes allowed the least recently used states go; none larger than all the room is kept."""
+    made = states(model, [20, 30, 40, 50])
+    room = sum(state.nbytes for _, state in made[:3])
+    cache = cache_of(model, most_bytes=room)
+    for tokens, state in made[:3]:
+        cache.put(tokens, state)
+    assert cache.find([*made[0][0], 5]) is not None
+    cache.put(*made[3])
+    assert cache.nbytes <= room and cache.find([*made[1][0], 5]) is None
+    found = cache.find([*made[0][0], 5])
+    assert found is not None and found.tokens == 20 and found.state.position == 20
+    small = cache_of(model, most_bytes=10)
+    small.put(*made[0])
+    assert len(small) == 0 and small.nbytes == 0
+
+
+def test_the_longest_beginning_counts(model: LanguageModel) -> None:
+    """Of several states that have read a prompt's beginning the longest is given, never one that has read all of it, nor an adapter's."""
+    tokens = states(model, [60])[0][0]
+    cache = cache_of(model)
+    for length in (10, 40, 25):
+        state = model.backend.new_state()
+        model.backend.forward([Row(np.array(tokens[:length], np.int32), state, logits=0)])
+        cache.put(tokens[:length], state)
+    found = [cache.find(tokens[:n]) for n in (60, 41, 40, 25, 11, 10, 3)]
+    assert [one and one.tokens for one in found] == [40, 40, 25, 10, 10, None, None]
+    assert cache.find(tokens, adapter="other") is None
+    assert cache.find([*tokens[:9], 7, 8, 9, 10]) is None
+    with pytest.raises(ValueError, match="has read 5 tokens, not 6"):
+        state = model.backend.new_state()
+        model.backend.forward([Row(np.array(tokens[:5], np.int32), state, logits=0)])
+        cache.put(tokens[:6], state)
+
+
+def test_kept_on_disk(model: LanguageModel, tmp_path: Path) -> None:
+    """A later process reuses every token of what an earlier one kept, and goes on with the same bits."""
+    (tokens, state), other = states(model, [70, 30])
+    first = cache_of(model, folder=tmp_path)
+    first.put(tokens, state, CLOSING)
+    first.put(*other)
+    second = cache_of(model, folder=tmp_path)
+    assert len(second) == 2 and second.nbytes == 0
+    found = second.find([*tokens, 9])
+    assert found is not None and found.tokens == 70
+    more = "<|im_start|>user\nHello"
+    assert second.encode(CLOSING + more, lambda part: plain(model, part)) == [*tokens, *plain(model, more)]
+    assert second.encode(more, lambda part: plain(model, part)) == plain(model, more)
+    row = np.array([9], np.int32)
+    one, two = (model.backend.forward([Row(row, s)])[0].numpy() for s in (state.copy(), found.state))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_memory_lets_go_what_disk_keeps(model: LanguageModel, tmp_path: Path) -> None:
+    """What does not fit in memory is read from disk again; what does not fit on disk either is gone, files and all."""
+    made = states(model, [20, 30, 40])
+    cache = cache_of(model, folder=tmp_path, most_bytes=made[2][1].nbytes + 1)
+    for tokens, state in made:
+        cache.put(tokens, state)
+    assert len(cache) == 3 and cache.nbytes <= cache.most_bytes
+    found = cache.find([*made[0][0], 5])
+    assert found is not None and found.tokens == 20 and cache.nbytes <= cache.most_bytes
+    cache.disk_bytes = 1
+    cache.put(*states(model, [50])[0])
+    assert not list(tmp_path.glob("*.state")) and not list(tmp_path.glob("*.json"))
+    assert len(cache) <= 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "no state", "other tokens", "no json"])
+def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """A file that is half-written, foreign or altered is never used: it is said and the prompt is read from the start."""
+    ((tokens, state),) = states(model, [33])
+    cache_of(model, folder=tmp_path).put(tokens, state)
+    (file,), (about,) = tmp_path.glob("*.state"), tmp_path.glob("*.json")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "foreign":
+        file.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
+    elif damage == "no state":
+        file.unlink()
+    elif damage == "other tokens":
+        about.write_text(about.read_text().replace(str(tokens[0]), "77", 1))
+    else:
+        about.write_text("{")
+    cache = cache_of(model, folder=tmp_path)
+    assert cache.find([*tokens, 5]) is None and len(cache) == 0
+    assert capsys.readouterr().err.startswith("zamba2: ")
+    cache.put(tokens, state)
+    assert cache_of(model, folder=tmp_path).find([*tokens, 5]) is not None
+
+
+def test_several_threads(model: LanguageModel) -> None:
+    """Putting and finding at once from several threads keeps the budget and the counts."""
+    made = states(model, [20 + i for i in range(8)])
+    cache = cache_of(model, most_bytes=3 * made[-1][1].nbytes)
+    problems: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for _ in range(60):
+                tokens, state = made[rng.integers(len(made))]
+                if rng.random() < 0.5:
+                    cache.put(tokens, state)
+                else:
+                    found = cache.find([*tokens, 5])
+                    assert found is None or found.state.position == len(tokens)
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems and cache.nbytes <= cache.most_bytes
+    assert sum(cache._lengths.values()) == len(cache) and cache.hits + cache.misses > 0
