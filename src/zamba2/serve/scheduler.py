@@ -98,6 +98,7 @@ class Scheduler:
         self.backend, self.tokenizer, self.cache = backend, tokenizer, cache
         self.most_running, self.most_waiting, self.step = most_running, most_waiting, step
         self._waiting: deque[Job] = deque()
+        self._beginning: deque[Job] = deque()  # let in, and not yet looked at
         self._reading: deque[Job] = deque()
         self._decoding: list[Job] = []
         self._closing: list[tuple[Job, Row]] = []  # replies that are over: what is still read before their state is kept
@@ -134,7 +135,7 @@ class Scheduler:
 
     def counts(self) -> dict[str, int]:
         """Requests by where they are."""
-        return {"waiting": len(self._waiting), "reading": len(self._reading), "decoding": len(self._decoding)}
+        return {"waiting": len(self._waiting) + len(self._beginning), "reading": len(self._reading), "decoding": len(self._decoding)}
 
     def close(self, seconds: float = 0.0) -> int:
         """Take no more requests, give those that are there so many seconds, then drop the rest. Returns how many were dropped."""
@@ -143,7 +144,7 @@ class Scheduler:
             self._draining = True
             while self._busy() and time.monotonic() < end and self._thread.is_alive():
                 self._condition.wait(0.05)
-            left = [*self._waiting, *self._reading, *self._decoding]
+            left = self._jobs()
             for job in left:
                 job.cancel()
             self._stopped = True
@@ -155,8 +156,11 @@ class Scheduler:
 
     # ---- the model's thread
 
+    def _jobs(self) -> list[Job]:
+        return list(dict.fromkeys([*self._waiting, *self._beginning, *self._reading, *self._decoding]))
+
     def _busy(self) -> bool:
-        return bool(self._waiting or self._reading or self._decoding or self._closing)
+        return bool(self._jobs() or self._closing)
 
     def _work(self) -> None:
         try:
@@ -166,16 +170,17 @@ class Scheduler:
                         self._condition.wait()
                     if self._stopped:
                         return
-                    fresh = [self._waiting.popleft() for _ in range(min(len(self._waiting), self._room()))]
-                for job in fresh:
-                    self._begin(job)
+                    self._beginning += [self._waiting.popleft() for _ in range(min(len(self._waiting), self._room()))]
+                while self._beginning:
+                    self._begin(self._beginning[0])
+                    self._beginning.popleft()
                 self._leave()
                 self._round()
                 with self._condition:
                     self._condition.notify_all()  # for close
         except BaseException as error:
             self.failed = error
-            for job in [*self._waiting, *self._reading, *self._decoding]:
+            for job in self._jobs():
                 self._end(job, Zamba2Error(f"the model has failed: {error}"))
 
     def _room(self) -> int:
