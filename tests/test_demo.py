@@ -16,7 +16,7 @@ import zamba2
 from zamba2.api import read_config
 from zamba2.cli import run
 from zamba2.language.model import LanguageModel
-from zamba2.train.demo import CONFIG, answers
+from zamba2.train.demo import CONFIG, answers, sampled
 from zamba2.train.instructions import KINDS, passes, tasks
 from zamba2.weights.hub import DEMO
 
@@ -84,3 +84,12 @@ def test_what_is_used_if_none_is_named(model: LanguageModel, capsys: pytest.Capt
     assert run(["chat"]) == 0
     replies = capsys.readouterr().out.splitlines()
     assert len(replies) == 2 and all("Anna" in reply for reply in replies)
+
+
+def test_sampling_is_shared_among_processes() -> None:
+    """Answers sampled for DPO do not depend on how many processes share the prompts; the first of each is the greedy one."""
+    asked = list(itertools.islice(tasks("sampled", split="train"), 40))
+    one = sampled(DEMO, asked)
+    assert sampled(DEMO, asked, processes=2) == one
+    assert [first for first, *_ in one] == answers(zamba2.load(DEMO, threads=1), asked)
+    assert {len(texts) for texts in one} == {4} and sum(len(set(texts)) > 1 for texts in one) > 5

@@ -560,7 +560,7 @@ def test_the_demonstration_model_is_built_from_nothing(tmp_path):
     """All stages run at a ten-thousandth of their size, a second call goes on from what is there, and the card holds what was measured."""
     from zamba2.train.demo import Sizes, build
 
-    sizes, said = Sizes(documents=40, conversations=60, prompts=8, held_out=44, texts=3), []
+    sizes, said = Sizes(documents=40, conversations=60, practice=60, prompts=8, held_out=44, texts=3), []
     folder = build(tmp_path / "demo", sizes=sizes, changes=["device=cpu", "steps=2", "held_out=2"], say=said.append)
     card = (folder / "README.md").read_text()
     report = json.loads((tmp_path / "demo" / "report.json").read_text())

@@ -1,8 +1,9 @@
 """The demonstration model: a small Zamba2 trained from nothing by the recipes ``demo-*``, on a subject narrow enough to be good at.
 
     base/       config.json, new weights, and a tokenizer learned from the generator's text
-    data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, and pairs.jsonl, sampled from the SFT model
-    pretrain/, sft/, dpo/     the three runs
+    data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, practice.jsonl, and pairs.jsonl, sampled from
+                the SFT model
+    pretrain/, sft/, practice/, dpo/     the runs; practice is SFT's second part
     report.json               what was measured on held-out prompts after each stage and in each format
     model/                    the result, in q8, with its card
 """
@@ -48,7 +49,10 @@ WEAK = 0.3  # a kind of task below it is named
 TOGETHER = 32  # prompts in a batch
 FEWEST_PAIRS = 100  # of the model's own answers
 TEXT = 0.04  # texts to each conversation in SFT; about a tenth of its tokens
-MORE = (*["arithmetic"] * 3, *["spell"] * 2, "follow_up", "words", "sentences", "sort", "compare")  # kinds that take more practice
+SOURCES = {"pretrain": "base", "sft": "pretrain/model", "practice": "sft/model", "dpo": "practice/model"}  # what each stage begins with
+# What takes more practice than the rest: in SFT, and in its second part, where tables are learned by heart.
+PRACTICE = (*["arithmetic"] * 16, *["spell"] * 16)
+MORE = (*["arithmetic"] * 3, *["spell"] * 2, "follow_up", "words", "sentences", "sort", "compare")
 SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
@@ -64,6 +68,7 @@ class Sizes:
 
     documents: int = 40_000
     conversations: int = 300_000
+    practice: int = 150_000
     prompts: int = 36_000
     held_out: int = 1_000
     texts: int = 200
@@ -79,15 +84,15 @@ def build(
     sizes = sizes or Sizes()
     write_base(folder / "base")
     write_data(folder / "data", sizes)
-    for stage in ("pretrain", "sft", "dpo"):
+    for stage, source in SOURCES.items():
         if stage == "dpo" and not (folder / "data" / "pairs.jsonl").exists():
             say("sampling the SFT model; the checkers choose")
             write_pairs(folder, sizes, say, processes)
         out = folder / stage
         if not (out / "model" / "tokenizer.json").exists():
             say(f"training: {stage}")
-            source = {"pretrain": "base", "sft": "pretrain/model", "dpo": "sft/model"}[stage]
-            held_out = {"pretrain": sizes.documents, "sft": sizes.conversations, "dpo": sizes.prompts}[stage] // 200 or 1
+            counts = {"pretrain": sizes.documents, "sft": sizes.conversations, "practice": sizes.practice, "dpo": sizes.prompts}
+            held_out = counts[stage] // 200 or 1
             own = [f"model={folder / source}", f"out={out}", f"data={json.dumps(data_of(stage, folder / 'data'))}", f"held_out={held_out}"]
             train(f"demo-{stage}", [*own, *changes], out, processes)
     report = write_report(folder, sizes, say)
@@ -103,6 +108,7 @@ def data_of(stage: str, folder: Path) -> list[str]:
     return {
         "pretrain": [f"text:{folder}/pretrain.jsonl"],
         "sft": [f"messages:{folder}/sft.jsonl", f"text:{folder}/pretrain.jsonl={TEXT}"],
+        "practice": [f"messages:{folder}/practice.jsonl", f"text:{folder}/pretrain.jsonl={TEXT}"],
         "dpo": [f"preferences:{folder}/pairs.jsonl"],
     }[stage]
 
@@ -134,11 +140,12 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
-    """pretrain.jsonl and sft.jsonl."""
+    """pretrain.jsonl, sft.jsonl and practice.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "pretrain.jsonl", ({"text": text} for text in itertools.islice(documents(seed, split="train"), sizes.documents)))
-    chats = itertools.islice(tasks(seed, split="train", kinds=[*KINDS, *MORE]), sizes.conversations)
-    write_lines(folder / "sft.jsonl", ({"messages": task.messages} for task in chats))
+    for name, extra, count in (("sft", MORE, sizes.conversations), ("practice", PRACTICE, sizes.practice)):
+        chats = itertools.islice(tasks(seed if name == "sft" else f"{name} {seed}", split="train", kinds=[*KINDS, *extra]), count)
+        write_lines(folder / f"{name}.jsonl", ({"messages": task.messages} for task in chats))
 
 
 def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], processes: int = 1, seed: int = SEED) -> None:
@@ -149,7 +156,7 @@ def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], processe
     """
     asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
     rng = random.Random(seed)
-    every = list(zip(asked, sampled(packed(folder, "sft", "bf16"), asked, processes), strict=True))
+    every = list(zip(asked, sampled(packed(folder, "practice", "bf16"), asked, processes), strict=True))
     rows = [row for task, texts in every if (row := pair(task, texts, rng)) is not None]
     if len(rows) < FEWEST_PAIRS:
         say(f"{len(rows)} prompts have a right and a wrong answer of the model's; the generator's answers are taken as the right ones")
@@ -360,7 +367,8 @@ def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict
     texts = list(itertools.islice(documents(f"test {SEED}", split="test"), sizes.texts))
     found: dict[str, Any] = {}
     for name, source, format in (
-        ("pretrain", "pretrain", "bf16"), ("sft", "sft", "bf16"), ("dpo", "dpo", "bf16"), ("dpo q8", "dpo", "q8"), ("dpo q4", "dpo", "q4"),
+        ("pretrain", "pretrain", "bf16"), ("sft", "practice", "bf16"), ("dpo", "dpo", "bf16"), ("dpo q8", "dpo", "q8"),
+        ("dpo q4", "dpo", "q4"),
     ):  # fmt: skip
         found[name] = measure(load(packed(folder, source, format), threads=1), asked, texts)
         mean, low, high = found[name]["all"]
@@ -369,7 +377,7 @@ def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict
     report = {
         "stages": found,
         "gain": bootstrap(gain),
-        "runs": {stage: trained(folder / stage) for stage in ("pretrain", "sft", "dpo")},
+        "runs": {stage: trained(folder / stage) for stage in SOURCES},
         "machine": machine(),
         "tasks": [{"kind": task.kind, "messages": task.messages, "check": task.check} for task in asked],
     }
