@@ -1,0 +1,781 @@
+"""The HTTP server as an ASGI application around a scheduler.
+
+The scheduler's thread owns the model. Texts are rendered and tokenized in worker threads, everything else happens in the event loop;
+pieces cross over by ``call_soon_threadsafe``. A request whose client has gone is cancelled at the next token border.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Piece
+from zamba2.language.model import LanguageModel, make_request
+from zamba2.serve.cache import StateCache
+from zamba2.serve.protocol import (
+    Ask,
+    ChatBody,
+    ChatStream,
+    CompletionBody,
+    CompletionStream,
+    DetokenizeBody,
+    MessagesBody,
+    MessageStream,
+    Problem,
+    Reply,
+    ResponseBody,
+    ResponseStream,
+    Said,
+    Stream,
+    TokenizeBody,
+    TokenTexts,
+    anthropic_error,
+    openai_error,
+    problem_of,
+    role_of,
+    sampling_options,
+    sse,
+    token_counts,
+    validation_problem,
+)  # fmt: skip
+from zamba2.serve.scheduler import Job, Prompt, Scheduler, TimeIsUp
+
+__all__ = ["Settings", "create_app"]
+
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+POLL = 0.25  # seconds between two looks at whether a client is still there
+IDLE = 10.0  # seconds without an event after which a stream shows that it is alive
+LATE = 5.0  # seconds after which a time limit that the scheduler did not keep is kept here
+BODY_SECONDS = 60.0  # within which a body must have arrived
+DRAINED = 1 << 26  # bytes of a body too large that are read, so that the client gets to see why it was refused
+OPEN_PATHS = ("/", "/health")  # without a key
+PLACEHOLDER = "x"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is allowed and what is shown. api_keys: none leaves the server open. hosts: names it answers to, none for any; against
+    web pages that have their own name resolve to this machine. origins: of web pages that may call it (CORS). seconds: per request."""
+
+    model_name: str = "zamba2"
+    api_keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    max_tokens: int = 1024  # of a chat's reply where none is asked for
+    most_body_bytes: int = 4 << 20
+    most_messages: int = 2048
+    most_n: int = 8
+    most_stops: int = 16
+    seconds: float = 600.0
+    log: bool = True
+    log_prompts: bool = False
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+class Histogram:
+    """Seconds, as Prometheus counts them: how many were at most so long."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.sum, self.count = bounds, [0] * len(bounds), 0.0, 0
+
+    def add(self, seconds: float) -> None:
+        self.sum += seconds
+        self.count += 1
+        for i, bound in enumerate(self.bounds):
+            self.counts[i] += seconds <= bound
+
+    def lines(self, name: str) -> Iterator[str]:
+        for bound, count in zip(self.bounds, self.counts, strict=True):
+            yield f'{name}_bucket{{le="{bound:g}"}} {count}'
+        yield f'{name}_bucket{{le="+Inf"}} {self.count}'
+        yield f"{name}_sum {self.sum:.6f}"
+        yield f"{name}_count {self.count}"
+
+
+@dataclass
+class Metrics:
+    """What is counted here; the scheduler and the cache count the rest."""
+
+    requests: dict[tuple[str, str, int], int] = field(default_factory=dict)  # by endpoint, method and status
+    first_token: Histogram = field(default_factory=lambda: Histogram((0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)))
+    next_token: Histogram = field(default_factory=lambda: Histogram((0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)))
+
+    def text(self, scheduler: Scheduler, cache: StateCache | None) -> str:
+        """Prometheus' text format."""
+        lines: list[str] = []
+
+        def about(name: str, kind: str, what: str) -> None:
+            lines.extend((f"# HELP {name} {what}", f"# TYPE {name} {kind}"))
+
+        def one(name: str, kind: str, what: str, value: float) -> None:
+            about(name, kind, what)
+            lines.append(f"{name} {value}")
+
+        about("zamba2_http_requests_total", "counter", "HTTP requests answered, by endpoint, method and status.")
+        for (endpoint, method, status), count in sorted(self.requests.items()):
+            lines.append(f'zamba2_http_requests_total{{endpoint="{endpoint}",method="{method}",status="{status}"}} {count}')
+        about("zamba2_requests", "gauge", "Requests now, by place.")
+        lines.extend(f'zamba2_requests{{place="{place}"}} {count}' for place, count in scheduler.counts().items())
+        one("zamba2_replies_finished_total", "counter", "Replies that came to their end.", scheduler.finished)
+        one("zamba2_replies_cancelled_total", "counter", "Replies whose client had gone.", scheduler.cancelled)
+        one("zamba2_prompt_tokens_total", "counter", "Tokens of prompts read by the model.", scheduler.prompt_tokens)
+        one("zamba2_generated_tokens_total", "counter", "Tokens sampled.", scheduler.generated_tokens)
+        if cache is not None:
+            one("zamba2_cached_tokens_total", "counter", "Tokens of prompts that were not read again.", cache.cached_tokens)
+            one("zamba2_cache_hits_total", "counter", "Prompts whose beginning was known.", cache.hits)
+            one("zamba2_cache_misses_total", "counter", "Prompts whose beginning was not known.", cache.misses)
+            one("zamba2_cache_dropped_total", "counter", "States dropped from memory.", cache.dropped)
+            one("zamba2_cache_bytes", "gauge", "Bytes of states in memory.", cache.nbytes)
+            one("zamba2_cache_entries", "gauge", "States kept, in memory or on disk.", len(cache))
+        about("zamba2_time_to_first_token_seconds", "histogram", "From a request to its first token.")
+        lines.extend(self.first_token.lines("zamba2_time_to_first_token_seconds"))
+        about("zamba2_time_per_token_seconds", "histogram", "From one token of a reply to the next.")
+        lines.extend(self.next_token.lines("zamba2_time_per_token_seconds"))
+        return "\n".join(lines) + "\n"
+
+
+# ---- requests to the model -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def asked() -> Iterator[None]:
+    """What is wrong with a request is the client's to mend."""
+    try:
+        yield
+    except Problem:
+        raise
+    except Zamba2Error as error:
+        raise Problem(str(error)) from None
+
+
+class Server:
+    """What the endpoints share. The methods without ``async`` are for worker threads, but for ``talk``."""
+
+    def __init__(self, model: LanguageModel, scheduler: Scheduler, cache: StateCache | None, settings: Settings) -> None:
+        self.scheduler, self.cache, self.settings = scheduler, cache, settings
+        self.tokenizer, self.config = model.tokenizer, model.backend.config
+        self.adapter: str | None = getattr(model.backend, "default_adapter", None)
+        self.texts = TokenTexts(self.tokenizer)
+        self.metrics = Metrics()
+        self.started = int(time.time())
+
+    def check_model(self, name: str) -> None:
+        """Raises Problem unless it is ours."""
+        if name not in (self.settings.model_name, "default"):
+            message = f"there is no model {name[:200]!r} here; there is {self.settings.model_name!r}."
+            raise Problem(message, status=404, code="model_not_found", param="model")
+
+    def check_sizes(self, *, messages: int = 0, n: int | None = None, stops: int = 0, prompts: int = 1) -> None:
+        """Raises Problem for more than is allowed."""
+        replies = (n or 1) * prompts
+        for name, count, most in (
+            ("messages", messages, self.settings.most_messages), ("n", n or 1, self.settings.most_n),
+            ("stop", stops, self.settings.most_stops), ("prompt", replies, max(1, self.scheduler.most_waiting)),
+        ):  # fmt: skip
+            if count > most:
+                what = "replies to all prompts" if name == "prompt" else name
+                raise Problem(f"{what}: {count} were asked for; at most {most} are possible in one request.", param=name)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def read_chat(self, messages: Sequence[dict[str, str]], prefill: str = "") -> tuple[list[int], Prompt, str]:
+        """A conversation's tokens, what the cache should know of them, and their text. prefill: the beginning of the reply."""
+        prompt = self.tokenizer.render_chat(messages, add_generation_prompt=True)
+        text = prompt + prefill
+        if self.cache is None:
+            return self.encode(text), Prompt(), text
+        ids = self.cache.encode(text, self.encode)
+        closing, closing_text = self._closing(messages, prompt)
+        return ids, Prompt(self._borders(messages, text, ids), closing, text, closing_text), text
+
+    def _borders(self, messages: Sequence[dict[str, str]], text: str, ids: list[int]) -> tuple[int, ...]:
+        """Where the last message begins, if the template writes what is before it the same without it."""
+        assert self.cache is not None
+        if len(messages) < 2:
+            return ()
+        try:
+            before = self.tokenizer.render_chat(messages[:-1], add_generation_prompt=False)
+        except Zamba2Error:  # templates may insist on a user's message
+            return ()
+        if not before or not text.startswith(before):
+            return ()
+        head = self.cache.encode(before, self.encode)
+        return (len(head),) if 0 < len(head) < len(ids) and ids[: len(head)] == head else ()
+
+    def _closing(self, messages: Sequence[dict[str, str]], prompt: str) -> tuple[list[int] | None, str]:
+        """What the template writes behind a reply to ``prompt``, up to where the next message begins."""
+        try:
+            reply = {"role": "assistant", "content": PLACEHOLDER}
+            whole = self.tokenizer.render_chat([*messages, reply], add_generation_prompt=False)
+        except Zamba2Error:
+            return None, ""
+        if not whole.startswith(prompt + PLACEHOLDER):
+            return None, ""
+        closing_text = whole[len(prompt) + len(PLACEHOLDER) :]
+        closing = self.encode(closing_text)
+        return (closing, closing_text) if closing and closing[0] in self.tokenizer.eos_token_ids else (None, "")
+
+    def most_tokens(self, prompt: int, wanted: int | None, default: int) -> int:
+        """Raises Problem where prompt and reply do not fit the context."""
+        limit = self.config.max_position_embeddings
+        most = max(1, min(default, limit - prompt)) if wanted is None else wanted
+        if prompt + most > limit:
+            message = (
+                f"the model's context has {limit} tokens, but {prompt + most} are needed ({prompt} in the prompt, {most} for the reply); "
+                f"shorten the prompt, or ask for fewer."
+            )
+            raise Problem(message, code="context_length_exceeded", param="messages" if default != COMPLETION_TOKENS else "prompt")
+        return most
+
+    def check_ids(self, tokens: Sequence[int], what: str, param: str) -> None:
+        wrong = next((token for token in tokens if not 0 <= token < self.config.vocab_size), None)
+        if wrong is not None:
+            raise Problem(f"{what} {wrong} is no token; ids from 0 to {self.config.vocab_size - 1} are needed.", param=param)
+
+    def chat_asks(
+        self, messages: Sequence[dict[str, str]], options: dict[str, Any], wanted: int | None, n: int = 1, prefill: str = ""
+    ) -> list[Ask]:
+        """What to ask of the scheduler for a conversation. Raises Problem."""
+        with asked():
+            self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
+            ids, prompt, text = self.read_chat(messages, prefill)
+            options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens), "adapter": self.adapter}
+            return [Ask(make_request(ids, with_seed(options, i)), prompt, text) for i in range(n)]
+
+    def completion_asks(self, body: CompletionBody) -> list[Ask]:
+        """What to ask of the scheduler for a completion. Raises Problem."""
+        options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos}
+        options |= {"logprobs": body.logprobs, "adapter": self.adapter}
+        prompt = Prompt(logprobs=body.logprobs if body.echo else None)
+        asks: list[Ask] = []
+        with asked():
+            self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
+            for number, given in enumerate(body.prompt):
+                if isinstance(given, str):
+                    ids, text, bos = self.tokenizer.encode(given), given, self.tokenizer.bos_token
+                    added = ids[:1] == [self.tokenizer.bos_token_id] and not (bos and given.startswith(bos))
+                else:
+                    self.check_ids(given, "prompt:", "prompt")
+                    ids, text, added = given, self.tokenizer.decode(given, skip_special_tokens=False), False
+                most = self.most_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
+                for i in range(body.n or 1):
+                    request = make_request(ids, with_seed(options | {"max_tokens": max(1, most)}, i))
+                    asks.append(Ask(request, prompt, text, number, added, silent=body.max_tokens == 0))
+        return asks
+
+    def talk(self, http: HTTPRequest, asks: Sequence[Ask]) -> Talk:
+        """Submit; called in the event loop. Raises Problem where the scheduler takes no more."""
+        talk = Talk(self, asks)
+        http.scope["zamba2"] = talk  # for the log
+        return talk
+
+    async def respond(self, http: HTTPRequest, talk: Talk, stream: Stream, streamed: bool | None) -> Response:
+        """The answer, whole or as events."""
+        if streamed:
+            return Events(talk, stream)
+        await talk.finish(http)
+        return answer(stream.whole())
+
+
+def with_seed(options: dict[str, Any], i: int) -> dict[str, Any]:
+    """The options of the i-th of several replies: each has a seed of its own."""
+    return options if options.get("seed") is None else options | {"seed": options["seed"] + i}
+
+
+class Talk:
+    """The replies to one HTTP request on their way. Made, read and cancelled in the event loop."""
+
+    def __init__(self, server: Server, asks: Sequence[Ask]) -> None:
+        self.server = server
+        self.replies = [Reply(i, ask) for i, ask in enumerate(asks)]
+        self.begun = time.monotonic()
+        self._end = self.begun + server.settings.seconds
+        self._last = [self.begun] * len(asks)  # when each reply said its last token
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Said | tuple[int, Zamba2Error]] = asyncio.Queue()
+        self._jobs: list[Job] = []
+        try:
+            for i, ask in enumerate(asks):
+                receive = partial(self._receive, i)
+                self._jobs.append(server.scheduler.submit(ask.request, ask.prompt, receive, seconds=server.settings.seconds))
+        except Zamba2Error as error:
+            self.cancel()
+            raise problem_of(error) from None
+
+    def _receive(self, index: int, piece: Piece | Zamba2Error) -> None:
+        """Called by the model's thread. The state stays behind: a slow reader must not keep it alive."""
+        said: Said | tuple[int, Zamba2Error]
+        if isinstance(piece, Zamba2Error):
+            said = index, piece
+        else:
+            said = Said(index, piece.text, piece.token, piece.logprob, piece.finish_reason, piece.stop, time.monotonic())
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, said)
+        except RuntimeError:  # the loop has ended before the model
+            return
+
+    @property
+    def done(self) -> bool:
+        return all(reply.finish_reason is not None for reply in self.replies)
+
+    def cancel(self) -> None:
+        """Stop what is still running."""
+        for job in self._jobs:
+            job.cancel()
+
+    async def next(self, seconds: float) -> Said | None:
+        """The next step of any reply, or None if there is none within so long. Raises Zamba2Error where a reply failed."""
+        try:
+            item = self._queue.get_nowait()
+        except asyncio.QueueEmpty:
+            try:
+                item = await asyncio.wait_for(self._queue.get(), seconds)
+            except asyncio.TimeoutError:
+                if self.server.scheduler.failed is not None:
+                    raise Zamba2Error(f"the model has failed: {self.server.scheduler.failed}") from None
+                if time.monotonic() > self._end + LATE:
+                    raise TimeIsUp(f"the reply took longer than the {self.server.settings.seconds:.0f} s that it may.") from None
+                return None
+        if not isinstance(item, Said):
+            raise item[1]
+        reply, job = self.replies[item.index], self._jobs[item.index]
+        if not reply.tokens:
+            reply.cached_tokens, reply.prompt_logprobs = job.cached_tokens, job.prompt_logprobs
+            self.server.metrics.first_token.add(item.time - self.begun)
+        else:
+            self.server.metrics.next_token.add(item.time - self._last[item.index])
+        self._last[item.index] = item.time
+        reply.add(item)
+        return item
+
+    async def finish(self, http: HTTPRequest) -> None:
+        """Wait for all replies. Raises Problem, and ClientDisconnect if the client leaves."""
+        looked = time.monotonic()
+        try:
+            while not self.done:
+                await self.next(POLL)
+                if time.monotonic() - looked > POLL:
+                    looked = time.monotonic()
+                    if await http.is_disconnected():
+                        raise ClientDisconnect
+        except Zamba2Error as error:
+            raise problem_of(error) from None
+        finally:
+            self.cancel()
+
+    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
+        """A stream's bytes. What goes wrong is its last event."""
+        begun = False
+        try:
+            if not stream.waits:
+                begun = True
+                for event in stream.begin():
+                    yield sse(*event)
+            while not self.done:
+                said = await self.next(IDLE)
+                if said is None:
+                    yield stream.idle()
+                    continue
+                if not begun:
+                    begun = True
+                    for event in stream.begin():
+                        yield sse(*event)
+                for event in stream.said(said):
+                    yield sse(*event)
+            for event in stream.end():
+                yield sse(*event)
+        except Zamba2Error as error:
+            for event in stream.failed(problem_of(error)):
+                yield sse(*event)
+        finally:
+            self.cancel()
+
+
+class Events(StreamingResponse):
+    """Server-sent events; however the response ends, so do the replies."""
+
+    def __init__(self, talk: Talk, stream: Stream) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(talk.events(stream), media_type="text/event-stream", headers=headers)
+        self.talk = talk
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.talk.cancel()
+
+
+def answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(data, separators=(",", ":")), status, headers, media_type="application/json")
+
+
+def refusal(problem: Problem, path: str) -> Response:
+    """An error in the layout of the API that the path belongs to."""
+    headers = {} if problem.retry_after is None else {"Retry-After": f"{problem.retry_after:.0f}"}
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    layout = anthropic_error if path.startswith("/v1/messages") else openai_error
+    return answer(layout(problem), problem.status, headers)
+
+
+# ---- before and after every request ----------------------------------------------------------------------------------
+
+
+class Gate:
+    """Keys, host names and body sizes before a request; counts, the log and unforeseen errors after it."""
+
+    def __init__(self, app: ASGIApp, server: Server) -> None:
+        self.app, self.server = app, server
+        self.keys = [key.encode() for key in server.settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun, status = time.monotonic(), 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            problem = None
+            try:
+                self._admit(scope)
+                body = await self._body(scope, receive)
+                await self.app(scope, replayed(body, receive), noting)
+            except ClientDisconnect:
+                pass
+            except Problem as found:
+                problem = found
+            except Exception as error:
+                traceback.print_exc()
+                problem = Problem(f"something went wrong in the server ({type(error).__name__}).", status=500, kind="server_error")
+            if problem is not None and not status:
+                await refusal(problem, scope["path"])(scope, receive, noting)
+        finally:
+            self._note(scope, status or 499, time.monotonic() - begun)  # nginx's number for a client that has gone
+
+    def _admit(self, scope: Scope) -> None:
+        """Raises Problem for a wrong host name or key."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        hosts = self.server.settings.hosts
+        if hosts and (name := host_name(headers.get(b"host", b"").decode("latin-1"))) not in hosts:
+            raise Problem(f"this server does not answer to the name {name[:200]!r}; use {hosts[0]}.", status=403, code="wrong_host")
+        if not self.keys or scope["path"] in OPEN_PATHS:
+            return
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")
+        if not any([hmac.compare_digest(given, key) for key in self.keys]):  # a list: all are compared
+            what = "is not one of this server's" if given else "is missing; send it as Authorization: Bearer KEY, or as x-api-key"
+            raise Problem(f"the API key {what}.", status=401, kind="authentication_error", code="invalid_api_key")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body. Raises Problem where it is too large or too slow, and ClientDisconnect."""
+        most, size, chunks = self.server.settings.most_body_bytes, 0, []
+        end = time.monotonic() + BODY_SECONDS
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise Problem(f"the body did not arrive within {BODY_SECONDS:.0f} s.", status=408, code="body_timeout") from None
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size <= most:
+                chunks.append(chunk)
+            if not message.get("more_body", False) or size > most + DRAINED:
+                break
+        if size > most:
+            raise Problem(f"the body has more than the {most} bytes that it may.", status=413, code="body_too_large")
+        return b"".join(chunks)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        endpoint = getattr(scope.get("route"), "path", None) or "other"
+        method = scope["method"] if scope["method"] in ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE") else "other"
+        place = endpoint, method, status
+        self.server.metrics.requests[place] = self.server.metrics.requests.get(place, 0) + 1
+        if not self.server.settings.log:
+            return
+        line, talk = f"{scope['method']} {scope['path']} {status} {1000 * seconds:.0f} ms", scope.get("zamba2")
+        if isinstance(talk, Talk):
+            prompt, completion, cached = token_counts(talk.replies)
+            line += f", tokens: {prompt} prompt, {completion} completion, {cached} cached"
+            line += "" if talk.done else ", not finished"
+            if self.server.settings.log_prompts:
+                asks = {reply.ask.number: reply.ask.text for reply in talk.replies}
+                line += "".join(f" {json.dumps(text, ensure_ascii=False)}" for text in asks.values())
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(line: str) -> str:
+    """A path may hold line ends and control characters."""
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """``receive`` of an application, where the body has been read already."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def host_name(header: str) -> str:
+    """A Host header without its port."""
+    name = header.strip().lower()
+    return name[: name.find("]") + 1] if name.startswith("[") else name.partition(":")[0]
+
+
+# ---- the application -------------------------------------------------------------------------------------------------
+
+
+def schema(**required: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": required}
+
+
+TEXT, NUMBER, ANYTHING = {"type": "string"}, {"type": "integer"}, {"type": "array"}
+OPENAI_ERROR = schema(error=schema(message=TEXT, type=TEXT, param={}, code={}))
+ANTHROPIC_ERROR = schema(type={"const": "error"}, error=schema(type=TEXT, message=TEXT))
+COMPLETION = schema(id=TEXT, object=TEXT, created=NUMBER, model=TEXT, choices=ANYTHING, usage={"type": "object"})
+FAILURES = {
+    400: "Something is wrong with the request.", 401: "The key is missing or wrong.", 403: "Another host name is needed.",
+    404: "There is no such model.", 408: "The body came too slowly.", 413: "The body is too large.", 429: "The queue is full.",
+    500: "An error of the server's.", 503: "The model has failed, or the server is shutting down.", 504: "The time for a request is up.",
+}  # fmt: skip
+
+
+def documented(good: dict[str, Any], *, stream: bool = False, error: dict[str, Any] = OPENAI_ERROR) -> dict[int | str, dict[str, Any]]:
+    """What an endpoint answers, for the OpenAPI document."""
+    content: dict[str, Any] = {"application/json": {"schema": good}} | ({"text/event-stream": {"schema": TEXT}} if stream else {})
+    failures: dict[int | str, Any] = {
+        status: {"description": what, "content": {"application/json": {"schema": error}}} for status, what in FAILURES.items()
+    }
+    return {200: {"description": "The answer.", "content": content}, **failures}
+
+
+def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | None, settings: Settings) -> FastAPI:
+    """The application. The scheduler stays the caller's to close. Raises Zamba2Error for a model without a tokenizer."""
+    from zamba2 import __version__
+
+    server = Server(model, scheduler, cache, settings)
+    app = FastAPI(title="zamba2", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+
+    @app.post("/v1/chat/completions", responses=documented(COMPLETION, stream=True), response_class=Response)
+    async def chat_completions(body: ChatBody, http: HTTPRequest) -> Response:
+        """A reply to a conversation."""
+        server.check_model(body.model)
+        server.check_sizes(messages=len(body.messages), n=body.n, stops=len(body.stop))
+        options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos}
+        options["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        asks = await asyncio.to_thread(server.chat_asks, body.conversation, options, body.most_tokens, body.n or 1)
+        talk = server.talk(http, asks)
+        stream = ChatStream(settings.model_name, talk.replies, server.texts, include_usage=body.include_usage)
+        return await server.respond(http, talk, stream, body.stream)
+
+    @app.post("/v1/completions", responses=documented(COMPLETION, stream=True), response_class=Response)
+    async def completions(body: CompletionBody, http: HTTPRequest) -> Response:
+        """Continuations of texts or token ids."""
+        server.check_model(body.model)
+        server.check_sizes(n=body.n, stops=len(body.stop), prompts=len(body.prompt))
+        asks = await asyncio.to_thread(server.completion_asks, body)
+        talk = server.talk(http, asks)
+        stream = CompletionStream(
+            settings.model_name, talk.replies, server.texts, echo=bool(body.echo), include_usage=body.include_usage
+        )  # fmt: skip
+        return await server.respond(http, talk, stream, body.stream)
+
+    good = schema(id=TEXT, object=TEXT, created_at=NUMBER, status=TEXT, model=TEXT, output=ANYTHING)
+
+    @app.post("/v1/responses", responses=documented(good, stream=True), response_class=Response)
+    async def responses(body: ResponseBody, http: HTTPRequest) -> Response:
+        """A reply to a text or a conversation, in the layout of OpenAI's newer API; nothing is stored."""
+        server.check_model(body.model)
+        server.check_sizes(messages=1 if isinstance(body.input, str) else len(body.input))
+        options = sampling_options(body) | {"logprobs": body.alternatives}
+        asks = await asyncio.to_thread(server.chat_asks, body.messages, options, body.max_output_tokens)
+        talk = server.talk(http, asks)
+        return await server.respond(http, talk, ResponseStream(settings.model_name, talk.replies, server.texts, body=body), body.stream)
+
+    good = schema(id=TEXT, type=TEXT, role=TEXT, model=TEXT, content=ANYTHING, usage={"type": "object"})
+
+    @app.post("/v1/messages", responses=documented(good, stream=True, error=ANTHROPIC_ERROR), response_class=Response)
+    async def messages(body: MessagesBody, http: HTTPRequest) -> Response:
+        """A reply to a conversation, in the layout of Anthropic's API."""
+        server.check_model(body.model)
+        server.check_sizes(messages=len(body.messages), stops=len(body.stop_sequences))
+        options = sampling_options(body) | {"stop": body.stop_sequences}
+        conversation, prefill = body.conversation, ""
+        if body.messages[-1].role == "assistant":
+            if len(body.messages) == 1:
+                raise Problem("messages has no message before the beginning of the reply; a user's is needed.", param="messages")
+            prefill = conversation.pop()["content"]
+        asks = await asyncio.to_thread(server.chat_asks, conversation, options, body.max_tokens, 1, prefill)
+        talk = server.talk(http, asks)
+        return await server.respond(http, talk, MessageStream(settings.model_name, talk.replies, server.texts), body.stream)
+
+    def about_model() -> dict[str, Any]:
+        """For OpenAI's clients and Anthropic's, who ask at the same address."""
+        made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(server.started))
+        return {
+            "id": settings.model_name, "object": "model", "created": server.started, "owned_by": "zamba2",
+            "type": "model", "display_name": settings.model_name, "created_at": made,
+            "max_model_len": server.config.max_position_embeddings,
+        }  # fmt: skip
+
+    @app.get("/v1/models", responses=documented(schema(object=TEXT, data=ANYTHING)), response_class=Response)
+    async def models() -> Response:
+        """The models that can be asked for."""
+        name = settings.model_name
+        return answer({"object": "list", "data": [about_model()], "has_more": False, "first_id": name, "last_id": name})
+
+    @app.get("/v1/models/{name:path}", responses=documented(schema(id=TEXT, object=TEXT, created=NUMBER)), response_class=Response)
+    async def one_model(name: str) -> Response:
+        """One model."""
+        server.check_model(name)
+        return answer(about_model())
+
+    good = schema(tokens={"type": "array", "items": NUMBER}, count=NUMBER, max_model_len=NUMBER)
+
+    @app.post("/tokenize", responses=documented(good), response_class=Response)
+    async def tokenize(body: TokenizeBody) -> Response:
+        """Token ids of a text, or of a conversation as the model reads it."""
+        server.check_model(body.model)
+
+        def work() -> list[int]:
+            with asked():
+                if body.messages is None:
+                    return server.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+                server.check_sizes(messages=len(body.messages))
+                conversation = [{"role": role_of(m.role), "content": m.content} for m in body.messages]
+                return server.tokenizer.encode_chat(conversation, add_generation_prompt=body.add_generation_prompt)
+
+        tokens = await asyncio.to_thread(work)
+        return answer({"tokens": tokens, "count": len(tokens), "max_model_len": server.config.max_position_embeddings})
+
+    @app.post("/detokenize", responses=documented(schema(prompt=TEXT)), response_class=Response)
+    async def detokenize(body: DetokenizeBody) -> Response:
+        """The text of token ids."""
+        server.check_model(body.model)
+        server.check_ids(body.tokens, "tokens:", "tokens")
+        return answer({"prompt": await asyncio.to_thread(server.tokenizer.decode, body.tokens, skip_special_tokens=False)})
+
+    @app.get("/health", responses=documented(schema(status=TEXT)), response_class=Response)
+    async def health() -> Response:
+        """Whether the model can be asked."""
+        if scheduler.failed is not None:
+            raise problem_of(Zamba2Error(f"the model has failed ({scheduler.failed}); the server must be started again."))
+        return answer({"status": "ok", "model": settings.model_name} | scheduler.counts())
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Numbers in Prometheus' text format."""
+        text = await asyncio.to_thread(server.metrics.text, scheduler, cache)  # the cache may be busy with a file
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        file = files("zamba2.serve").joinpath("page.html")
+        if not file.is_file():
+            raise Problem("this installation has no page; the API is under /v1, its description at /openapi.json.", status=404)
+        headers = {
+            "Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        }  # fmt: skip
+        return HTMLResponse(file.read_text(encoding="utf-8"), headers=headers)
+
+    handle_errors(app)
+    app.add_middleware(Gate, server=server)
+    if settings.origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"])
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    return app
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Every error in the layout that clients expect."""
+
+    def wrong_body(http: HTTPRequest, error: RequestValidationError) -> Response:
+        return refusal(validation_problem(error.errors()), http.url.path)
+
+    def wrong_place(http: HTTPRequest, error: HTTPException) -> Response:
+        path = http.url.path
+        if error.status_code == 404:
+            problem = Problem(f"there is nothing at {path[:200]}; see /openapi.json.", status=404, code="not_found")
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            problem = Problem(f"{path} does not take {http.method[:20]}; use {allowed}.", status=405, code="method_not_allowed")
+        else:
+            problem = Problem("the body cannot be read as JSON; a JSON object is needed.", status=error.status_code)
+        response = refusal(problem, path)
+        response.headers.update(error.headers or {})
+        return response
+
+    def known(http: HTTPRequest, error: Zamba2Error) -> Response:
+        return refusal(problem_of(error), http.url.path)
+
+    handlers: list[tuple[type[Exception], Callable[[Any, Any], Response]]] = [
+        (RequestValidationError, wrong_body), (HTTPException, wrong_place), (Zamba2Error, known),
+    ]  # fmt: skip
+    for kind, handler in handlers:
+        app.add_exception_handler(kind, in_the_loop(handler))
+
+
+def in_the_loop(handler: Callable[[Any, Any], Response]) -> Callable[[Any, Any], Awaitable[Response]]:
+    """Without this each error would go through a worker thread."""
+
+    async def handle(http: Any, error: Any) -> Response:
+        return handler(http, error)
+
+    return handle
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without FastAPI's own layout of validation errors, which is not used."""
+    if app.openapi_schema is None:
+        made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        for path in made["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            made.get("components", {}).get("schemas", {}).pop(name, None)
+        app.openapi_schema = made
+    return app.openapi_schema

@@ -1,0 +1,908 @@
+"""The HTTP APIs as data: what a request may hold, and what answers, streams and errors look like. Nothing here waits for anything.
+
+OpenAI's chat completions, completions and responses, and Anthropic's messages. A field that would change the answer is obeyed or
+refused; what is taken and not used (``user``, ``metadata``, ``store``, ...) changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Request, TokenLogprob
+from zamba2.language.messages import brief
+from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer, _piece_bytes
+from zamba2.serve.scheduler import Busy, Prompt, TimeIsUp
+
+__all__ = [
+    "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "DetokenizeBody", "Event", "MessageStream", "MessagesBody",
+    "Problem", "Reply", "ResponseBody", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody", "anthropic_error",
+    "openai_error", "problem_of", "role_of", "sampling_options", "sse", "validation_problem",
+]  # fmt: skip
+
+Json = dict[str, Any]
+Event = tuple["str | None", "Json | str"]  # of a stream: its name, where the API names events, and its data
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class Problem(Zamba2Error):
+    """An error with an HTTP status. kind: OpenAI's "type"; param: the field at fault; retry_after: seconds."""
+
+    def __init__(
+        self, message: str, *, status: int = 400, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.kind, self.code, self.param, self.retry_after = status, kind, code, param, retry_after
+
+
+def problem_of(error: Zamba2Error) -> Problem:
+    """What an error of the scheduler is to a client."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, Busy):
+        return Problem(str(error), status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=error.retry_after)
+    if isinstance(error, TimeIsUp):
+        return Problem(str(error), status=504, kind="timeout_error", code="timeout")
+    return Problem(str(error), status=503, kind="server_error", code="unavailable")
+
+
+def openai_error(problem: Problem) -> Json:
+    return {"error": {"message": str(problem), "type": problem.kind, "param": problem.param, "code": problem.code}}
+
+
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 504: "timeout_error",
+}  # fmt: skip
+
+
+def anthropic_error(problem: Problem) -> Json:
+    kind = ANTHROPIC_KINDS.get(problem.status, "invalid_request_error" if problem.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(problem)}}
+
+
+def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
+    """The first of pydantic's errors as one sentence that names the field and what is needed."""
+    first = errors[0]
+    names = list(first["loc"])[1:]  # behind "body"
+    where = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".").removesuffix(".[key]")
+    kind, found = first["type"], first.get("input")
+    if kind == "json_invalid":
+        return Problem(f"the body is not valid JSON ({brief(first.get('ctx', {}).get('error', ''))}); a JSON object is needed.")
+    if not names:
+        reason = str(first["ctx"]["error"]) if kind == "value_error" else ""
+        return Problem(reason or "the body is not a JSON object; send one with Content-Type: application/json.")
+    if kind == "missing":
+        message = f"{where} is missing; it is needed."
+    elif kind == "extra_forbidden":
+        message = f"{where} is no field that this server knows; leave it out."
+    elif kind == "value_error":
+        message = f"{where}: {first['ctx']['error']}"
+    elif kind == "string_unicode":
+        message = f"{where} holds half a surrogate pair; valid Unicode text is needed."
+    elif kind == "model_type":
+        message = f"{where} is {brief(repr(found))}; an object is needed."
+    else:
+        needed = str(first["msg"]).replace(" after validation", "")
+        message = f"{where} is {brief(repr(found))}; {needed[:1].lower()}{needed[1:]}."
+    return Problem(message, param=where)
+
+
+# ---- requests --------------------------------------------------------------------------------------------------------
+
+
+class Only:
+    """A field that is documented elsewhere and not supported here: null and the values that mean nothing are taken, others refused."""
+
+    def __init__(self, why: str, *neutral: Any) -> None:
+        self.why, self.neutral = why, neutral
+
+    def check(self, value: Any) -> Any:
+        if value is not None and value not in self.neutral:
+            raise ValueError(self.why)
+        return value
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.check)
+
+    def __get_pydantic_json_schema__(self, _schema: CoreSchema, _handler: Any) -> Json:
+        return {"enum": [None, *self.neutral], "description": self.why}
+
+
+def joined(value: Any) -> Any:
+    """The text of a message's content: a text, or a list of parts with type text."""
+    if not isinstance(value, list):
+        if not isinstance(value, str):
+            raise ValueError(f"it is {brief(repr(value))}; a text or a list of text parts is needed.")
+        return value
+    texts = []
+    for i, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text"):
+            what = f"is of type {brief(repr(kind))}" if isinstance(part, dict) else "is no object"
+            raise ValueError(f"part {i} {what}; this model reads text alone, {{type: text, text}}.")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"part {i} has no text.")
+        stray = set(part) - {"type", "text", "annotations", "logprobs", "cache_control", "citations", "prompt_cache_breakpoint"}
+        if stray:
+            raise ValueError(f"part {i} has a field {brief(repr(sorted(stray)[0]))}, which this server does not know; leave it out.")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def several(value: Any) -> Any:
+    """Stop texts: none, one or a list."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError("a text or a list of texts is needed, none of them empty.")
+    return tuple(value)
+
+
+def prompts(value: Any) -> Any:
+    """A completion's prompts as a list of texts and lists of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+            return value
+    raise ValueError("a text, a list of texts, a list of token ids, or a list of such lists is needed.")
+
+
+def one_message(value: Any) -> Any:
+    """A text alone is the user's."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+PART = {
+    "type": "object", "required": ["type", "text"], "additionalProperties": False,
+    "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": {"type": "string"}},
+}  # fmt: skip
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Text = Annotated[str, BeforeValidator(joined), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]})]
+Stops = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(several),
+    WithJsonSchema({"anyOf": [{"type": "null"}, {"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string"}}]}),
+]  # fmt: skip
+Prompts = Annotated[
+    list[Any], BeforeValidator(prompts),
+    WithJsonSchema({"anyOf": [
+        {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}, IDS,
+        {"type": "array", "items": IDS, "minItems": 1},
+    ]}),
+]  # fmt: skip
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
+Bias = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+Unused = Annotated[Any, Field(description="Taken and not used.")]
+
+Tools = Annotated[Any, Only("tools are not supported yet; leave this out.", [])]
+ToolChoice = Annotated[Any, Only("tools are not supported yet; leave this out.", "none", "auto", {"type": "none"}, {"type": "auto"})]
+TextFormat = Annotated[Any, Only("response formats other than text are not supported yet; leave this out.", {"type": "text"})]
+TextAlone = Annotated[Any, Only("this model writes text alone; leave this out.", ["text"])]
+NoReasoning = Annotated[Any, Only("this model does not reason apart from its answer; leave this out.", "none", {"type": "disabled"}, {})]
+NoState = Annotated[Any, Only("this server keeps no responses; send the whole conversation and leave this out.", False)]
+NoName = Annotated[Any, Only("the chat template has no place for this; leave this out.", [])]
+NotHere = Annotated[Any, Only("this server does not support this; leave it out.", [], {}, False, "")]
+
+
+class Body(BaseModel):
+    """Unknown fields and loose types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class Sampled(Body):
+    """How to choose tokens; the fields of ``zamba2.language.sampling.Sampling`` under the same names."""
+
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    min_p: Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Bias | None = None
+    seed: Seed | None = None
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Unused = None
+
+
+class OpenAIBody(Sampled):
+    model: str = "default"
+    n: Count | None = None
+    stop: Stops = ()
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool = Field(False, description="Go on after an end token.")
+    user: Unused = None
+
+    @model_validator(mode="after")
+    def _streams(self) -> OpenAIBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options was given without stream: true; leave it out.")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+    name: NoName = None
+    tool_calls: Tools = None
+    function_call: Tools = None
+    tool_call_id: Tools = None
+    refusal: NoName = None
+    audio: TextAlone = None
+    annotations: Unused = None
+
+
+class ChatBody(OpenAIBody):
+    """``/v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    metadata: Unused = None
+    store: Unused = None
+    service_tier: Unused = None
+    parallel_tool_calls: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_options: Unused = None
+    prompt_cache_retention: Unused = None
+    prediction: Unused = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    functions: Tools = None
+    function_call: ToolChoice = None
+    response_format: TextFormat = None
+    modalities: TextAlone = None
+    audio: TextAlone = None
+    reasoning_effort: NoReasoning = None
+    verbosity: NotHere = None
+    moderation: NotHere = None
+    web_search_options: NotHere = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> ChatBody:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens were both given; give one of them.")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs was given without logprobs: true; add that, or leave it out.")
+        return self
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_tokens or self.max_completion_tokens
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        return [{"role": role_of(m.role), "content": m.content} for m in self.messages]
+
+
+class CompletionBody(OpenAIBody):
+    """``/v1/completions``. max_tokens 0: with ``echo``, the prompt's log-probabilities alone."""
+
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
+    echo: bool | None = None
+    best_of: Count | None = None
+    suffix: NotHere = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of is {self.best_of}; all replies are returned, so it must be n, which is {self.n or 1}, or left out.")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens is 0 without echo: true; there would be nothing to answer.")
+        return self
+
+
+class ResponseMessage(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+    type: Literal["message"] = "message"
+    id: Unused = None
+    status: Unused = None
+    phase: Unused = None
+
+
+class ResponseText(Body):
+    format: TextFormat = None
+    verbosity: NotHere = None
+
+
+class ResponseStreamOptions(Body):
+    include_obfuscation: Unused = None
+
+
+class ResponseBody(Sampled):
+    """``/v1/responses``: text in, text out, nothing stored."""
+
+    model: str = "default"
+    input: Annotated[list[ResponseMessage], Field(min_length=1), BeforeValidator(one_message)] = Field(description="A text, or messages.")
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    metadata: dict[str, str] | None = None
+    text: ResponseText | None = None
+    store: Unused = None
+    user: Unused = None
+    service_tier: Unused = None
+    parallel_tool_calls: Unused = None
+    max_tool_calls: Unused = None
+    safety_identifier: Unused = None
+    prompt_cache_key: Unused = None
+    prompt_cache_options: Unused = None
+    prompt_cache_retention: Unused = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    reasoning: NoReasoning = None
+    previous_response_id: NoState = None
+    conversation: NoState = None
+    background: NoState = None
+    background_options: NoState = None
+    prompt: NotHere = None
+    moderation: NotHere = None
+    context_management: NotHere = None
+    access_programs: NotHere = None
+    image: NotHere = None
+    truncation: Annotated[Any, Only("this server never shortens a conversation; leave this out.", "disabled")] = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """Most likely tokens to give beside each token; None for no log-probabilities."""
+        wanted = self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
+        return (self.top_logprobs or 0) if wanted else None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        return [*first, *({"role": role_of(m.role), "content": m.content} for m in self.input)]
+
+
+class AnthropicMessage(Body):
+    role: Literal["user", "assistant"]
+    content: Text
+
+
+class MessagesBody(Body):
+    """``/v1/messages``. A last message of the assistant is the beginning of the reply."""
+
+    model: str = "default"
+    max_tokens: Count
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
+    system: Text | None = None
+    stop_sequences: Stops = ()
+    stream: bool | None = None
+    temperature: Annotated[Number, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    metadata: Unused = None
+    service_tier: Unused = None
+    cache_control: Unused = None
+    inference_geo: Unused = None
+    user_profile_id: Unused = None
+    workspace_id: Unused = None
+    diagnostics: Unused = None
+    speed: Unused = None
+    tools: Tools = None
+    tool_choice: ToolChoice = None
+    thinking: NoReasoning = None
+    output_config: NotHere = None
+    container: NotHere = None
+    mcp_servers: NotHere = None
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        first = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*first, *({"role": m.role, "content": m.content} for m in self.messages)]
+
+
+class TokenizeBody(Body):
+    """``/tokenize``: a text, or the conversation as the model reads it."""
+
+    model: str = "default"
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("one of prompt and messages is needed.")
+        return self
+
+
+class DetokenizeBody(Body):
+    """``/detokenize``."""
+
+    model: str = "default"
+    tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+
+
+def role_of(role: str) -> str:
+    return "system" if role == "developer" else role
+
+
+def sampling_options(body: Sampled | MessagesBody) -> Json:
+    """Options for ``make_request``; what is not given is as with OpenAI, sampled at temperature 1."""
+    given = {name: getattr(body, name) for name in Sampled.model_fields if getattr(body, name, None) is not None}
+    if "logit_bias" in given:
+        given["logit_bias"] = {int(token): float(value) for token, value in given["logit_bias"].items()}
+    if "seed" in given:
+        given["seed"] %= 1 << 64
+    return {"temperature": 1.0} | given
+
+
+# ---- replies ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One reply that is wanted. text: the prompt's; number: of the prompt it answers; silent: the prompt is all that is of interest."""
+
+    request: Request
+    prompt: Prompt
+    text: str
+    number: int = 0
+    added_bos: bool = False
+    silent: bool = False
+
+
+@dataclass(frozen=True)
+class Said:
+    """One step of a reply, as ``generate.Piece`` without its state. time: by time.monotonic()."""
+
+    index: int
+    text: str
+    token: int
+    logprob: TokenLogprob | None
+    finish_reason: str | None
+    stop: str | None
+    time: float
+
+
+@dataclass
+class Reply:
+    """What has been said of one reply so far."""
+
+    index: int
+    ask: Ask
+    parts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    tokens: int = 0
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop: str | None = None
+
+    def add(self, said: Said) -> None:
+        self.finish_reason, self.stop = said.finish_reason, said.stop
+        if self.ask.silent:
+            return
+        self.parts.append(said.text)
+        self.tokens += 1
+        if said.logprob is not None:
+            self.logprobs.append(said.logprob)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+
+def token_counts(replies: Sequence[Reply]) -> tuple[int, int, int]:
+    """Tokens of prompts, each prompt once; of replies; of prompts that were not read again."""
+    firsts = {reply.ask.number: reply for reply in reversed(replies)}.values()
+    prompt = sum(len(reply.ask.request.tokens) for reply in firsts)
+    return prompt, sum(reply.tokens for reply in replies), sum(reply.cached_tokens for reply in firsts)
+
+
+def usage(replies: Sequence[Reply]) -> Json:
+    prompt, completion, cached = token_counts(replies)
+    return {
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }  # fmt: skip
+
+
+class TokenTexts:
+    """Texts of single tokens as they stand behind a word, so that they join to the text, and their bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._word = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._skip = len(tokenizer.decode(self._word, skip_special_tokens=False))
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def is_special(self, token: int) -> bool:
+        """Whether a reply's text leaves it out."""
+        return self._tokenizer._backend.id_to_token(token) in self._tokenizer._special
+
+    def __call__(self, token: int) -> tuple[str, bytes]:
+        r"""Text and bytes; a token that is part of a character alone is written \xe2."""
+        if token not in self._known:
+            data = self._bytes(token)
+            try:
+                self._known[token] = data.decode(), data
+            except UnicodeDecodeError:
+                self._known[token] = "".join(f"\\x{byte:02x}" for byte in data), data
+        return self._known[token]
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self._tokenizer._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if not self._tokenizer._byte_level and BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        if self._tokenizer._byte_level and not self.is_special(token):
+            return _piece_bytes(piece)
+        return self._tokenizer.decode([*self._word, token], skip_special_tokens=False)[self._skip :].encode()
+
+
+def chat_logprob(texts: TokenTexts, entry: TokenLogprob) -> Json:
+    """A token in the layout of chat completions and responses."""
+
+    def shown(token: int, logprob: float) -> Json:
+        text, data = texts(token)
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+
+    return shown(entry.token, entry.logprob) | {"top_logprobs": [shown(*pair) for pair in entry.top]}
+
+
+class LegacyLogprobs:
+    """Tokens in the layout of completions: lists side by side. offset: characters of the text before the next token."""
+
+    def __init__(self, texts: TokenTexts, ask: Ask) -> None:
+        self.texts, self.ask, self.offset = texts, ask, 0
+
+    def of_prompt(self, entries: Sequence[TokenLogprob | None]) -> Json:
+        """All of the prompt's tokens; the first has no log-probability."""
+        tokens, text, widths, place = self.ask.request.tokens, self.ask.text, list[int](), 0
+        for i, token in enumerate(tokens):
+            own = self.texts(token)[0]
+            if i == 0 and self.ask.added_bos:
+                width = 0
+            elif text.startswith(own, place):
+                width = len(own)
+            elif own.startswith(" ") and text.startswith(own[1:], place):
+                width = len(own) - 1  # a space that the tokenizer writes before a first word
+            else:
+                width = self._width(token)
+            widths.append(width)
+            place += width
+        return self._lists(zip(tokens, entries, widths, strict=True))
+
+    def of_reply(self, entries: Iterable[TokenLogprob]) -> Json:
+        return self._lists((e.token, e, 0 if self.texts.is_special(e.token) else self._width(e.token)) for e in entries)
+
+    def _width(self, token: int) -> int:
+        return sum(byte & 0xC0 != 0x80 for byte in self.texts(token)[1])
+
+    def _lists(self, entries: Iterable[tuple[int, TokenLogprob | None, int]]) -> Json:
+        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token, entry, width in entries:
+            lists["tokens"].append(self._named(token))
+            lists["token_logprobs"].append(None if entry is None else max(entry.logprob, LEAST_LOGPROB))
+            top: dict[str, float] | None = None
+            if entry is not None:
+                top = {}
+                for other, logprob in (*entry.top, (token, entry.logprob)):
+                    top.setdefault(self._named(other), max(logprob, LEAST_LOGPROB))
+            lists["top_logprobs"].append(top)
+            lists["text_offset"].append(self.offset)
+            self.offset += width
+        return lists
+
+    def _named(self, token: int) -> str:
+        text, data = self.texts(token)
+        return f"bytes:{text}" if text.encode() != data else text
+
+
+def joined_lists(first: Json, second: Json) -> Json:
+    return {name: [*first[name], *second[name]] for name in first}
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+def sse(name: str | None, data: Json | str) -> bytes:
+    """An event of a stream."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """One API's answer to a request, whole or as events. waits: whether the first event needs the first token."""
+
+    waits = False
+
+    def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts) -> None:
+        self.model, self.replies, self.texts = model, replies, texts
+        self.created = int(time.time())
+
+    def whole(self) -> Json:
+        """The body, once all has been said."""
+        raise NotImplementedError
+
+    def begin(self) -> Iterator[Event]:
+        yield from ()
+
+    def said(self, said: Said) -> Iterator[Event]:
+        raise NotImplementedError
+
+    def end(self) -> Iterator[Event]:
+        raise NotImplementedError
+
+    def failed(self, problem: Problem) -> Iterator[Event]:
+        yield None, openai_error(problem)
+
+    def idle(self) -> bytes:
+        """Shows proxies and clients that the connection is alive."""
+        return b": waiting\n\n"
+
+
+class ChatStream(Stream):
+    """``/v1/chat/completions``."""
+
+    def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts, *, include_usage: bool = False) -> None:
+        super().__init__(model, replies, texts)
+        self.id, self.include_usage = new_id("chatcmpl-"), include_usage
+
+    def _logprobs(self, reply: Reply, entries: Iterable[TokenLogprob]) -> Json | None:
+        if reply.ask.request.logprobs is None:
+            return None
+        return {"content": [chat_logprob(self.texts, entry) for entry in entries], "refusal": None}
+
+    def whole(self) -> Json:
+        choices = [
+            {
+                "index": reply.index, "message": {"role": "assistant", "content": reply.text, "refusal": None},
+                "logprobs": self._logprobs(reply, reply.logprobs), "finish_reason": reply.finish_reason,
+            }
+            for reply in self.replies
+        ]  # fmt: skip
+        return {
+            "id": self.id, "object": "chat.completion", "created": self.created, "model": self.model, "choices": choices,
+            "usage": usage(self.replies),
+        }  # fmt: skip
+
+    def _chunk(self, choices: list[Json], counts: Json | None = None) -> Event:
+        chunk = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model, "choices": choices}
+        return None, chunk | ({"usage": counts} if self.include_usage else {})
+
+    def _delta(self, index: int, delta: Json, finish: str | None = None, logprobs: Json | None = None) -> Event:
+        return self._chunk([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}])
+
+    def begin(self) -> Iterator[Event]:
+        for reply in self.replies:
+            yield self._delta(reply.index, {"role": "assistant", "content": ""})
+
+    def said(self, said: Said) -> Iterator[Event]:
+        if said.text or said.logprob is not None:
+            entries = () if said.logprob is None else (said.logprob,)
+            yield self._delta(said.index, {"content": said.text}, logprobs=self._logprobs(self.replies[said.index], entries))
+        if said.finish_reason is not None:
+            yield self._delta(said.index, {}, said.finish_reason)
+
+    def end(self) -> Iterator[Event]:
+        if self.include_usage:
+            yield self._chunk([], usage(self.replies))
+        yield None, "[DONE]"
+
+
+class CompletionStream(Stream):
+    """``/v1/completions``."""
+
+    def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts, *, echo: bool = False, include_usage: bool = False) -> None:
+        super().__init__(model, replies, texts)
+        self.id, self.echo, self.include_usage = new_id("cmpl-"), echo, include_usage
+        self._lists = [LegacyLogprobs(texts, reply.ask) for reply in replies]
+        self._begun = [False] * len(replies)
+        if not echo:
+            for lists, reply in zip(self._lists, replies, strict=True):
+                lists.offset = len(reply.ask.text)
+
+    def _logprobs(self, reply: Reply, entries: Iterable[TokenLogprob], *, prompt: bool) -> Json | None:
+        if reply.ask.request.logprobs is None:
+            return None
+        lists = self._lists[reply.index]
+        first = lists.of_prompt(reply.prompt_logprobs) if prompt else lists.of_reply(())
+        return joined_lists(first, lists.of_reply(entries))
+
+    def _choice(self, reply: Reply, text: str, entries: Iterable[TokenLogprob], finish: str | None, *, prompt: bool) -> Json:
+        """prompt: whether the echo belongs to this part."""
+        return {
+            "index": reply.index, "text": (reply.ask.text if prompt else "") + text,
+            "logprobs": self._logprobs(reply, entries, prompt=prompt), "finish_reason": finish,
+        }  # fmt: skip
+
+    def _body(self, choices: list[Json]) -> Json:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model, "choices": choices}
+
+    def whole(self) -> Json:
+        choices = [self._choice(reply, reply.text, reply.logprobs, reply.finish_reason, prompt=self.echo) for reply in self.replies]
+        return self._body(choices) | {"usage": usage(self.replies)}
+
+    def said(self, said: Said) -> Iterator[Event]:
+        reply = self.replies[said.index]
+        silent = reply.ask.silent
+        entries = () if said.logprob is None or silent else (said.logprob,)
+        prompt = self.echo and not self._begun[said.index]
+        self._begun[said.index] = True
+        if said.text or entries or prompt or said.finish_reason is not None:
+            choice = self._choice(reply, "" if silent else said.text, entries, said.finish_reason, prompt=prompt)
+            yield None, self._body([choice]) | ({"usage": None} if self.include_usage else {})
+
+    def end(self) -> Iterator[Event]:
+        if self.include_usage:
+            yield None, self._body([]) | {"usage": usage(self.replies)}
+        yield None, "[DONE]"
+
+
+class ResponseStream(Stream):
+    """``/v1/responses``; always one reply."""
+
+    def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts, *, body: ResponseBody) -> None:
+        super().__init__(model, replies, texts)
+        self.id, self.item_id, self.body = new_id("resp_"), new_id("msg_"), body
+        self._number = -1
+        (self.reply,) = replies
+
+    def _item(self, status: str, content: list[Json]) -> Json:
+        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part(self, text: str, logprobs: list[Json]) -> Json:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+    def _response(self, status: str, output: list[Json], error: Json | None = None) -> Json:
+        body, options, counts = self.body, self.reply.ask.request.sampling, None
+        if status in ("completed", "incomplete"):
+            prompt, completion, cached = token_counts(self.replies)
+            counts = {
+                "input_tokens": prompt, "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+                "output_tokens": completion, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + completion,
+            }  # fmt: skip
+        return {
+            "id": self.id, "object": "response", "created_at": self.created, "status": status, "background": False, "error": error,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.model, "output": output,
+            "parallel_tool_calls": True, "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
+            "temperature": options.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none", "tools": [],
+            "top_logprobs": body.top_logprobs or 0, "top_p": options.top_p, "truncation": "disabled", "usage": counts,
+            "metadata": body.metadata or {},
+        }  # fmt: skip
+
+    def _logprobs(self, entries: Iterable[TokenLogprob]) -> list[Json]:
+        return [chat_logprob(self.texts, entry) for entry in entries]
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self.reply.finish_reason == "length" else "completed"
+
+    def whole(self) -> Json:
+        part = self._part(self.reply.text, self._logprobs(self.reply.logprobs))
+        return self._response(self._status, [self._item(self._status, [part])])
+
+    def _event(self, kind: str, **data: Any) -> Event:
+        self._number += 1
+        return kind, {"type": kind, "sequence_number": self._number} | data
+
+    def _place(self) -> Json:
+        return {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+
+    def begin(self) -> Iterator[Event]:
+        yield self._event("response.created", response=self._response("in_progress", []))
+        yield self._event("response.in_progress", response=self._response("in_progress", []))
+        yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
+        yield self._event("response.content_part.added", **self._place(), part=self._part("", []))
+
+    def said(self, said: Said) -> Iterator[Event]:
+        if said.text or said.logprob is not None:
+            entries = () if said.logprob is None else (said.logprob,)
+            yield self._event("response.output_text.delta", **self._place(), delta=said.text, logprobs=self._logprobs(entries))
+
+    def end(self) -> Iterator[Event]:
+        text, logprobs = self.reply.text, self._logprobs(self.reply.logprobs)
+        part = self._part(text, logprobs)
+        yield self._event("response.output_text.done", **self._place(), text=text, logprobs=logprobs)
+        yield self._event("response.content_part.done", **self._place(), part=part)
+        item = self._item(self._status, [part])
+        yield self._event("response.output_item.done", output_index=0, item=item)
+        yield self._event(f"response.{self._status}", response=self._response(self._status, [item]))
+
+    def failed(self, problem: Problem) -> Iterator[Event]:
+        error = {"code": "server_error", "message": str(problem)}
+        item = self._item("incomplete", [self._part(self.reply.text, self._logprobs(self.reply.logprobs))])
+        yield self._event("response.failed", response=self._response("failed", [item], error))
+
+
+class MessageStream(Stream):
+    """``/v1/messages``; always one reply. The first event counts the tokens that were cached, which the first token tells."""
+
+    waits = True
+
+    def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts) -> None:
+        super().__init__(model, replies, texts)
+        self.id = new_id("msg_")
+        (self.reply,) = replies
+
+    def _usage(self, output: int) -> Json:
+        """input_tokens: those that were read; cached ones stand beside them."""
+        prompt, _, cached = token_counts(self.replies)
+        return {
+            "input_tokens": prompt - cached, "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0, "output_tokens": output,
+        }  # fmt: skip
+
+    def _stop(self) -> Json:
+        reply = self.reply
+        reason = "stop_sequence" if reply.stop is not None else "max_tokens" if reply.finish_reason == "length" else "end_turn"
+        return {"stop_reason": reason, "stop_sequence": reply.stop}
+
+    def _message(self, content: list[Json], stop: Json, output: int) -> Json:
+        message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": content}
+        return message | stop | {"usage": self._usage(output)}
+
+    def whole(self) -> Json:
+        return self._message([{"type": "text", "text": self.reply.text}], self._stop(), self.reply.tokens)
+
+    def _event(self, kind: str, **data: Any) -> Event:
+        return kind, {"type": kind} | data
+
+    def begin(self) -> Iterator[Event]:
+        yield self._event("message_start", message=self._message([], {"stop_reason": None, "stop_sequence": None}, 0))
+        yield self._event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        yield self._event("ping")
+
+    def said(self, said: Said) -> Iterator[Event]:
+        if said.text:
+            yield self._event("content_block_delta", index=0, delta={"type": "text_delta", "text": said.text})
+
+    def end(self) -> Iterator[Event]:
+        yield self._event("content_block_stop", index=0)
+        yield self._event("message_delta", delta=self._stop(), usage=self._usage(self.reply.tokens))
+        yield self._event("message_stop")
+
+    def failed(self, problem: Problem) -> Iterator[Event]:
+        yield "error", anthropic_error(problem)
+
+    def idle(self) -> bytes:
+        return sse(*self._event("ping"))
