@@ -88,7 +88,7 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     for entry in results["points"]:
         (run,) = entry["runs"]
         assert all(0 < value < math.inf for value in run.values()), run
-    assert len(re.findall(r"^\d of 6: .*first token", said, re.MULTILINE)) == 9
+    assert len(re.findall(r"^\d of 6: .*first token", said, re.MULTILINE)) == 6
     assert json.loads((out / "figures.json").read_text()) == results
     names = {f"{name}-{bits}-bit.{kind}" for name in ("first-token", "next-token", "memory") for bits in (4, 16) for kind in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == names | {"figures.json", "report.html"}

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("zamba2.weights", "zamba2.model", "zamba2._engine"),  # numerics
     ("zamba2.runtime",),  # backends
     ("zamba2.language",),  # language
-    ("zamba2", "zamba2.api", "zamba2.hf", "zamba2.train", "zamba2.evaluate"),  # interfaces
+    ("zamba2", "zamba2.api", "zamba2.hf", "zamba2.train", "zamba2.evaluate", "zamba2.serve"),  # interfaces
     ("zamba2.cli", "zamba2.commands", "zamba2.bench", "zamba2.__main__"),  # commands
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
