@@ -147,6 +147,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
         yield browser
@@ -172,7 +173,7 @@ class Tab:
         self.page.on("dialog", self.asked)
         self.context.on("page", lambda page: self.requests.append(f"new tab: {page.url}"))
         self.page.goto(f"{server.url}/")
-        expect(self.page.locator("#model")).to_have_text("tiny", timeout=PATIENCE)
+        expect(self.page.locator("#model")).to_have_text("tiny")
 
     def requested(self, request: Request) -> None:
         self.requests.append(request.url)
@@ -207,8 +208,8 @@ class Tab:
 
     def finished(self, answers: int) -> None:
         """Waits until so many answers stand, and none is being written."""
-        expect(self.answers).to_have_count(answers, timeout=PATIENCE)
-        expect(self.page.locator("[aria-busy=true]")).to_have_count(0, timeout=PATIENCE)
+        expect(self.answers).to_have_count(answers)
+        expect(self.page.locator("[aria-busy=true]")).to_have_count(0)
 
     def harmless(self, *, errors: str = "$^") -> None:
         """No dialog, nothing asked of anyone else, no complaint but those that `errors` matches."""
@@ -817,7 +818,7 @@ def test_the_view_follows_the_answer_unless_scrolled_away(tab: Tab) -> None:
     lines = [f"line {k}\n\n" for k in range(200)]
     gate = threading.Event()
     tab.say("a", Answer(pieces=[*lines[:100], "".join(lines[100:])], pause=0.01, gate=gate))
-    expect(tab.page.get_by_text("line 99", exact=True)).to_be_in_viewport(timeout=PATIENCE)
+    expect(tab.page.get_by_text("line 99", exact=True)).to_be_in_viewport()
     tab.page.locator("#messages").hover()
     tab.page.mouse.wheel(0, -5000)
     expect(tab.button("Go to the latest message")).to_be_visible()
