@@ -34,7 +34,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from zamba2.commands.serve import bind, read_keys  # noqa: E402
+from zamba2.commands.serve import bind, main, read_keys  # noqa: E402
 from zamba2.serve.app import Settings, create_app  # noqa: E402
 from zamba2.serve.protocol import TokenTexts  # noqa: E402
 
@@ -515,6 +515,31 @@ def test_clients_that_leave(live: Live, path: str) -> None:
     assert live.is_idle(2)
 
 
+def test_streams_side_by_side(live: Live, model: LanguageModel, chats: list[list[dict[str, str]]]) -> None:
+    """More streams at once than the batch has places are each the model's own words."""
+    own, said = [model.chat(messages, max_tokens=24).text for messages in chats], [""] * 12
+
+    def ask(i: int) -> None:
+        for _, data in events(live.post(CHAT, messages=chats[i // 2], temperature=0, max_tokens=24, stream=True)):
+            said[i] += "" if data == "[DONE]" else data["choices"][0]["delta"].get("content", "")
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(said))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert said == [text for text in own for _ in range(2)] and live.is_idle()
+
+
+def test_a_model_that_failed(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model fails, requests on their way and later ones are 503 with the reason, and so is the health."""
+    with Live(model) as live:
+        monkeypatch.setattr(live.scheduler, "_round", lambda: (_ for _ in ()).throw(MemoryError("no room")))
+        for path in ASKED:
+            check_error(live.post(path, **ASKED[path]), 503, "the model has failed.*no room", path)
+        check_error(live.http.get("/health"), 503, "no room", "")
+
+
 def test_time_is_up(model: LanguageModel) -> None:
     """A request that takes too long is 504; a stream ends with the error as its last event, which the clients raise."""
     with Live(model, allow={"seconds": 0.3}) as live:
@@ -598,6 +623,16 @@ def test_openapi_document(live: Live) -> None:
     assert {"200", "400", "413", "429", "503"} <= set(found["paths"][CHAT]["post"]["responses"])
 
 
+def test_page(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page may load nothing from elsewhere; where it is not installed, that is a sentence."""
+    monkeypatch.setattr("zamba2.serve.app.files", lambda package: tmp_path)
+    check_error(live.http.get("/"), 404, "this installation has no page", "")
+    (tmp_path / "page.html").write_text("<p>☃", encoding="utf-8")
+    response = live.http.get("/")
+    assert (response.status_code, response.text) == (200, "<p>☃") and response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+
+
 def test_token_texts(model: LanguageModel) -> None:
     """The bytes of single tokens join to the bytes of the text."""
     texts = TokenTexts(model.tokenizer)
@@ -629,6 +664,13 @@ def test_addresses_and_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             read_keys(file)
     with pytest.raises(Zamba2Error, match="cannot be read"):
         read_keys(tmp_path / "none")
+
+
+def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without FastAPI or uvicorn the command names what to install."""
+    monkeypatch.setattr("zamba2.commands.serve.find_spec", lambda name: None)
+    with pytest.raises(Zamba2Error, match=r"needs fastapi and uvicorn; install with `pip install 'zamba2\[serve\]'`"):
+        main("demo", {})
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import os
 import socket
@@ -106,6 +107,8 @@ def serve(
     server = Server(uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=5,
     ))  # fmt: skip
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through it again would stop all streams
     try:
         server.run(sockets=[bound])
     finally:

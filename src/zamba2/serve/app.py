@@ -12,8 +12,9 @@ import json
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -291,15 +292,15 @@ class Server:
                     asks.append(Ask(request, prompt, text, number, added, silent=body.max_tokens == 0))
         return asks
 
-    def talk(self, http: HTTPRequest, asks: Sequence[Ask]) -> Talk:
+    def talk(self, http: HTTPRequest, asks: Sequence[Ask], streamed: bool | None) -> Talk:
         """Submit; called in the event loop. Raises Problem where the scheduler takes no more."""
-        talk = Talk(self, asks)
+        talk = Talk(self, asks, streamed=bool(streamed))
         http.scope["zamba2"] = talk  # for the log
         return talk
 
-    async def respond(self, http: HTTPRequest, talk: Talk, stream: Stream, streamed: bool | None) -> Response:
+    async def respond(self, http: HTTPRequest, talk: Talk, stream: Stream) -> Response:
         """The answer, whole or as events."""
-        if streamed:
+        if talk.streamed:
             return Events(talk, stream)
         await talk.finish(http)
         return answer(stream.whole())
@@ -311,16 +312,20 @@ def with_seed(options: dict[str, Any], i: int) -> dict[str, Any]:
 
 
 class Talk:
-    """The replies to one HTTP request on their way. Made, read and cancelled in the event loop."""
+    """The replies to one HTTP request on their way. Made, read and cancelled in the event loop.
 
-    def __init__(self, server: Server, asks: Sequence[Ask]) -> None:
-        self.server = server
+    streamed: each token wakes the loop; else the ends of replies do, since the model's thread and the loop share one interpreter.
+    """
+
+    def __init__(self, server: Server, asks: Sequence[Ask], *, streamed: bool) -> None:
+        self.server, self.streamed = server, streamed
         self.replies = [Reply(i, ask) for i, ask in enumerate(asks)]
         self.begun = time.monotonic()
         self._end = self.begun + server.settings.seconds
         self._last = [self.begun] * len(asks)  # when each reply said its last token
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Said | tuple[int, Zamba2Error]] = asyncio.Queue()
+        self._items: deque[Said | Zamba2Error] = deque()
+        self._wake = asyncio.Event()
         self._jobs: list[Job] = []
         try:
             for i, ask in enumerate(asks):
@@ -332,15 +337,15 @@ class Talk:
 
     def _receive(self, index: int, piece: Piece | Zamba2Error) -> None:
         """Called by the model's thread. The state stays behind: a slow reader must not keep it alive."""
-        said: Said | tuple[int, Zamba2Error]
         if isinstance(piece, Zamba2Error):
-            said = index, piece
+            self._items.append(piece)
         else:
-            said = Said(index, piece.text, piece.token, piece.logprob, piece.finish_reason, piece.stop, time.monotonic())
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, said)
-        except RuntimeError:  # the loop has ended before the model
-            return
+            self._items.append(Said(index, piece.text, piece.token, piece.logprob, piece.finish_reason, piece.stop, time.monotonic()))
+            if not self.streamed and piece.finish_reason is None:
+                return
+        if not self._wake.is_set():  # the loop looks at the items after it has cleared this
+            with suppress(RuntimeError):  # the loop may have ended before the model
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     @property
     def done(self) -> bool:
@@ -353,19 +358,20 @@ class Talk:
 
     async def next(self, seconds: float) -> Said | None:
         """The next step of any reply, or None if there is none within so long. Raises Zamba2Error where a reply failed."""
-        try:
-            item = self._queue.get_nowait()
-        except asyncio.QueueEmpty:
+        self._wake.clear()
+        if not self._items:
             try:
-                item = await asyncio.wait_for(self._queue.get(), seconds)
+                await asyncio.wait_for(self._wake.wait(), seconds)
             except asyncio.TimeoutError:
                 if self.server.scheduler.failed is not None:
                     raise Zamba2Error(f"the model has failed: {self.server.scheduler.failed}") from None
                 if time.monotonic() > self._end + LATE:
                     raise TimeIsUp(f"the reply took longer than the {self.server.settings.seconds:.0f} s that it may.") from None
-                return None
-        if not isinstance(item, Said):
-            raise item[1]
+        if not self._items:
+            return None
+        item = self._items.popleft()
+        if isinstance(item, Zamba2Error):
+            raise item
         reply, job = self.replies[item.index], self._jobs[item.index]
         if not reply.tokens:
             reply.cached_tokens, reply.prompt_logprobs = job.cached_tokens, job.prompt_logprobs
@@ -537,7 +543,8 @@ class Gate:
             if self.server.settings.log_prompts:
                 asks = {reply.ask.number: reply.ask.text for reply in talk.replies}
                 line += "".join(f" {json.dumps(text, ensure_ascii=False)}" for text in asks.values())
-        print(printable(line), file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # standard error may be gone; requests go on
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 def printable(line: str) -> str:
@@ -607,9 +614,9 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos}
         options["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         asks = await asyncio.to_thread(server.chat_asks, body.conversation, options, body.most_tokens, body.n or 1)
-        talk = server.talk(http, asks)
+        talk = server.talk(http, asks, body.stream)
         stream = ChatStream(settings.model_name, talk.replies, server.texts, include_usage=body.include_usage)
-        return await server.respond(http, talk, stream, body.stream)
+        return await server.respond(http, talk, stream)
 
     @app.post("/v1/completions", responses=documented(COMPLETION, stream=True), response_class=Response)
     async def completions(body: CompletionBody, http: HTTPRequest) -> Response:
@@ -617,11 +624,11 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         server.check_model(body.model)
         server.check_sizes(n=body.n, stops=len(body.stop), prompts=len(body.prompt))
         asks = await asyncio.to_thread(server.completion_asks, body)
-        talk = server.talk(http, asks)
+        talk = server.talk(http, asks, body.stream)
         stream = CompletionStream(
             settings.model_name, talk.replies, server.texts, echo=bool(body.echo), include_usage=body.include_usage
         )  # fmt: skip
-        return await server.respond(http, talk, stream, body.stream)
+        return await server.respond(http, talk, stream)
 
     good = schema(id=TEXT, object=TEXT, created_at=NUMBER, status=TEXT, model=TEXT, output=ANYTHING)
 
@@ -632,8 +639,8 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         server.check_sizes(messages=1 if isinstance(body.input, str) else len(body.input))
         options = sampling_options(body) | {"logprobs": body.alternatives}
         asks = await asyncio.to_thread(server.chat_asks, body.messages, options, body.max_output_tokens)
-        talk = server.talk(http, asks)
-        return await server.respond(http, talk, ResponseStream(settings.model_name, talk.replies, server.texts, body=body), body.stream)
+        talk = server.talk(http, asks, body.stream)
+        return await server.respond(http, talk, ResponseStream(settings.model_name, talk.replies, server.texts, body=body))
 
     good = schema(id=TEXT, type=TEXT, role=TEXT, model=TEXT, content=ANYTHING, usage={"type": "object"})
 
@@ -649,8 +656,8 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
                 raise Problem("messages has no message before the beginning of the reply; a user's is needed.", param="messages")
             prefill = conversation.pop()["content"]
         asks = await asyncio.to_thread(server.chat_asks, conversation, options, body.max_tokens, 1, prefill)
-        talk = server.talk(http, asks)
-        return await server.respond(http, talk, MessageStream(settings.model_name, talk.replies, server.texts), body.stream)
+        talk = server.talk(http, asks, body.stream)
+        return await server.respond(http, talk, MessageStream(settings.model_name, talk.replies, server.texts))
 
     def about_model() -> dict[str, Any]:
         """For OpenAI's clients and Anthropic's, who ask at the same address."""

@@ -196,13 +196,15 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Bias = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Unused = Annotated[Any, Field(description="Taken and not used.")]
 
+NO_REASONING = ["none", {"type": "disabled"}, {}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}]
 Tools = Annotated[Any, Only("tools are not supported yet; leave this out.", [])]
 ToolChoice = Annotated[Any, Only("tools are not supported yet; leave this out.", "none", "auto", {"type": "none"}, {"type": "auto"})]
 TextFormat = Annotated[Any, Only("response formats other than text are not supported yet; leave this out.", {"type": "text"})]
 TextAlone = Annotated[Any, Only("this model writes text alone; leave this out.", ["text"])]
-NoReasoning = Annotated[Any, Only("this model does not reason apart from its answer; leave this out.", "none", {"type": "disabled"}, {})]
+NoReasoning = Annotated[Any, Only("this model does not reason apart from its answer; leave this out.", *NO_REASONING)]
 NoState = Annotated[Any, Only("this server keeps no responses; send the whole conversation and leave this out.", False)]
 NoName = Annotated[Any, Only("the chat template has no place for this; leave this out.", [])]
+Verbosity = Annotated[Any, Only("this model knows no verbosity; leave this out.", "medium")]
 NotHere = Annotated[Any, Only("this server does not support this; leave it out.", [], {}, False, "")]
 
 
@@ -288,7 +290,7 @@ class ChatBody(OpenAIBody):
     modalities: TextAlone = None
     audio: TextAlone = None
     reasoning_effort: NoReasoning = None
-    verbosity: NotHere = None
+    verbosity: Verbosity = None
     moderation: NotHere = None
     web_search_options: NotHere = None
 
@@ -339,7 +341,7 @@ class ResponseMessage(Body):
 
 class ResponseText(Body):
     format: TextFormat = None
-    verbosity: NotHere = None
+    verbosity: Verbosity = None
 
 
 class ResponseStreamOptions(Body):
