@@ -10,9 +10,11 @@ import pty
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ def test_the_commands_are_these() -> None:
     """What the tests below go through is every command there is."""
     training = ["train preview", "train sft", "train dpo", "train demo"]
     measuring = [f"evaluate {name}" for name in ("perplexity", "divergence", "tasks", "ifeval", "mt-bench")]
-    assert [*COMMANDS] == ["generate", "chat", "info", "download", "quantize", "bench", "figures", *training, *measuring]
+    assert [*COMMANDS] == ["generate", "chat", "info", "download", "quantize", "bench", "figures", "serve", *training, *measuring]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -527,6 +529,24 @@ def files_to_evaluate(folder: Path) -> None:
         (folder / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
+def served(line: str) -> None:
+    """The line's server, with the demonstration model on a free port, answers, and Ctrl-C ends it."""
+    asked = line.partition("#")[0].replace("2.7b-instruct", "demo").split()[1:]
+    command = [sys.executable, "-m", "zamba2", *asked, "--port", "0", "--quiet"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            address = re.search(r"http://\S+", process.stderr.readline())
+            assert address is not None
+            with urllib.request.urlopen(f"{address[0]}/health", timeout=30) as answer:
+                assert answer.status == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert process.stderr.read() == "zamba2: stopped.\n"
+        finally:
+            process.kill()
+
+
 # lm_eval, transformers and datasets warn of each other.
 @pytest.mark.filterwarnings("ignore", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("line", readme_commands())
@@ -546,6 +566,9 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
         if not NLTK.is_dir():
             pytest.skip(f"{NLTK} is absent: what splits sentences is read from there")
         monkeypatch.setenv("NLTK_DATA", str(NLTK))
+    if line.startswith("zamba2 serve"):
+        served(line)
+        return
     if line.startswith("zamba2 figures"):
         line = line.replace("figures", "figures --small --repeats 1 --engines zamba2 --formats q4", 1)
     code, out, err = zamba(*shlex.split(line, comments=True)[1:], stdin=b"/help\n")

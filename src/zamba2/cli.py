@@ -308,6 +308,61 @@ def figures(
     )  # fmt: skip
 
 
+@app.command()
+def serve(
+    model: Model = "demo",
+    host: Annotated[str, typer.Option(help="Address; one that others can reach needs API keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[Optional[str], typer.Option(help="What clients call the model; as --model if not given.")] = None,
+    api_keys: Annotated[Optional[Path], typer.Option(help="File of API keys, one a line; ZAMBA2_API_KEYS has some too.")] = None,
+    open_to_all: Annotated[bool, typer.Option("--open", help="Let others reach it without a key.")] = False,
+    cors: Annotated[Optional[list[str]], typer.Option(help="Origin of a web page that may call it, such as https://a.example.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of a chat's reply where the request does not say.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that wait; one more gets 429.")] = 64,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that replies have to finish when it is stopped.")] = 10,
+    cache_mb: Annotated[int, typer.Option(min=0, help="Memory for states of conversations, in MB; 0 keeps none.")] = 1024,
+    cache_folder: Annotated[Optional[Path], typer.Option(help="Keep them here too, across restarts.")] = None,
+    disk_mb: Annotated[int, typer.Option(min=1, help="Most of that, in MB.")] = 8192,
+    body_mb: Annotated[int, typer.Option(min=1, help="Largest body of a request, in MB.")] = 4,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked, too.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Log no requests.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    format: FormatName = None,
+    kv_format: KVFormatName = None,
+    adapter: Adapter = None,
+    threads: Threads = None,
+    pin: Pin = None,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Serve a model to OpenAI's and Anthropic's clients, and a chat page to a browser.
+
+    The history of a conversation is not read again: states are kept behind each message. Stop it with Ctrl-C.
+
+    Examples:
+
+        zamba2 serve --model 2.7b-instruct
+
+        zamba2 serve --port 9000 --cache-folder states
+
+        ZAMBA2_API_KEYS=secret zamba2 serve --host 0.0.0.0
+    """
+    from zamba2.commands.serve import main
+
+    where = {
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
+        "revision": revision, "offline": offline,
+    }  # fmt: skip
+    main(
+        model, where, host=host, port=port, name=name, api_keys=api_keys, open_to_all=open_to_all, origins=cors or (),
+        max_tokens=max_tokens, batch=batch, queue=queue, seconds=timeout, grace=grace, cache_mb=cache_mb, cache_folder=cache_folder,
+        disk_mb=disk_mb, body_mb=body_mb, log_prompts=log_prompts, quiet=quiet,
+    )  # fmt: skip
+
+
 train = typer.Typer(
     help="Post-train a model: look at the data, then SFT, then DPO.", rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
