@@ -218,6 +218,49 @@ def test_a_failing_model_is_said(model: LanguageModel, prompts: list[list[int]])
         replies.submit(1, prompts[1])
 
 
+def test_those_who_left_hold_no_place(scheduler: Scheduler, prompts: list[list[int]], model: LanguageModel) -> None:
+    """A request that waits and is cancelled, or whose time is up, gives its place in the queue to others."""
+    narrow = Scheduler(model.backend, model.tokenizer, most_running=1, most_waiting=1)
+    replies = Replies(narrow)
+    replies.submit(0, prompts[0], max_tokens=10**6, ignore_eos=True)
+    while narrow.counts()["waiting"]:
+        time.sleep(0.001)
+    replies.submit(1, prompts[1], max_tokens=2).cancel()
+    replies.submit(2, prompts[2], max_tokens=2, seconds=0.05)
+    replies.wait(2)
+    assert isinstance(replies.errors[2], TimeIsUp)
+    replies.submit(3, prompts[3], max_tokens=2)
+    replies.jobs[0].cancel()
+    replies.wait(3)
+    assert narrow.close(5) == 0 and narrow.counts() == {"waiting": 0, "reading": 0, "decoding": 0} and not replies.pieces[1]
+
+
+def test_a_fault_of_one_ends_it_alone(model: LanguageModel, prompts: list[list[int]], alone: list[Generation]) -> None:
+    """A call that fails for one of its rows is made for each of them: the others' replies stay what they are."""
+
+    class Picky:
+        config = model.backend.config
+
+        def new_state(self, *, adapter: str | None = None) -> Any:
+            return model.backend.new_state()
+
+        def forward(self, rows: Any) -> Any:
+            if any(7 in row.tokens[:1] and len(row.tokens) > 1 for row in rows):
+                raise Zamba2Error("there is no memory for this one.")
+            return model.backend.forward(rows)
+
+    scheduler = Scheduler(Picky(), model.tokenizer)
+    replies = Replies(scheduler)
+    replies.submit(1, prompts[1], max_tokens=24)
+    replies.submit(0, [7, 8, 9], max_tokens=24)
+    replies.submit(2, prompts[2], max_tokens=24, logit_bias={i: float("-inf") for i in range(model.backend.config.vocab_size)})
+    replies.submit(3, prompts[3], max_tokens=24)
+    replies.wait(0, 1, 2, 3)
+    assert "no memory for this one" in str(replies.errors[0]) and 2 in replies.errors
+    assert replies.tokens(1) == alone[1].tokens and replies.tokens(3) == alone[3].tokens
+    assert scheduler.failed is None and scheduler.close(5) == 0
+
+
 def test_logprobs_of_a_prompt(model: LanguageModel, scheduler: Scheduler, prompts: list[list[int]]) -> None:
     """The prompt's own tokens get the log-probabilities of one plain call, in stretches too."""
     tokens = prompts[-1]

@@ -136,22 +136,25 @@ class StateCache:
     # ---- memory and disk
 
     def _trim(self) -> None:
+        held = self.nbytes
         for key, entry in list(self._entries.items()):
-            if self.nbytes <= self.most_bytes:
+            if held <= self.most_bytes:
                 break
             if entry.state is not None:
                 self.dropped += 1
+                held -= entry.nbytes
                 entry.state = None
                 if self.folder is None or not self._file(key).exists():
                     self._forget(key)
         if self.folder is None:
             return
         files = {key: self._file(key).stat().st_size for key in self._entries if self._file(key).exists()}
+        held = sum(files.values())
         for key in list(self._entries):
-            if sum(files.values()) <= self.disk_bytes:
+            if held <= self.disk_bytes:
                 break
             if key in files:
-                del files[key]
+                held -= files[key]
                 self._delete(key)
                 if self._entries[key].state is None:
                     self._forget(key)

@@ -19,7 +19,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Piece, Request, Running, TokenLogprob
 from zamba2.language.sampling import log_softmax, top_logprobs
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.runtime.backend import Backend, Row
+from zamba2.runtime.backend import Backend, Logits, Row
 from zamba2.serve.cache import StateCache
 
 __all__ = ["Busy", "Job", "Prompt", "Scheduler", "TimeIsUp"]
@@ -121,6 +121,7 @@ class Scheduler:
                 raise Zamba2Error("the server is shutting down and takes no more requests.")
             if self.failed is not None:
                 raise Zamba2Error(f"the model has failed ({self.failed}); the server must be started again.")
+            self._waiting = deque(other for other in self._waiting if not other.cancelled)
             if len(self._waiting) >= self.most_waiting:
                 raise Busy(len(self._waiting), self.expected_wait)
             self._waiting.append(job)
@@ -150,6 +151,8 @@ class Scheduler:
             self._stopped = True
             self._condition.notify_all()
         self._thread.join(timeout=60)
+        for jobs in (self._waiting, self._beginning, self._reading, self._decoding, self._closing):
+            jobs.clear()
         for job in left:
             job.receive(Zamba2Error("the server was shut down before the reply was finished."))
         return len(left)
@@ -193,10 +196,10 @@ class Scheduler:
             for token in (min(request.tokens), max(request.tokens)):
                 if not 0 <= token < size:
                     raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {size - 1}.")
-            found = None
+            state, found = self.backend.new_state(adapter=request.adapter), None
             if self.cache is not None and job.prompt.logprobs is None:
-                found = self.cache.find(request.tokens, request.adapter)
-            state = self.backend.new_state(adapter=request.adapter) if found is None else found.state
+                found = self.cache.find(request.tokens, state.adapter)  # not the request's: there may be one for all
+            state = state if found is None else found.state
             job.read = job.cached_tokens = 0 if found is None else found.tokens
             job.running = Running(0, request, state, size, self.tokenizer)
         except Zamba2Error as error:
@@ -209,7 +212,7 @@ class Scheduler:
     def _leave(self) -> None:
         """Let go of requests whose caller has gone or whose time is up."""
         now = time.monotonic()
-        for job in [*self._reading, *self._decoding]:
+        for job in self._jobs():
             if job.cancelled:
                 self.cancelled += 1
                 self._remove(job)
@@ -218,10 +221,10 @@ class Scheduler:
                 self._end(job, TimeIsUp(f"the reply took longer than the {job.end - job.begun:.0f} s that it may."))
 
     def _remove(self, job: Job) -> None:
-        if job in self._reading:
-            self._reading.remove(job)
-        if job in self._decoding:
-            self._decoding.remove(job)
+        with self._condition:
+            for jobs in (self._waiting, self._beginning, self._reading, self._decoding):
+                if job in jobs:
+                    jobs.remove(job)
 
     def _end(self, job: Job, error: Zamba2Error) -> None:
         if not job.cancelled:
@@ -240,14 +243,37 @@ class Scheduler:
             rows.append(self._stretch(reading, alone=not decoding))
         if not rows:
             return
-        scores = self.backend.forward(rows)
-        for job, own in zip(decoding, scores[: len(decoding)], strict=True):
-            self._said(job, own.numpy()[-1])
-        for job, _ in closing:
-            self._keep(job)
+        jobs = [*decoding, *(job for job, _ in closing), *([] if reading is None else [reading])]
+        scores = self._forward(rows)
         if reading is not None:
             self._reading.popleft()
-            self._have_read(reading, rows[-1], scores[-1].numpy() if rows[-1].logits else None)
+        for i, (job, found) in enumerate(zip(jobs, scores, strict=True)):
+            try:
+                if isinstance(found, Zamba2Error):
+                    raise found
+                if job is reading:
+                    self._have_read(job, rows[i], found.numpy() if rows[i].logits else None)
+                elif i < len(decoding):
+                    self._said(job, found.numpy()[-1])
+                else:
+                    self._keep(job)
+            except Zamba2Error as error:  # such as logits that are no numbers, or no memory for one more state
+                self._remove(job)
+                self._end(job, error)
+
+    def _forward(self, rows: list[Row]) -> Sequence[Logits | Zamba2Error]:
+        """The backend's call; where it fails, one for each row, so that a request's own fault ends it alone. A call that fails leaves
+        every state as it was."""
+        try:
+            return self.backend.forward(rows)
+        except Zamba2Error:
+            found: list[Logits | Zamba2Error] = []
+            for row in rows:
+                try:
+                    found += self.backend.forward([row])
+                except Zamba2Error as error:
+                    found.append(error)
+            return found
 
     def _stretch(self, job: Job, *, alone: bool) -> Row:
         """The next part of a prompt."""
