@@ -348,7 +348,7 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "an image": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "is of type 'image_url'"),
     "half a pair": (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a surrogate pair"),
     "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "tools are not supported yet"),
-    "a format": (CHAT, {"response_format": {"type": "json_object"}}, 400, "response formats other than text are not supported yet"),
+    "a format": (RESPONSE, {"text": {"format": {"type": "json_object"}}}, 400, "response formats other than text are not supported yet"),
     "an unknown field": (CHAT, {"temprature": 1}, 400, "temprature is no field that this server knows"),
     "temperature": (CHAT, {"temperature": "hot"}, 400, "temperature is 'hot'; input should be a valid number"),
     "below zero": (CHAT, {"temperature": -1}, 400, "temperature is -1"),

@@ -8,18 +8,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.sampling import Sampler, Sampling, log_softmax, top_logprobs
 from zamba2.language.tokenizer import IncrementalDecoder, Tokenizer
 from zamba2.runtime.backend import Backend, Row, State
 
-__all__ = ["Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "run"]
+__all__ = ["Constraint", "Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "run"]
 
 PREFILL_STEP = 512  # tokens between two progress reports while a prompt is read
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
+Scores = npt.NDArray[np.float32]
+
+
+class Constraint(Protocol):
+    """Which tokens may come next in one reply. What it raises must be Zamba2Error."""
+
+    def mask(self, scores: Scores) -> Scores:
+        """The scores [V], with -inf for tokens that are not allowed; never for all."""
+
+    def accept(self, token: int) -> None:
+        """The token was sampled."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue and how. tokens: at least one, read after ``state`` (which is left as it is), or from the start."""
+    """What to continue and how. tokens: at least one, read after ``state`` (which is left as it is), or from the start.
+
+    constraint: of this request alone, and used up by it.
+    """
 
     tokens: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
@@ -43,6 +59,7 @@ class Request:
     ignore_eos: bool = False
     state: State | None = None
     adapter: str | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
@@ -144,7 +161,10 @@ class Running:
 
     def step(self, scores: np.ndarray) -> Piece:
         """Sample from the scores (V,) and say what became certain."""
-        token = self.sampler.sample(scores)
+        constraint = self.request.constraint
+        token = self.sampler.sample(scores if constraint is None else constraint.mask(scores))
+        if constraint is not None:
+            constraint.accept(token)
         self.count += 1
         logprob = None
         if self.request.logprobs is not None:

@@ -22,7 +22,7 @@ class LanguageModel:
 
     Generation options, the same everywhere: max_tokens=256, stop (a text or several), logprobs (number of alternatives),
     ignore_eos, and the fields of ``Sampling``: temperature (0 = greedy, the default), top_k, top_p, min_p,
-    repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed.
+    repetition_penalty, frequency_penalty, presence_penalty, logit_bias, seed. constraint: a ``generate.Constraint``, for one reply.
     """
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer | None, *, name: str = "zamba2", is_random: bool = False) -> None:
@@ -71,7 +71,7 @@ class LanguageModel:
 
 def make_request(tokens: Sequence[int], options: Mapping[str, Any]) -> Request:
     """A request from generation options by name. Raises Zamba2Error for an unknown one."""
-    own = {"max_tokens", "stop", "logprobs", "ignore_eos", "state", "adapter"}
+    own = {"max_tokens", "stop", "logprobs", "ignore_eos", "state", "adapter", "constraint"}
     sampling = {name: value for name, value in options.items() if name not in own}
     unknown = sorted(set(sampling) - set(Sampling.__dataclass_fields__))
     if unknown:

@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import json
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -31,9 +32,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from zamba2.errors import Zamba2Error
-from zamba2.language.generate import Piece
+from zamba2.language.generate import Constraint, Piece
 from zamba2.language.model import LanguageModel, make_request
 from zamba2.serve.cache import StateCache
+from zamba2.serve.grammar import Grammars
 from zamba2.serve.protocol import (
     Ask,
     ChatBody,
@@ -46,6 +48,7 @@ from zamba2.serve.protocol import (
     Problem,
     Reply,
     ResponseBody,
+    ResponseFormat,
     ResponseStream,
     Said,
     Stream,
@@ -186,6 +189,8 @@ class Server:
         self.texts = TokenTexts(self.tokenizer)
         self.metrics = Metrics()
         self.started = int(time.time())
+        self._grammars: Grammars | None = None
+        self._lock = threading.Lock()
 
     def check_model(self, name: str) -> None:
         """Raises Problem unless it is ours."""
@@ -261,15 +266,29 @@ class Server:
         if wrong is not None:
             raise Problem(f"{what} {wrong} is no token; ids from 0 to {self.config.vocab_size - 1} are needed.", param=param)
 
+    def constraint(self, wanted: ResponseFormat | None) -> Callable[[], Constraint] | None:
+        """What makes a constraint for each reply, if the format is not text. Raises Problem."""
+        if wanted is None or wanted.type == "text":
+            return None
+        try:
+            with self._lock:
+                self._grammars = Grammars(self.tokenizer) if self._grammars is None else self._grammars
+            return self._grammars.compile(None if wanted.json_schema is None else wanted.json_schema.wanted)
+        except Zamba2Error as error:
+            raise Problem(f"response_format: {error}", param="response_format") from None
+
     def chat_asks(
-        self, messages: Sequence[dict[str, str]], options: dict[str, Any], wanted: int | None, n: int = 1, prefill: str = ""
-    ) -> list[Ask]:
+        self, messages: Sequence[dict[str, str]], options: dict[str, Any], wanted: int | None, n: int = 1, prefill: str = "",
+        reply_format: ResponseFormat | None = None,
+    ) -> list[Ask]:  # fmt: skip
         """What to ask of the scheduler for a conversation. Raises Problem."""
         with asked():
             self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
             ids, prompt, text = self.read_chat(messages, prefill)
             options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens), "adapter": self.adapter}
-            return [Ask(make_request(ids, with_seed(options, i)), prompt, text) for i in range(n)]
+            made = self.constraint(reply_format)
+            constraints = [None if made is None else made() for _ in range(n)]
+            return [Ask(make_request(ids, with_seed(options, i) | {"constraint": c}), prompt, text) for i, c in enumerate(constraints)]
 
     def completion_asks(self, body: CompletionBody) -> list[Ask]:
         """What to ask of the scheduler for a completion. Raises Problem."""
@@ -613,7 +632,9 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         server.check_sizes(messages=len(body.messages), n=body.n, stops=len(body.stop))
         options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos}
         options["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
-        asks = await asyncio.to_thread(server.chat_asks, body.conversation, options, body.most_tokens, body.n or 1)
+        asks = await asyncio.to_thread(
+            server.chat_asks, body.conversation, options, body.most_tokens, body.n or 1, reply_format=body.response_format
+        )  # fmt: skip
         talk = server.talk(http, asks, body.stream)
         stream = ChatStream(settings.model_name, talk.replies, server.texts, include_usage=body.include_usage)
         return await server.respond(http, talk, stream)

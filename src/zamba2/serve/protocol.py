@@ -20,12 +20,13 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Request, TokenLogprob
 from zamba2.language.messages import brief
 from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer, _piece_bytes
+from zamba2.serve.grammar import Unmet
 from zamba2.serve.scheduler import Busy, Prompt, TimeIsUp
 
 __all__ = [
     "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "DetokenizeBody", "Event", "MessageStream", "MessagesBody",
-    "Problem", "Reply", "ResponseBody", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody", "anthropic_error",
-    "openai_error", "problem_of", "role_of", "sampling_options", "sse", "validation_problem",
+    "Problem", "Reply", "ResponseBody", "ResponseFormat", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody",
+    "anthropic_error", "openai_error", "problem_of", "role_of", "sampling_options", "sse", "validation_problem",
 ]  # fmt: skip
 
 Json = dict[str, Any]
@@ -56,6 +57,8 @@ def problem_of(error: Zamba2Error) -> Problem:
         return Problem(str(error), status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=error.retry_after)
     if isinstance(error, TimeIsUp):
         return Problem(str(error), status=504, kind="timeout_error", code="timeout")
+    if isinstance(error, Unmet):
+        return Problem(str(error), param="response_format")
     return Problem(str(error), status=503, kind="server_error", code="unavailable")
 
 
@@ -265,6 +268,24 @@ class ChatMessage(Body):
     annotations: Unused = None
 
 
+class JsonSchema(Body):
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: Unused = None
+    wanted: dict[str, Any] | None = Field(None, alias="schema", description="None is any JSON object.")
+    strict: Unused = None  # the schema is always obeyed
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type json_schema, and with no other.")
+        return self
+
+
 class ChatBody(OpenAIBody):
     """``/v1/chat/completions``."""
 
@@ -286,7 +307,7 @@ class ChatBody(OpenAIBody):
     tool_choice: ToolChoice = None
     functions: Tools = None
     function_call: ToolChoice = None
-    response_format: TextFormat = None
+    response_format: ResponseFormat | None = None
     modalities: TextAlone = None
     audio: TextAlone = None
     reasoning_effort: NoReasoning = None
@@ -300,6 +321,8 @@ class ChatBody(OpenAIBody):
             raise ValueError("max_tokens and max_completion_tokens were both given; give one of them.")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs was given without logprobs: true; add that, or leave it out.")
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("ignore_eos goes on after the end of the JSON that response_format asks for; leave one of them out.")
         return self
 
     @property

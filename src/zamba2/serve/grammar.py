@@ -1,0 +1,279 @@
+"""Replies that are JSON of a given schema: what is checked of a schema, and which tokens may come next (llguidance).
+
+A schema comes from anyone, so plain code limits its size, depth, branches and counts before the library compiles it, in a thread of its
+own and with the library's own limits. A keyword that would not be obeyed is refused. JSON is written without spaces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+
+from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Constraint, Scores
+from zamba2.language.messages import brief
+from zamba2.language.tokenizer import Tokenizer
+
+__all__ = ["Grammars", "Unmet", "check_schema"]
+
+MOST_CHARACTERS = 64 << 10
+MOST_NODES = 2000  # values in the schema, of any kind
+MOST_DEPTH = 32  # schemas within schemas
+MOST_NESTING = 3 * MOST_DEPTH  # values within values
+MOST_CHOICES = 2000  # of anyOf, oneOf and enum in one place
+MOST_PRODUCT = 200  # of such choices where several must be met at once
+MOST_REPEATS = 10_000  # of a character, an item or a property
+MOST_PATTERN = 1000  # characters
+LARGEST, LEAST = 1 << 53, 1e-9  # sizes of numbers that the library keeps exactly
+SECONDS = 1.0  # to compile
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 2000,
+    "max_lexer_states": 30_000, "max_grammar_size": 200_000, "verbose_errors": False,
+}  # fmt: skip
+
+TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
+NOTES = {"$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
+NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+ONE, SEVERAL, NAMED = {"items", "additionalProperties"}, {"anyOf", "oneOf", "allOf", "prefixItems"}, {"properties", "patternProperties"}
+DEFINED = {"$defs", "definitions"}
+OTHERS = {"type", "enum", "const", "required", "pattern", "format", "$ref"}
+KNOWN = NOTES | COUNTS | NUMBERS | ONE | SEVERAL | NAMED | DEFINED | OTHERS
+PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+
+
+class Unmet(Zamba2Error):
+    """A schema that cannot be obeyed, or no further."""
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer. Raises Zamba2Error without llguidance, or for a tokenizer that cannot be used."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise Zamba2Error("JSON replies need llguidance; install with `pip install 'zamba2[serve]'`.") from None
+        if not tokenizer.eos_token_ids:
+            raise Zamba2Error("JSON replies need a tokenizer with an end token, which this one lacks; leave response_format out.")
+        self._library = llguidance
+        self._limits = llguidance.LLParserLimits(**LIMITS)
+        size, ends = max(tokenizer.vocab_size, *(i + 1 for i in tokenizer.eos_token_ids)), list(tokenizer.eos_token_ids)
+        text = tokenizer._backend.to_str()
+        self._tokenizer = _guarded(lambda: llguidance.LLTokenizer(text, n_vocab=size, eos_token=ends), "this tokenizer cannot write JSON")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="zamba2 grammar")
+
+    def compile(self, schema: Any = None) -> Callable[[], Constraint]:
+        """Something that makes a constraint for each reply. schema: of JSON Schema; None for any JSON object. Raises Unmet."""
+        text = check_schema({"type": "object"} if schema is None else schema)
+        work = self._threads.submit(self._matcher, text)
+        try:
+            matcher = _guarded(lambda: work.result(SECONDS), "the schema cannot be compiled")
+        except TimeoutError:
+            work.cancel()
+            raise Unmet(f"the schema could not be compiled within {SECONDS:.0f} s; a simpler one is needed, or try again later.") from None
+        return lambda: Matched(_guarded(matcher.deep_copy, "the schema cannot be followed"))
+
+    def _matcher(self, schema: str) -> Any:
+        grammar = self._library.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False, "lenient": False})
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        first = matcher.deep_copy()
+        if not matcher.is_error() and not any(first.compute_bitmask()) and not first.is_error():
+            raise ValueError("no text satisfies it")
+        error = matcher.get_error() or first.get_error()
+        if "coerce_one_of" in error:
+            raise ValueError("oneOf of schemas that may overlap is not supported; use anyOf")
+        if error:
+            raise ValueError("no text satisfies it" if error.startswith("NoExtension") else error)
+        return matcher
+
+
+class Matched:
+    """A ``Constraint``: where one reply stands in its grammar."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def mask(self, scores: Scores) -> Scores:
+        bits = np.frombuffer(_guarded(self._matcher.compute_bitmask, "the reply cannot go on"), np.uint8)
+        allowed = np.unpackbits(bits, count=min(8 * bits.size, scores.size), bitorder="little").astype(bool)
+        masked = np.full_like(scores, -np.inf)
+        np.copyto(masked[: allowed.size], scores[: allowed.size], where=allowed)
+        if self._matcher.is_error() or not allowed.any():
+            raise Unmet("the reply cannot go on as the schema wants it: it is too complex, or nothing satisfies it.")
+        return masked
+
+    def accept(self, token: int) -> None:
+        if not self._matcher.is_stopped() and not _guarded(lambda: self._matcher.consume_token(token), "the reply cannot go on"):
+            raise Unmet("the reply does not follow the schema; a token came that is not allowed.")
+
+
+def _guarded(work: Callable[[], Any], what: str) -> Any:
+    """The library's result. Its errors and panics, which are no Exceptions, become Unmet."""
+    try:
+        return work()
+    except (KeyboardInterrupt, SystemExit, TimeoutError, Zamba2Error):
+        raise
+    except BaseException as error:
+        raise Unmet(f"{what}: {brief(' '.join(str(error).split()))}.") from None
+
+
+# ---- what a schema may be --------------------------------------------------------------------------------------------
+
+
+def check_schema(schema: Any) -> str:
+    """The schema as JSON text. Raises Unmet naming what is wrong, too much, or not supported."""
+    _measure(schema)
+    if not isinstance(schema, dict):
+        raise Unmet(f"the schema is {brief(repr(schema))}; an object is needed.")
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise Unmet(f"the schema is no JSON ({brief(str(error))}).") from None
+    if len(text) > MOST_CHARACTERS:
+        raise Unmet(f"the schema has {len(text)} characters; at most {MOST_CHARACTERS} are possible.")
+    _Checker(schema).choices(schema, "schema", 0)
+    return text
+
+
+def _measure(schema: Any) -> None:
+    """Without recursion: how many values there are, and how deep."""
+    level, count, depth = [schema], 1, 0
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, (dict, list)):
+                count += len(value)
+                if count > MOST_NODES:
+                    raise Unmet(f"the schema holds more than {MOST_NODES} values; a smaller one is needed.")
+                below.extend(value.values() if isinstance(value, dict) else value)
+                if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+                    raise Unmet("the schema has a key that is no text.")
+            elif isinstance(value, int) and abs(value) > LARGEST:
+                raise Unmet("the schema holds a whole number beyond 2**53, which JSON does not keep exactly; a smaller one is needed.")
+        level, depth = below, depth + 1
+        if depth > MOST_NESTING:
+            raise Unmet(f"the schema is nested more than {MOST_NESTING} values deep; a flatter one is needed.")
+
+
+class _Checker:
+    """Walks a schema and what its references name."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self.root = root
+        self.known: dict[int, int] = {}
+        self.within: set[int] = set()
+
+    def choices(self, schema: Any, where: str, depth: int) -> int:
+        """In how many ways the schema can be met, as far as it is a choice. Raises Unmet."""
+        if isinstance(schema, bool):
+            return 1
+        if not isinstance(schema, dict):
+            raise Unmet(f"{where} is {brief(repr(schema))}; a schema is needed, an object or a truth value.")
+        key = id(schema)
+        if key in self.within:
+            raise Unmet(f"{where} refers to what it is within; schemas that contain themselves are not supported.")
+        if depth > MOST_DEPTH:
+            raise Unmet(f"the schema is nested more than {MOST_DEPTH} schemas deep, references included; a flatter one is needed.")
+        if key not in self.known:
+            self.within.add(key)
+            counts = [self._keyword(name, value, where, depth) for name, value in schema.items()]
+            self.within.discard(key)
+            self.known[key] = self._product(counts, where)
+        return self.known[key]
+
+    def _product(self, counts: list[int], where: str) -> int:
+        """Choices where all of several must be met."""
+        count, most = math.prod(counts), MOST_PRODUCT if sum(c > 1 for c in counts) > 1 else MOST_CHOICES
+        if count > most:
+            raise Unmet(f"{where} leaves {brief(str(count))} choices by anyOf, oneOf, allOf and enum; at most {most} are possible.")
+        return count
+
+    def _keyword(self, name: str, value: Any, where: str, depth: int) -> int:
+        """Checks one keyword; returns the choices it gives."""
+        here = f"{where}.{brief(name)}"
+        if name not in KNOWN:
+            raise Unmet(f"{here} is no keyword that is supported here; leave it out.")
+        if name in COUNTS:
+            self._need(type(value) is int and value >= 0, here, value, "a whole number from 0")
+            self._repeats(value, here)
+        elif name in NUMBERS:
+            good = type(value) in (int, float) and (LEAST <= abs(value) <= LARGEST or value == 0)
+            above = name == "multipleOf"
+            self._need(good and (value > 0 or not above), here, value, "a number above 0" if above else "0 or a number of 1e-9 to 2**53")
+        elif name in ONE:
+            self.choices(value, here, depth + 1)
+        elif name in NAMED | DEFINED:
+            self._need(isinstance(value, dict), here, value, "an object of schemas")
+            for key, inner in value.items():
+                if name == "patternProperties":
+                    self._pattern(key, here)
+                self.choices(inner, f"{here}.{brief(key)}", depth + 1)
+        elif name in SEVERAL:
+            self._need(isinstance(value, list) and len(value) > 0, here, value, "a list of schemas")
+            counts = [self.choices(inner, f"{here}[{i}]", depth + 1) for i, inner in enumerate(value)]
+            return 1 if name == "prefixItems" else self._product(counts, here) if name == "allOf" else sum(counts)
+        elif name == "enum":
+            self._need(isinstance(value, list) and len(value) > 0, here, value, "a list of values")
+            return len(value)
+        elif name == "type":
+            kinds = value if isinstance(value, list) and value else [value]
+            self._need(all(isinstance(kind, str) and kind in TYPES for kind in kinds), here, value, f"one or several of {', '.join(TYPES)}")
+        elif name == "required":
+            self._need(isinstance(value, list) and all(isinstance(key, str) for key in value), here, value, "a list of names")
+        elif name in ("pattern", "format"):
+            self._need(isinstance(value, str) and value != "unknown", here, value, f"a {name}")
+            if name == "pattern":
+                self._pattern(value, here)
+        elif name == "$ref":
+            return self.choices(self._target(value, here), here, depth + 1)
+        return 1
+
+    def _need(self, good: bool, where: str, value: Any, needed: str) -> None:
+        if not good:
+            raise Unmet(f"{where} is {brief(repr(value))}; {needed} is needed.")
+
+    def _repeats(self, count: int, where: str) -> None:
+        if count > MOST_REPEATS:
+            raise Unmet(f"{where} asks for {count}; at most {MOST_REPEATS} are possible.")
+
+    def _pattern(self, pattern: str, where: str) -> None:
+        """Its length, and what it comes to with its counted repeats written out."""
+        if len(pattern) > MOST_PATTERN:
+            raise Unmet(f"{where} has {len(pattern)} characters; at most {MOST_PATTERN} are possible.")
+        sums, last = [0], 0
+        for part in PATTERN_PART.finditer(pattern):
+            if part[1] is not None:
+                times = max(int(part[1][:9]), int((part[2] or "0")[:9]))
+                sums[-1] += last * max(0, times - 1)
+                last *= max(1, times)
+            elif part[0] == "(":
+                sums.append(0)
+                last = 0
+            elif part[0] == ")" and len(sums) > 1:
+                last = sums.pop()
+                sums[-1] += last
+            else:
+                last = 1
+                sums[-1] += 1
+        self._repeats(sum(sums), where)
+
+    def _target(self, reference: Any, where: str) -> Any:
+        self._need(isinstance(reference, str) and reference.startswith("#/"), where, reference, "a place in the same schema, #/...,")
+        found: Any = self.root
+        for step in reference[2:].split("/"):
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list) and name.isascii() and name.isdigit() and len(name) < 6 and int(name) < len(found):
+                found = found[int(name)]
+            elif isinstance(found, dict) and name in found:
+                found = found[name]
+            else:
+                raise Unmet(f"{where} refers to {brief(reference)}, which is not there.")
+        return found
