@@ -577,12 +577,14 @@ VALUES = st.recursive(
 FIELDS = (
     "messages", "prompt", "input", "model", "max_tokens", "n", "stop", "stream", "temperature", "top_p", "logit_bias", "logprobs", "echo",
     "system", "tokens", "stream_options", "seed", "tools", "other", "best_of", "metadata", "top_logprobs", "min_p", "suffix",
+    "response_format",
 )  # fmt: skip
 
 
 @settings(max_examples=120)
 @example(path=TEXT, base=True, change={"seed": 1, "temperature": float("inf")})
 @example(path=CHAT, base=True, change={"messages": [{"role": "user", "content": ""}], "max_tokens": 2})
+@example(path=CHAT, base=True, change={"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#"}}}})
 @given(path=st.sampled_from(URLS), base=st.booleans(), change=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4))
 def test_malformed_bodies(live: Live, path: str, base: bool, change: dict[str, Any]) -> None:
     """Whatever the fields of a body hold, the answer is the model's or an error of the client's, and the server goes on."""

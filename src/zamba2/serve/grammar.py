@@ -34,7 +34,7 @@ MOST_PATTERN = 1000  # characters
 LARGEST, LEAST = 1 << 53, 1e-9  # sizes of numbers that the library keeps exactly
 SECONDS = 1.0  # to compile
 LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 2000,
+    "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 8000,
     "max_lexer_states": 30_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip
 
@@ -111,8 +111,11 @@ class Matched:
         return masked
 
     def accept(self, token: int) -> None:
-        if not self._matcher.is_stopped() and not _guarded(lambda: self._matcher.consume_token(token), "the reply cannot go on"):
-            raise Unmet("the reply does not follow the schema; a token came that is not allowed.")
+        if self._matcher.is_stopped() and not self._matcher.is_error():
+            return
+        if not _guarded(lambda: self._matcher.consume_token(token), "the reply cannot go on"):
+            error = brief(self._matcher.get_error().partition("<non-verbose/>")[0])
+            raise Unmet(f"the reply cannot go on as the schema wants it: {error or 'a token came that is not allowed'}.")
 
 
 def _guarded(work: Callable[[], Any], what: str) -> Any:
@@ -185,6 +188,8 @@ class _Checker:
         if key not in self.known:
             self.within.add(key)
             counts = [self._keyword(name, value, where, depth) for name, value in schema.items()]
+            if schema.get("minProperties", 0) > max(1, len(set(schema.get("required", ())))):  # the library lets a name come again
+                raise Unmet(f"{where}.minProperties above 1 is not supported beyond what is required; name the properties in required.")
             self.within.discard(key)
             self.known[key] = self._product(counts, where)
         return self.known[key]
