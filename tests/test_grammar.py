@@ -46,6 +46,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "whole number": {"type": "integer", "minimum": 0, "maximum": 99},
     "open borders": {"type": "integer", "exclusiveMinimum": -3, "exclusiveMaximum": 3},
     "multiples": {"type": "integer", "minimum": 0, "maximum": 1000, "multipleOf": 7},
+    "fraction": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "multipleOf": 0.25},
     "text": {"type": "string", "maxLength": 20},
     "text of at least": {"type": "string", "minLength": 5, "maxLength": 9},
     "no text": {"type": "string", "maxLength": 0},
@@ -270,6 +271,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "the impossible": ({"type": "integer", "minimum": 3, "maximum": 2}, "minimum .3. is greater"),
     "the impossible inside": (record(a=False), "unsatisfiable"),
     "names that may come twice": ({"type": "object", "minProperties": 2}, "name the properties in required"),
+    "a whole border close by": ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "borders less than 1 apart"),
     "a large factor": ({"type": "integer", "multipleOf": 1000000007}, "cannot be compiled"),
 }  # fmt: skip
 

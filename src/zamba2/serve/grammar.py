@@ -190,6 +190,10 @@ class _Checker:
             counts = [self._keyword(name, value, where, depth) for name, value in schema.items()]
             if schema.get("minProperties", 0) > max(1, len(set(schema.get("required", ())))):  # the library lets a name come again
                 raise Unmet(f"{where}.minProperties above 1 is not supported beyond what is required; name the properties in required.")
+            low, high = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
+            least, most = max(low, schema.get("minimum", low)), min(high, schema.get("maximum", high))
+            if 0 < most - least < 1 and any(border % 1 == 0 for border in (low, high)):  # the library lets the border itself through
+                raise Unmet(f"{where} has borders less than 1 apart, of which a whole one is excluded; that is not supported.")
             self.within.discard(key)
             self.known[key] = self._product(counts, where)
         return self.known[key]
