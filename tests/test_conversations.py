@@ -219,7 +219,7 @@ def test_an_interrupt_between_reading_and_sampling(model: LanguageModel, watched
 
     conversation, reference = begin(model, watched), Reference(model)
     steps = iter(range(100))
-    original = generate._Sequence.step
+    original = generate.Running.step
 
     def step(self: Any, scores: Any) -> Any:
         if next(steps) == 3:
@@ -227,7 +227,7 @@ def test_an_interrupt_between_reading_and_sampling(model: LanguageModel, watched
         return original(self, scores)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate._Sequence, "step", step)
+        patch.setattr(generate.Running, "step", step)
         with pytest.raises(KeyboardInterrupt):
             say(conversation, TURNS[0])
     assert conversation.unread == []

@@ -492,7 +492,11 @@ def test_a_full_queue(model: LanguageModel) -> None:
             response = live.post(CHAT, messages=HELLO, n=2)
             check_error(response, 429, "requests are waiting", "")
             assert int(response.headers["retry-after"]) >= 1
-            with pytest.raises(anthropic.RateLimitError), anthropic.Anthropic(base_url=live.url, api_key="k", max_retries=0) as client:
+            with (
+                live.http.stream("POST", TEXT, json=LONG | {"stream": True}),  # the place that the two did not get
+                pytest.raises(anthropic.RateLimitError),
+                anthropic.Anthropic(base_url=live.url, api_key="k", max_retries=0) as client,
+            ):
                 client.messages.create(model="demo", max_tokens=4, messages=HELLO)
         reading.close()
         waiting.close()

@@ -408,7 +408,7 @@ def card(report: dict[str, Any]) -> str:
     return f"""# The demonstration model of `zamba2`
 
 A Zamba2 of {CONFIG.num_parameters / 1e6:.1f} M parameters (two shared attention blocks in turn, adapters at each position), trained from
-nothing by `zamba2 train demo`: plain text, then SFT, then DPO, all of it made by a deterministic generator
+nothing by `zamba2 train demo`: plain text, then SFT in two parts, then DPO, all of it made by a deterministic generator
 (`zamba2.train.instructions`) and no other text. It follows short instructions in plain English of the kinds below, with words it
 knows, and knows nothing else. It exists so that every command works before a download.
 
