@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("trl", reason="training needs the extra [train]")
@@ -20,6 +21,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import zamba2.hf
@@ -29,7 +31,7 @@ from zamba2.model import model as model_module
 from zamba2.runtime.backend import Row
 from zamba2.train import run as module
 from zamba2.train.adapters import add_lora, coverage
-from zamba2.train.demo import pair, train, write_base
+from zamba2.train.demo import average, pair, train, write_base
 from zamba2.train.instructions import documents, tasks
 from zamba2.train.masks import mask_conversation, mask_pair
 from zamba2.train.muon import Muon
@@ -582,6 +584,22 @@ def test_pairs_are_the_models_own_answers():
         row = pair(task, answers, rng)
         assert (row if row is None else (row["chosen"], row["rejected"])) == expected
         assert row is None or row["prompt"] == task.messages[:-1]
+
+
+def test_an_average_lies_between(tmp_path):
+    """Each weight is so far on the way from one model's to the other's; other files are the second one's; what is there stays."""
+    rng = np.random.default_rng(0)
+    old, new = ({"a.weight": rng.standard_normal((3, 5)).astype(np.float32)} for _ in range(2))
+    for name, tensors in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(name)
+    average(tmp_path / "old", tmp_path / "new", tmp_path / "mixed", 0.25)
+    found = load_file(tmp_path / "mixed" / "model.safetensors")["a.weight"]
+    np.testing.assert_allclose(found, 0.75 * old["a.weight"] + 0.25 * new["a.weight"], rtol=1e-5)
+    assert (tmp_path / "mixed" / "config.json").read_text() == "new"
+    average(tmp_path / "new", tmp_path / "old", tmp_path / "mixed", 0.25)
+    np.testing.assert_array_equal(load_file(tmp_path / "mixed" / "model.safetensors")["a.weight"], found)
 
 
 def test_two_processes_train_a_stage_of_it_as_one(tmp_path):

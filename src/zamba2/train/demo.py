@@ -4,6 +4,7 @@
     data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, practice.jsonl, and pairs.jsonl, sampled from
                 the SFT model
     pretrain/, sft/, practice/, dpo/     the runs; practice is SFT's second part
+    averaged/                 the model between SFT's and DPO's
     report.json               what was measured on held-out prompts after each stage and in each format
     model/                    the result, in q8, with its card
 """
@@ -53,6 +54,10 @@ SOURCES = {"pretrain": "base", "sft": "pretrain/model", "practice": "sft/model",
 # What takes more practice than the rest: in SFT, and in its second part, where tables are learned by heart.
 PRACTICE = (*["arithmetic"] * 16, *["spell"] * 16)
 MORE = (*["arithmetic"] * 3, *["spell"] * 2, "follow_up", "words", "sentences", "sort", "compare")
+# What DPO is for: kinds with many right answers, which the checkers tell apart. Sums, counts and spelling have one, learned by heart, and
+# moving others away from it only shakes it (docs/log.md).
+CHOOSING = ("words", "sentences", "combined", "compare", "sort", "bullets", "story", "pick")
+AVERAGE = 0.5  # of DPO's weights in the result, the rest are SFT's: most of what it gains, and little of what it forgets
 SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
@@ -69,7 +74,7 @@ class Sizes:
     documents: int = 40_000
     conversations: int = 300_000
     practice: int = 150_000
-    prompts: int = 36_000
+    prompts: int = 20_000
     held_out: int = 1_000
     texts: int = 200
 
@@ -95,9 +100,10 @@ def build(
             held_out = counts[stage] // 200 or 1
             own = [f"model={folder / source}", f"out={out}", f"data={json.dumps(data_of(stage, folder / 'data'))}", f"held_out={held_out}"]
             train(f"demo-{stage}", [*own, *changes], out, processes)
+    average(folder / "practice" / "model", folder / "dpo" / "model", folder / "averaged" / "model")
     report = write_report(folder, sizes, say)
     target = folder / "model"
-    shutil.copytree(packed(folder, "dpo", "q8"), target, dirs_exist_ok=True)
+    shutil.copytree(packed(folder, "averaged", "q8"), target, dirs_exist_ok=True)
     with replacing(target / "README.md") as place:
         place.write_text(card(report), encoding="utf-8")
     return target
@@ -154,7 +160,7 @@ def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], processe
     Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md). A model that gives no
     right ones at all, as after a hundredth of the training, gets the generator's.
     """
-    asked = list(itertools.islice(tasks(f"pairs {seed}", split="train"), sizes.prompts))
+    asked = list(itertools.islice(tasks(f"pairs {seed}", split="train", kinds=CHOOSING), sizes.prompts))
     rng = random.Random(seed)
     every = list(zip(asked, sampled(packed(folder, "practice", "bf16"), asked, processes), strict=True))
     rows = [row for task, texts in every if (row := pair(task, texts, rng)) is not None]
@@ -190,6 +196,20 @@ def pair(task: Task, given: Sequence[str], rng: random.Random) -> dict[str, Any]
         return None
     chosen, rejected = (given[0] if given[0] in side else rng.choice(side) for side in sides)
     return {"prompt": task.messages[:-1], "chosen": chosen, "rejected": rejected}
+
+
+def average(before: Path, after: Path, target: Path, share: float = AVERAGE) -> None:
+    """A model between two of the same shape, ``share`` of the way (Wortsman et al. 2022, Robust fine-tuning of zero-shot models, eq. 1);
+    one that is there already stays."""
+    from safetensors.torch import load_file, save_file
+
+    if (target / "model.safetensors").exists():
+        return
+    shutil.copytree(after, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    mixed = {name: old[name].float().lerp(new[name].float(), share).to(new[name].dtype) for name in new}
+    with replacing(target / "model.safetensors") as place:
+        save_file(mixed, place, metadata={"format": "pt"})
 
 
 def learn_tokenizer(lines: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -367,8 +387,8 @@ def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict
     texts = list(itertools.islice(documents(f"test {SEED}", split="test"), sizes.texts))
     found: dict[str, Any] = {}
     for name, source, format in (
-        ("pretrain", "pretrain", "bf16"), ("sft", "practice", "bf16"), ("dpo", "dpo", "bf16"), ("dpo q8", "dpo", "q8"),
-        ("dpo q4", "dpo", "q4"),
+        ("pretrain", "pretrain", "bf16"), ("sft", "practice", "bf16"), ("dpo", "averaged", "bf16"),
+        ("dpo q8", "averaged", "q8"), ("dpo q4", "averaged", "q4"),
     ):  # fmt: skip
         found[name] = measure(load(packed(folder, source, format), threads=1), asked, texts)
         mean, low, high = found[name]["all"]
@@ -408,9 +428,9 @@ def card(report: dict[str, Any]) -> str:
     return f"""# The demonstration model of `zamba2`
 
 A Zamba2 of {CONFIG.num_parameters / 1e6:.1f} M parameters (two shared attention blocks in turn, adapters at each position), trained from
-nothing by `zamba2 train demo`: plain text, then SFT in two parts, then DPO, all of it made by a deterministic generator
-(`zamba2.train.instructions`) and no other text. It follows short instructions in plain English of the kinds below, with words it
-knows, and knows nothing else. It exists so that every command works before a download.
+nothing by `zamba2 train demo`: plain text, then SFT in two parts, then DPO, whose weights are averaged with those before it. All that
+it read was made by a deterministic generator (`zamba2.train.instructions`). It follows short instructions in plain English of the kinds
+below, with words it knows, and knows nothing else. It exists so that every command works before a download.
 
 ## What it can do
 
