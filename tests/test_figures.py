@@ -57,10 +57,11 @@ def test_random_weights(rival: str) -> None:
     """A random model has a spread of 0.02 in its matrices, gives finite logits that depend on all that was read, and keeps ties."""
     shape = figures.shape_of(rival, Settings(small=True))
     model = random_model(shape, torch.float32)
+    assert type(model).__module__.startswith("transformers.")
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             assert weight.std().item() == pytest.approx(0.02, rel=0.1), name
-    assert (model.get_input_embeddings().weight is model.lm_head.weight) == shape["tie_word_embeddings"]
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == shape["tie_word_embeddings"]
     ids = torch.tensor([[5, 6, 7, 8], [9, 6, 7, 8]])
     with torch.inference_mode():
         first, second = model(ids).logits[:, -1]

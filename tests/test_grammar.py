@@ -338,6 +338,9 @@ def http() -> Iterator[Any]:
     scheduler.close()
 
 
+ASK_JSON = [{"role": "user", "content": "Give me a JSON object that holds the job pilot, number 31 and colour green."}]
+
+
 def chat(http: Any, form: Any, **options: Any) -> Any:
     messages = [{"role": "user", "content": "Tell me about a cat."}]
     return http.post("/v1/chat/completions", json={"messages": messages, "response_format": form, "seed": 1, "max_tokens": 300, **options})
@@ -351,7 +354,7 @@ def test_formats_by_http(http: Any) -> None:
     texts = [choice["message"]["content"] for choice in choices]
     assert all(valid(json.loads(text), schema, schema) for text in texts) and len(set(texts)) > 1
     assert {choice["finish_reason"] for choice in choices} == {"stop"}
-    free = chat(http, {"type": "json_object"}, n=8).json()["choices"]
+    free = chat(http, {"type": "json_object"}, n=8, messages=ASK_JSON).json()["choices"]
     ended = [choice["message"]["content"] for choice in free if choice["finish_reason"] == "stop"]
     assert ended and all(isinstance(json.loads(text), dict) for text in ended)
     plain, text = (chat(http, form, temperature=0, max_tokens=20).json()["choices"] for form in (None, {"type": "text"}))

@@ -394,12 +394,12 @@ def test_the_key_is_sent_and_kept_in_the_tab_only(tab: Tab) -> None:
 
 def test_stats_stand_under_an_answer(tab: Tab) -> None:
     """Tokens, tokens per second and cached tokens are those that the server counted."""
-    tab.say("a", Answer(pieces=["x"] * 12, pause=0.02))
+    tab.say("a", Answer(pieces=["x"] * 12, pause=0.1))
     tab.finished(1)
     stats = r"^12 tokens · [\d.]+ tokens/s · first after [\d.]+ s · prompt 40 \(32 cached\)$"
     expect(tab.page.locator(".stats")).to_have_text(re.compile(stats))
     rate = float(re.findall(r"([\d.]+) tokens/s", tab.page.locator(".stats").inner_text())[0])
-    assert 1 < rate <= 55  # eleven tokens in eleven pauses, or more slowly
+    assert 0.5 < rate < 20  # eleven tokens in eleven pauses, ten a second; a busy browser may see the first late
     tab.say("b", Answer(ends="length"))
     tab.finished(2)
     expect(tab.page.locator(".stats").last).to_contain_text("cut at the token limit")

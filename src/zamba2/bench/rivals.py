@@ -85,12 +85,15 @@ def random_model(shape: Mapping[str, Any], dtype: torch.dtype, device: str = "cp
     import torch
     import transformers
     from accelerate import init_empty_weights
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     settings = dict(shape)
-    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    kind = settings.pop("model_type")
+    config = transformers.AutoConfig.for_model(kind, **settings)
     with init_empty_weights(include_buffers=False):
-        auto: Any = transformers.AutoModelForCausalLM
-        model = auto.from_config(config, dtype=dtype)
+        # by its name and not by AutoModelForCausalLM, which gives our own Zamba2 where zamba2.hf was imported
+        own: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+        model = own._from_config(config, dtype=dtype)
     tile = (SPREAD * torch.randn(TILE, generator=torch.Generator().manual_seed(0))).to(device, dtype)
     new: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():

@@ -79,6 +79,7 @@ class Job:
     read: int = 0  # of the prompt
     said: list[int] = field(default_factory=list)
     reply: list[str] = field(default_factory=list)
+    text: str | None = None  # of all that the state behind the reply has read
 
     def cancel(self) -> None:
         """Stop at the next token border; nothing more is received."""
@@ -326,19 +327,23 @@ class Scheduler:
         if self.cache is None or closing is None or piece.stop is not None or job.running is None:
             return
         ended = bool(closing) and piece.token == closing[0]
+        job.text = self._text(job, job.said[:-1] if ended else job.said)
         unread = [*job.said[-1:], *(closing[1:] if ended else closing)]
         job.said += closing[1:] if ended else closing
         self._closing.append((job, Row(np.array(unread, np.int32), job.running.state, logits=0)))
 
     def _keep(self, job: Job) -> None:
         assert self.cache is not None and job.running is not None
-        text, prompt = None, job.prompt
-        if prompt.text is not None and self.tokenizer is not None:
-            whole = self.tokenizer.incremental(skip_special_tokens=False, after=job.request.tokens)
-            said = "".join([*map(whole.push, job.said), whole.flush()])
-            wanted = "".join(job.reply) + prompt.closing_text
-            text = prompt.text + wanted if said == wanted else None  # a reply may end inside a character
-        self.cache.put([*job.request.tokens, *job.said], job.running.state, text)
+        self.cache.put([*job.request.tokens, *job.said], job.running.state, job.text)
+
+    def _text(self, job: Job, said: Sequence[int]) -> str | None:
+        """What the state behind a reply has read; None where the reply's tokens say something else, such as half a character."""
+        if job.prompt.text is None or self.tokenizer is None:
+            return None
+        whole, reply = self.tokenizer.incremental(skip_special_tokens=False, after=job.request.tokens), "".join(job.reply)
+        if "".join([*map(whole.push, said), whole.flush()]) != reply:
+            return None
+        return job.prompt.text + reply + job.prompt.closing_text
 
 
 def next_cut(position: int, length: int, step: int, borders: Sequence[int] = ()) -> int:
