@@ -464,7 +464,6 @@ def test_ctrl_c_while_loading_leaves(terminal: Any) -> None:
             assert window.plain.count("interrupted.") == 1 and "Traceback" not in window.plain
             return
         assert "type a message" in window.plain and "Ctrl-D or /exit leaves" in window.plain
-        window.close()
     pytest.fail("the model was always loaded before Ctrl-C came")
 
 

@@ -137,7 +137,8 @@ class Scheduler:
 
     def counts(self) -> dict[str, int]:
         """Requests by where they are."""
-        return {"waiting": len(self._waiting) + len(self._beginning), "reading": len(self._reading), "decoding": len(self._decoding)}
+        with self._condition:  # a request moves from one place to the next under it
+            return {"waiting": len(self._waiting) + len(self._beginning), "reading": len(self._reading), "decoding": len(self._decoding)}
 
     def close(self, seconds: float = 0.0) -> int:
         """Take no more requests, give those that are there so many seconds, then drop the rest. Returns how many were dropped."""
@@ -176,8 +177,11 @@ class Scheduler:
                         return
                     self._beginning += [self._waiting.popleft() for _ in range(min(len(self._waiting), self._room()))]
                 while self._beginning:
-                    self._begin(self._beginning[0])
-                    self._beginning.popleft()
+                    job = self._beginning[0]
+                    begun = self._begin(job)
+                    with self._condition:
+                        self._beginning.popleft()
+                        self._reading.extend([job] if begun else [])
                 self._leave()
                 self._round()
                 with self._condition:
@@ -190,7 +194,8 @@ class Scheduler:
     def _room(self) -> int:
         return self.most_running - len(self._reading) - len(self._decoding)
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> bool:
+        """Whether a request can be read."""
         request = job.request
         try:
             size = self.backend.config.vocab_size
@@ -205,10 +210,10 @@ class Scheduler:
             job.running = Running(0, request, state, size, self.tokenizer)
         except Zamba2Error as error:
             self._end(job, error)
-            return
+            return False
         if job.prompt.logprobs is not None:
             job.prompt_logprobs.append(None)
-        self._reading.append(job)
+        return True
 
     def _leave(self) -> None:
         """Let go of requests whose caller has gone or whose time is up."""
@@ -246,8 +251,6 @@ class Scheduler:
             return
         jobs = [*decoding, *(job for job, _ in closing), *([] if reading is None else [reading])]
         scores = self._forward(rows)
-        if reading is not None:
-            self._reading.popleft()
         for i, (job, found) in enumerate(zip(jobs, scores, strict=True)):
             try:
                 if isinstance(found, Zamba2Error):
@@ -299,11 +302,11 @@ class Scheduler:
                 job.prompt_logprobs.append(TokenLogprob(token, float(all_of_them[token]), top))
         if self.cache is not None and job.read in self._borders(job):
             self.cache.put(tokens[: job.read], row.state.copy())
-        if not done:
-            self._reading.append(job)  # behind the others: prompts take turns
-        else:
+        with self._condition:
+            self._reading.popleft()
+            (self._decoding if done else self._reading).append(job)  # behind the others: prompts take turns
+        if done:
             assert scores is not None
-            self._decoding.append(job)
             self._said(job, scores[-1])
 
     def _said(self, job: Job, scores: np.ndarray) -> None:
