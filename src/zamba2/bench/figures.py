@@ -267,10 +267,11 @@ def start_results(file: Path, settings: Settings, series: Sequence[Series]) -> d
     if file.exists():
         found = read_results(file)
         here = (found["settings"], found["machine"])
-        if here == (wanted, machine()):
+        points = [(one.name, *point) for point in settings.points for one in series]
+        if here == (wanted, machine()) and [(e["series"], e["prompt_tokens"], e["batch"]) for e in found["points"]] == points:
             return found
         other = [key for key in wanted if found["settings"].get(key) != wanted[key]]
-        what = f"other settings ({', '.join(other)})" if other else f"another machine ({found['machine']})"
+        what = f"other settings ({', '.join(other)})" if other else f"other points, or another machine ({found['machine']})"
         raise Zamba2Error(f"{file} holds figures of {what}; give another --out, or delete it.")
     gpu = gpu_name(settings.device)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -319,6 +320,19 @@ def read_results(file: Path) -> dict[str, Any]:
     keys = {"version", "machine", "versions", "settings", "seconds", "series", "points"}
     if not isinstance(found, dict) or not keys <= found.keys() or found["version"] != VERSION:
         raise Zamba2Error(f"{file} is no document of zamba2 figures, version {VERSION}.")
+    try:  # what is made of it later
+        known = {one["name"]: (one["model"], one["engine"], one["precision"], one["bits"]) for one in found["series"]}
+        numbers = [medians(entry, found["settings"]["new_tokens"]) for entry in found["points"]]
+        ratios = [verdict.ratios for verdict in verdicts(found)]
+        whole = all(model in (OURS, *RIVALS) and engine in ENGINES and bits in (4, 16) for model, engine, _, bits in known.values())
+        whole &= all(entry["series"] in known and {"status", "reason", "prompt_tokens"} <= entry.keys() for entry in found["points"])
+        whole &= {"lengths", "batches", "batch_length", "threads", "small"} <= found["settings"].keys() and found["seconds"] >= 0
+        whole &= all(value > 0 for some in numbers if some is not None for value in some.values())
+        whole &= all(ratio > 0 for some in ratios for ratio in some.values())
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise Zamba2Error(f"{file} is damaged ({type(error).__name__}: {error}); make it anew.") from None
+    if not whole:
+        raise Zamba2Error(f"{file} is damaged: it names what there is not, or has numbers that cannot be; make it anew.")
     return found
 
 

@@ -40,7 +40,7 @@ def main(
             raise Zamba2Error(f"--repeats is {repeats}; at least 1 is needed.")
         time = seconds(budget)
         allowed = memory * 1e9 if memory is not None else free_memory() - ROOM
-        if allowed <= 0:
+        if not allowed > 0:  # no number is not either
             raise Zamba2Error(f"--memory is {allowed / 1e9:.1f} GB; more than 0 is needed.")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that measures is to be closed, and what there is drawn
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import ipaddress
+import math
 import os
 import socket
 import sys
@@ -32,6 +33,9 @@ def main(
     missing = [module for module in ("fastapi", "uvicorn") if find_spec(module) is None]
     if missing:
         raise Zamba2Error(f"the server needs {' and '.join(missing)}; install with `pip install 'zamba2[serve]'`.")
+    for option, value in (("--timeout", seconds), ("--grace", grace)):
+        if not math.isfinite(value):
+            raise Zamba2Error(f"{option} is {value}; a number of seconds is needed.")
     keys = read_keys(api_keys)
     bound = bind(host, port, protected=bool(keys) or open_to_all)
     try:

@@ -223,7 +223,7 @@ class StateCache:
             place = (entry.adapter, len(entry.tokens))
             self._lengths[place] = self._lengths.get(place, 0) + 1
         for file in folder.glob("*.state"):
-            if bytes.fromhex(file.stem) not in self._entries if _is_hex(file.stem) else False:
+            if _is_hex(file.stem) and bytes.fromhex(file.stem) not in self._entries:  # its process died before it said what it is
                 file.unlink(missing_ok=True)
 
 

@@ -80,6 +80,7 @@ class Job:
     said: list[int] = field(default_factory=list)
     reply: list[str] = field(default_factory=list)
     text: str | None = None  # of all that the state behind the reply has read
+    last: Piece | None = None  # the end of the reply, received once that state is kept: the next turn may come at once
 
     def cancel(self) -> None:
         """Stop at the next token border; nothing more is received."""
@@ -122,7 +123,9 @@ class Scheduler:
                 raise Zamba2Error("the server is shutting down and takes no more requests.")
             if self.failed is not None:
                 raise Zamba2Error(f"the model has failed ({self.failed}); the server must be started again.")
+            waiting = len(self._waiting)
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
+            self.cancelled += waiting - len(self._waiting)
             if len(self._waiting) >= self.most_waiting:
                 raise Busy(len(self._waiting), self.expected_wait)
             self._waiting.append(job)
@@ -138,14 +141,15 @@ class Scheduler:
     def counts(self) -> dict[str, int]:
         """Requests by where they are."""
         with self._condition:  # a request moves from one place to the next under it
-            return {"waiting": len(self._waiting) + len(self._beginning), "reading": len(self._reading), "decoding": len(self._decoding)}
+            waiting, decoding = len(self._waiting) + len(self._beginning), len(self._decoding) + len(self._closing)
+            return {"waiting": waiting, "reading": len(self._reading), "decoding": decoding}
 
     def close(self, seconds: float = 0.0) -> int:
         """Take no more requests, give those that are there so many seconds, then drop the rest. Returns how many were dropped."""
         end = time.monotonic() + seconds
         with self._condition:
             self._draining = True
-            while self._busy() and time.monotonic() < end and self._thread.is_alive():
+            while self._jobs() and time.monotonic() < end and self._thread.is_alive():
                 self._condition.wait(0.05)
             left = self._jobs()
             for job in left:
@@ -156,22 +160,19 @@ class Scheduler:
         for jobs in (self._waiting, self._beginning, self._reading, self._decoding, self._closing):
             jobs.clear()
         for job in left:
-            job.receive(Zamba2Error("the server was shut down before the reply was finished."))
-        return len(left)
+            job.receive(job.last or Zamba2Error("the server was shut down before the reply was finished."))
+        return sum(job.last is None for job in left)
 
     # ---- the model's thread
 
     def _jobs(self) -> list[Job]:
-        return list(dict.fromkeys([*self._waiting, *self._beginning, *self._reading, *self._decoding]))
-
-    def _busy(self) -> bool:
-        return bool(self._jobs() or self._closing)
+        return [*self._waiting, *self._beginning, *self._reading, *self._decoding, *(job for job, _ in self._closing)]
 
     def _work(self) -> None:
         try:
             while True:
                 with self._condition:
-                    while not self._busy() and not self._stopped:
+                    while not self._jobs() and not self._stopped:
                         self._condition.wait()
                     if self._stopped:
                         return
@@ -187,9 +188,12 @@ class Scheduler:
                 with self._condition:
                     self._condition.notify_all()  # for close
         except BaseException as error:
-            self.failed = error
-            for job in self._jobs():
-                self._end(job, Zamba2Error(f"the model has failed: {error}"))
+            with self._condition:  # whoever comes later is told by submit
+                self.failed, left = error, self._jobs()
+                for jobs in (self._waiting, self._beginning, self._reading, self._decoding, self._closing):
+                    jobs.clear()
+            for job in left:
+                self._tell(job, job.last or Zamba2Error(f"the model has failed: {error}"))
 
     def _room(self) -> int:
         return self.most_running - len(self._reading) - len(self._decoding)
@@ -209,7 +213,7 @@ class Scheduler:
             job.read = job.cached_tokens = 0 if found is None else found.tokens
             job.running = Running(0, request, state, size, self.tokenizer)
         except Zamba2Error as error:
-            self._end(job, error)
+            self._tell(job, error)
             return False
         if job.prompt.logprobs is not None:
             job.prompt_logprobs.append(None)
@@ -219,12 +223,14 @@ class Scheduler:
         """Let go of requests whose caller has gone or whose time is up."""
         now = time.monotonic()
         for job in self._jobs():
+            if job.last is not None:
+                continue
             if job.cancelled:
                 self.cancelled += 1
                 self._remove(job)
             elif now > job.end:
                 self._remove(job)
-                self._end(job, TimeIsUp(f"the reply took longer than the {job.end - job.begun:.0f} s that it may."))
+                self._tell(job, TimeIsUp(f"the reply took longer than the {job.end - job.begun:.0f} s that it may."))
 
     def _remove(self, job: Job) -> None:
         with self._condition:
@@ -232,18 +238,17 @@ class Scheduler:
                 if job in jobs:
                     jobs.remove(job)
 
-    def _end(self, job: Job, error: Zamba2Error) -> None:
+    def _tell(self, job: Job, item: Piece | Zamba2Error) -> None:
         if not job.cancelled:
-            job.receive(error)
+            job.receive(item)
 
     def _round(self) -> None:
         """One call of the backend."""
-        rows, decoding, closing = [], list(self._decoding), self._closing
+        rows, decoding, closing = [], list(self._decoding), list(self._closing)
         for job in decoding:
             assert job.running is not None
             rows.append(Row(np.array([job.said[-1]], np.int32), job.running.state))
         rows += [row for _, row in closing]
-        self._closing = []
         reading = self._reading[0] if self._reading else None
         if reading is not None:
             rows.append(self._stretch(reading, alone=not decoding))
@@ -257,13 +262,20 @@ class Scheduler:
                     raise found
                 if job is reading:
                     self._have_read(job, rows[i], found.numpy() if rows[i].logits else None)
-                elif i < len(decoding):
+                elif job.last is None:
                     self._said(job, found.numpy()[-1])
                 else:
-                    self._keep(job)
+                    assert self.cache is not None and job.running is not None
+                    self.cache.put([*job.request.tokens, *job.said], job.running.state, job.text)
             except Zamba2Error as error:  # such as logits that are no numbers, or no memory for one more state
-                self._remove(job)
-                self._end(job, error)
+                if job.last is None:
+                    self._remove(job)
+                    self._tell(job, error)
+        for entry in closing:
+            with self._condition:
+                self._closing.remove(entry)
+            assert entry[0].last is not None
+            self._tell(entry[0], entry[0].last)
 
     def _forward(self, rows: list[Row]) -> Sequence[Logits | Zamba2Error]:
         """The backend's call; where it fails, one for each row, so that a request's own fault ends it alone. A call that fails leaves
@@ -317,27 +329,27 @@ class Scheduler:
         job.reply.append(piece.text)
         self.generated_tokens += 1
         if piece.finish_reason is not None:
-            self._decoding.remove(job)
             self.finished += 1
             self._recent.append(time.monotonic() - job.begun)
-            self._close_reply(job, piece)
-        if not job.cancelled:
-            job.receive(piece)
+            row = self._behind(job, piece)
+            with self._condition:
+                self._decoding.remove(job)
+                if row is not None:
+                    job.last = piece
+                    self._closing.append((job, row))
+                    return
+        self._tell(job, piece)
 
-    def _close_reply(self, job: Job, piece: Piece) -> None:
-        """Have what stands between a reply and the next message read, so that the state behind it can be kept."""
+    def _behind(self, job: Job, piece: Piece) -> Row | None:
+        """What stands between a finished reply and the next message, to be read before its state is kept; None if it is not."""
         closing = job.prompt.closing
         if self.cache is None or closing is None or piece.stop is not None or job.running is None:
-            return
+            return None
         ended = bool(closing) and piece.token == closing[0]
         job.text = self._text(job, job.said[:-1] if ended else job.said)
         unread = [*job.said[-1:], *(closing[1:] if ended else closing)]
         job.said += closing[1:] if ended else closing
-        self._closing.append((job, Row(np.array(unread, np.int32), job.running.state, logits=0)))
-
-    def _keep(self, job: Job) -> None:
-        assert self.cache is not None and job.running is not None
-        self.cache.put([*job.request.tokens, *job.said], job.running.state, job.text)
+        return Row(np.array(unread, np.int32), job.running.state, logits=0)
 
     def _text(self, job: Job, said: Sequence[int]) -> str | None:
         """What the state behind a reply has read; None where the reply's tokens say something else, such as half a character."""
