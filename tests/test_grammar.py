@@ -19,7 +19,7 @@ from zamba2.language.generate import Constraint, Generation, Request, collect
 from zamba2.language.model import LanguageModel
 from zamba2.serve.grammar import Grammars, check_schema
 
-pytest.importorskip("llguidance")
+pytest.importorskip("llguidance", reason="schemas need the extra [serve]")
 
 MOST_TOKENS = 400
 WORD = {"type": "string", "maxLength": 8}
@@ -324,8 +324,6 @@ def test_without_llguidance(model: LanguageModel, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[Any]:
-    pytest.importorskip("fastapi")
-    pytest.importorskip("httpx")
     from fastapi.testclient import TestClient
 
     from zamba2.serve.app import Settings, create_app
@@ -379,7 +377,8 @@ def test_bad_formats_by_http(http: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_by_http_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package a format is 400 with a sentence naming what to install."""
-    protocol, app = pytest.importorskip("zamba2.serve.protocol"), pytest.importorskip("zamba2.serve.app")
+    from zamba2.serve import app, protocol
+
     monkeypatch.setitem(sys.modules, "llguidance", None)
     server = app.Server(zamba2.load("demo", threads=1), None, None, app.Settings())
     with pytest.raises(protocol.Problem, match=r"response_format: .*pip install 'zamba2\[serve\]'") as caught:

@@ -29,10 +29,10 @@ from zamba2.serve.cache import StateCache
 from zamba2.serve.scheduler import Scheduler
 from zamba2.train.instructions import tasks
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
+anthropic = pytest.importorskip("anthropic", reason="clients come with the extra [test]")
+openai = pytest.importorskip("openai", reason="clients come with the extra [test]")
+uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra [serve]")
+pytest.importorskip("fastapi", reason="the server needs the extra [serve]")
 
 from zamba2.commands.serve import bind, main, read_keys  # noqa: E402
 from zamba2.serve.app import Settings, create_app  # noqa: E402
