@@ -82,6 +82,13 @@ void visit_rows(const PageLayout& layout, const PageLayout::Part& part, const Ca
       f(cache.pages[t / kPage]->data + part.offset + h * kPage * part.row, (h * length + t) * part.row, std::min<size_t>(kPage, length - t) * part.row);
 }
 
+// Other threads of Python's go on meanwhile: states are saved beside a running server.
+template <class F>
+void without_the_interpreter(F&& f) {
+  nb::gil_scoped_release release;
+  f();
+}
+
 // Tensors of a state: conv (layers, taps - 1, conv_dim) and ssm (layers, heads * P, N), fp32; and, as bytes, per position every part of
 // PageLayout, (heads, length) rows.
 nb::dict export_state(const State& state, const Engine& engine) {
@@ -89,7 +96,7 @@ nb::dict export_state(const State& state, const Engine& engine) {
   nb::dict d;
   auto floats = [](const std::vector<float>& v) {
     auto data = std::make_unique<float[]>(v.size());
-    std::copy(v.begin(), v.end(), data.get());
+    without_the_interpreter([&] { std::copy(v.begin(), v.end(), data.get()); });
     return owned(std::move(data), 1, v.size());
   };
   if (state.conv) d["conv"] = floats(*state.conv);
@@ -100,7 +107,7 @@ nb::dict export_state(const State& state, const Engine& engine) {
       const size_t length = static_cast<size_t>(cache.length), size = static_cast<size_t>(engine.layout.heads) * length * part.row;
       uint8_t* data = new uint8_t[size];
       nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
-      visit_rows(engine.layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(data + at, rows, bytes); });
+      without_the_interpreter([&] { visit_rows(engine.layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(data + at, rows, bytes); }); });
       parts.append(nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {size}, owner));
     }
   d["parts"] = parts;
@@ -132,6 +139,17 @@ State import_state(const Engine& engine, int position, Floats conv, Floats ssm, 
     }
   }
   return state;
+}
+
+std::vector<std::pair<uintptr_t, size_t>> memory_of(const State& state) {
+  std::vector<std::pair<uintptr_t, size_t>> found;
+  auto add = [&](const void* at, size_t bytes) { found.emplace_back(reinterpret_cast<uintptr_t>(at), bytes); };
+  for (const auto& values : {state.conv, state.ssm})
+    if (values) add(values->data(), values->size() * sizeof(float));
+  for (const Cache& cache : state.caches)
+    for (const auto& page : cache.pages) add(page->data, page->bytes);
+  if (state.record) add(state.record.get(), (state.record->inputs.size() + state.record->dt.size()) * sizeof(float));
+  return found;
 }
 
 Observer observer_of(nb::object f) {
@@ -181,6 +199,7 @@ NB_MODULE(_engine, m) {
   nb::class_<State>(m, "State")
       .def_ro("position", &State::position)
       .def_prop_ro("nbytes", &State::bytes)
+      .def_prop_ro("memory", &memory_of, "(address, bytes) of all that it holds; what copies share has the same address.")
       .def("copy", [](const State& s) { return State(s); });
 
   nb::class_<Engine>(m, "Engine")
@@ -208,8 +227,9 @@ NB_MODULE(_engine, m) {
            "Calls function(name, float32 (rows, cols)) with every block's output; None ends it.")
       .def("observe_inputs", [](Engine& e, nb::object f) { e.input_observer = observer_of(f); }, nb::arg("function").none(),
            "Calls function(name, float32 (rows, cols)) with the rows that every matrix multiplies, before they are rounded; None ends it.")
-      .def("forward", [](Engine& e, const std::vector<State*>& states, const std::vector<Tokens>& tokens, const std::vector<int>& wanted) {
+      .def("forward", [](Engine& e, const std::vector<State*>& states, const std::vector<Tokens>& tokens, const std::vector<int>& wanted, const std::vector<bool>& record) {
         if (states.size() != tokens.size() || states.size() != wanted.size()) throw std::invalid_argument("states, tokens and wanted must be as many");
+        if (!record.empty() && record.size() != states.size()) throw std::invalid_argument("states and record must be as many");
         std::vector<Call> calls;
         size_t rows = 0;
         for (size_t i = 0; i < states.size(); ++i) {
@@ -218,7 +238,7 @@ NB_MODULE(_engine, m) {
           if (states[i]->caches.size() != e.config.hybrid_layer_ids.size()) throw std::invalid_argument("the state belongs to another model");
           for (int t = 0; t < length; ++t)
             if (tokens[i].data()[t] < 0 || tokens[i].data()[t] >= e.config.vocab_size) throw std::invalid_argument("a token id is out of range");
-          calls.push_back({states[i], tokens[i].data(), length, wanted[i]});
+          calls.push_back({states[i], tokens[i].data(), length, wanted[i], !record.empty() && record[i]});
           rows += static_cast<size_t>(wanted[i]);
         }
         std::unique_ptr<float[]> logits(new (std::nothrow) float[rows * static_cast<size_t>(e.config.vocab_size)]);
@@ -228,7 +248,15 @@ NB_MODULE(_engine, m) {
           e.forward(calls, logits.get());
         }
         return owned(std::move(logits), rows, static_cast<size_t>(e.config.vocab_size));
+      }, nb::arg("states"), nb::arg("tokens"), nb::arg("wanted"), nb::arg("record") = std::vector<bool>())
+      .def("keep", [](Engine& e, State& s, int n) {
+        if (s.caches.size() != e.config.hybrid_layer_ids.size()) throw std::invalid_argument("the state belongs to another model");
+        nb::gil_scoped_release release;
+        e.keep(s, n);
+      }, "Of a recorded call's tokens only the first n stay read; -1: all.")
+      .def("export_state", [](Engine& e, State& s) {
+        if (s.record) without_the_interpreter([&] { e.keep(s, -1); });  // without one it is saved while a call on others runs
+        return export_state(s, e);
       })
-      .def("export_state", [](const Engine& e, const State& s) { return export_state(s, e); })
       .def("import_state", &import_state, nb::arg("position"), nb::arg("conv"), nb::arg("ssm"), nb::arg("parts"), nb::arg("adapter") = -1);
 }

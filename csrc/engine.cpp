@@ -77,7 +77,7 @@ const Config& checked(const Config& c) {
 }  // namespace
 
 struct Engine::Buffers {
-  std::vector<float> x, x0, square0, u, left, right, hoisted[2], o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale, lora_low, lora_out;
+  std::vector<float> conv, x, x0, square0, u, left, right, hoisted[2], o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale, lora_low, lora_out;
   std::vector<float> wide;   // q, k and v; then in_proj's output
   std::vector<float> mixed;  // attention's output; then the scan's, gated in place
   std::vector<bool> ready;
@@ -87,7 +87,7 @@ struct Engine::Buffers {
 Engine::~Engine() = default;
 
 size_t State::bytes() const {
-  size_t total = (conv ? conv->size() : 0) * 4 + (ssm ? ssm->size() : 0) * 4;
+  size_t total = (conv ? conv->size() : 0) * 4 + (ssm ? ssm->size() : 0) * 4 + (record ? record->inputs.size() + record->dt.size() : 0) * 4;
   for (const Cache& cache : caches)
     for (const auto& page : cache.pages) total += page->bytes;
   return total;
@@ -247,6 +247,7 @@ void Engine::own(State& state) {
   auto make = [&](std::shared_ptr<std::vector<float>>& p, size_t count) {
     if (!p) p = std::make_shared<std::vector<float>>(count, 0.0f);
     else if (p.use_count() > 1) p = std::make_shared<std::vector<float>>(*p);
+    else std::atomic_thread_fence(std::memory_order_acquire);  // another thread may have read it until just now, to save it
   };
   make(state.conv, layers * static_cast<size_t>(config.mamba_d_conv - 1) * config.conv_dim);
   make(state.ssm, layers * static_cast<size_t>(config.d_inner) * config.mamba_d_state);
@@ -282,6 +283,7 @@ void Engine::forward(const std::vector<Call>& calls, float* logits) {
   const std::lock_guard<std::mutex> alone(one_at_a_time_);
   const int widest = std::max({config.vocab_size, config.in_proj_dim, config.q_rows() + 2 * config.kv_rows(), 2 * config.intermediate_size, 2 * config.hidden_size});
   for (const Call& call : calls) {
+    if (call.record && call.length > kMostRows) throw std::invalid_argument("at most " + std::to_string(kMostRows) + " tokens can be recorded");
     if (call.length > INT_MAX / widest) throw std::invalid_argument("a call of " + std::to_string(call.length) + " tokens is too long for this model; read them in parts");
     if (call.length > kMostTokens - call.state->position) throw std::invalid_argument("a state holds at most " + std::to_string(kMostTokens) + " tokens");
   }
@@ -307,7 +309,11 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
   }
   const float* const all = outputs.empty() ? logits : outputs.front();
   for (const Call& call : calls) call.state->broken = true;
-  for (const Call& call : calls) own(*call.state);
+  for (const Call& call : calls) {
+    if (call.state->record) go_on(*call.state, call.state->record->length);
+    if (!call.record || !call.state->ssm) own(*call.state);
+  }
+  std::vector<std::shared_ptr<Record>> records(calls.size());
   std::vector<Segment> segments;
   std::vector<int32_t> tokens;
   std::vector<int> wanted;
@@ -334,7 +340,11 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
     }
     if (static_cast<int>(tokens.size()) + call.length > 64) flush();
     const int start = static_cast<int>(tokens.size());
-    segments.push_back({call.state, start, call.length});
+    if (call.record) {
+      const size_t of_all = static_cast<size_t>(config.num_hidden_layers) * static_cast<size_t>(call.length);
+      records[i] = std::make_shared<Record>(call.length, std::vector<float>(of_all * static_cast<size_t>(config.conv_dim)), std::vector<float>(of_all * static_cast<size_t>(config.n_mamba_heads)));
+    }
+    segments.push_back({call.state, start, call.length, records[i].get()});
     tokens.insert(tokens.end(), call.tokens, call.tokens + call.length);
     for (int r = 0; r < call.logits; ++r) {
       wanted.push_back(start + call.length - call.logits + r);
@@ -343,7 +353,67 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
   }
   flush();
   if (!kernels.finite(all, static_cast<size_t>(logits - all))) throw std::domain_error("the model computed values that are not finite");
-  for (const Call& call : calls) call.state->broken = false;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    calls[i].state->record = std::move(records[i]);
+    calls[i].state->broken = false;
+  }
+}
+
+void Engine::keep(State& state, int n) {
+  if (n < 0 && !state.record) return;  // without waiting for a call on other states
+  const std::lock_guard<std::mutex> alone(one_at_a_time_);
+  if (state.broken) throw std::invalid_argument("an earlier call on this state failed midway; start a new one or load a saved one");
+  if (!state.record) throw std::invalid_argument("cannot keep " + std::to_string(n) + " tokens: nothing was recorded");
+  if (n < 0) n = state.record->length;
+  if (n > state.record->length) throw std::invalid_argument("cannot keep " + std::to_string(n) + " tokens: " + std::to_string(state.record->length) + " were recorded");
+  const Pinned pinned(pool_.processors());
+  const NoDenormals plain;
+  state.broken = true;
+  try {
+    go_on(state, n);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("a state of its own is needed");
+  }
+  state.broken = false;
+}
+
+// Convolution and scan read the first n tokens of the recorded call; the others are taken back.
+void Engine::go_on(State& state, int n) {
+  const Config& c = config;
+  const std::shared_ptr<const Record> record = std::move(state.record);
+  state.record = nullptr;
+  state.position += n - record->length;
+  for (Cache& cache : state.caches) {
+    cache.length = state.position;
+    cache.pages.resize(static_cast<size_t>((cache.length + kPage - 1) / kPage));
+    if (!cache.pages.empty() && cache.pages.back().use_count() == 1) cache.pages.back()->used = cache.length - (static_cast<int>(cache.pages.size()) - 1) * kPage;
+  }
+  if (n == 0) return;
+  own(state);
+  Buffers& b = *b_;
+  const int heads = c.n_mamba_heads, P = c.mamba_headdim, N = c.mamba_d_state, taps = c.mamba_d_conv, per_group = heads / c.mamba_ngroups;
+  const size_t conv_dim = static_cast<size_t>(c.conv_dim), inner = static_cast<size_t>(c.d_inner), length = static_cast<size_t>(record->length), kept = static_cast<size_t>(n);
+  b.xbc.resize(static_cast<size_t>(c.num_hidden_layers) * kept * conv_dim);
+  b.mixed.resize(static_cast<size_t>(pool_.size()) * static_cast<size_t>(P));  // the scan's outputs, which nobody needs
+  pool_.take(c.num_hidden_layers, [&](int index, int) {
+    const size_t layer = static_cast<size_t>(index);
+    const Mixer& m = layers_[layer].mamba;
+    kernels.convolve(record->inputs.data() + layer * length * conv_dim, conv_dim, n, m.conv_weight.data(), m.conv_bias.data(), taps, c.conv_dim, 0, c.conv_dim,
+                     state.conv->data() + layer * static_cast<size_t>(taps - 1) * conv_dim, b.xbc.data() + layer * kept * conv_dim);
+  });
+  pool_.take(c.num_hidden_layers * c.mamba_ngroups, [&](int item, int thread) {
+    const size_t layer = static_cast<size_t>(item / c.mamba_ngroups);
+    const int group = item % c.mamba_ngroups;
+    const Mixer& m = layers_[layer].mamba;
+    for (int h = group * per_group; h < (group + 1) * per_group; ++h)
+      for (size_t t = 0; t < kept; ++t) {
+        const float* xbc = b.xbc.data() + (layer * kept + t) * conv_dim;
+        const float* B = xbc + inner + static_cast<size_t>(group) * N;
+        const float dt = record->dt[(layer * length + t) * static_cast<size_t>(heads) + static_cast<size_t>(h)];
+        kernels.step(xbc + static_cast<size_t>(h) * P, dt, std::exp(dt * m.A[static_cast<size_t>(h)]), B, B + static_cast<size_t>(c.mamba_ngroups) * N, m.D[static_cast<size_t>(h)], P, N,
+                     state.ssm->data() + (layer * static_cast<size_t>(heads) + static_cast<size_t>(h)) * static_cast<size_t>(P) * N, b.mixed.data() + static_cast<size_t>(thread) * P);
+      }
+  });
 }
 
 uint16_t* Engine::panel(int thread, size_t values) {
@@ -669,21 +739,34 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
   for (const Segment& s : segments) {
     float* conv = s.state->conv->data() + static_cast<size_t>(layer.index) * static_cast<size_t>(taps - 1) * conv_dim;
     float* ssm = s.state->ssm->data() + static_cast<size_t>(layer.index) * inner * static_cast<size_t>(N);
-    const size_t start = static_cast<size_t>(s.start);
+    const size_t start = static_cast<size_t>(s.start), length = static_cast<size_t>(s.length), index = static_cast<size_t>(layer.index);
+    if (s.record) {  // what the call reads goes into the record, and the state stays as it is
+      for (size_t t = 0; t < length; ++t)
+        std::memcpy(s.record->inputs.data() + (index * length + t) * conv_dim, b.wide.data() + (start + t) * in + inner, sizeof(float) * conv_dim);
+      std::memcpy(s.record->dt.data() + index * length * static_cast<size_t>(heads), b.dt.data() + start * static_cast<size_t>(heads), sizeof(float) * length * static_cast<size_t>(heads));
+      b.conv.assign(conv, conv + static_cast<size_t>(taps - 1) * conv_dim);
+      conv = b.conv.data();
+    }
     pool_.share(slices, [&](int first, int last, int) {
       kernels.convolve(b.wide.data() + start * in + inner, in, s.length, m.conv_weight.data(), m.conv_bias.data(), taps, c.conv_dim, first * 16, std::min(c.conv_dim, last * 16),
                        conv, b.xbc.data() + start * conv_dim);
     });
     if (!many) {
-      pool_.share(heads, [&](int first, int last, int) {
-        for (int t = 0; t < s.length; ++t) {
-          const size_t r = start + static_cast<size_t>(t);
-          for (int h = first; h < last; ++h) {
+      pool_.share(heads, [&](int first, int last, int thread) {
+        // A recorded call steps on a copy of each head's state. chunk_scratch's room is larger than one.
+        float* const scratch = s.record ? scratch_[static_cast<size_t>(thread)].data() : nullptr;
+        for (int h = first; h < last; ++h) {
+          float* S = ssm + static_cast<size_t>(h) * P * N;
+          if (s.record) {
+            std::memcpy(scratch, S, sizeof(float) * static_cast<size_t>(P) * static_cast<size_t>(N));
+            S = scratch;
+          }
+          for (size_t r = start; r < start + length; ++r) {
             const float* xbc = b.xbc.data() + r * conv_dim;
             const float* B = xbc + inner + static_cast<size_t>(h / per_group) * N;
             const float dt = b.dt[r * static_cast<size_t>(heads) + static_cast<size_t>(h)];
             kernels.step(xbc + static_cast<size_t>(h) * P, dt, std::exp(dt * m.A[static_cast<size_t>(h)]), B, B + static_cast<size_t>(c.mamba_ngroups) * N, m.D[static_cast<size_t>(h)], P, N,
-                         ssm + static_cast<size_t>(h) * P * N, b.mixed.data() + r * inner + static_cast<size_t>(h) * P);
+                         S, b.mixed.data() + r * inner + static_cast<size_t>(h) * P);
           }
         }
       });

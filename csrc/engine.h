@@ -65,12 +65,20 @@ struct Lora {
   std::unordered_map<const Matrix*, std::vector<Part>> parts;
 };
 
+// Of each layer what a short call's tokens brought to its convolution and scan, which have not gone on yet.
+struct Record {
+  int length;
+  std::vector<float> inputs;  // (layers, length, conv_dim), before the convolution
+  std::vector<float> dt;      // (layers, length, heads), behind softplus
+};
+
 struct State {
   int position = 0;
   std::shared_ptr<const Lora> lora;  // of the engine that made the state, or none
   std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
   std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
   std::vector<Cache> caches;
+  std::shared_ptr<const Record> record;  // of the last call, whose tokens position and caches count already; or none
   bool broken = false;  // a call on it failed midway; it was being updated in place
   size_t bytes() const;
 };
@@ -80,6 +88,7 @@ struct Call {
   const int32_t* tokens;
   int length;
   int logits;  // trailing positions wanted
+  bool record = false;
 };
 
 inline constexpr int kWidest = 1 << 21;      // of any row of weights or activations, 60 times what the 7B model needs: with
@@ -116,8 +125,12 @@ class Engine {
   State new_state(int adapter = -1) const;
   // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other. States are updated in place:
   // an exception leaves those of the call broken. Throws std::domain_error if a logit is not finite, std::invalid_argument
-  // for calls that are too long, OutOfMemory. One thread at a time, others wait.
+  // for calls that are too long, OutOfMemory. One thread at a time, others wait. A recorded call of at most kMostRows tokens leaves
+  // convolution and scan where they were, until `keep`, or the next call, which keeps all of its tokens.
   void forward(const std::vector<Call>& calls, float* logits);
+  // Of a recorded call's tokens only the first n stay read: the same bits as reading those alone. -1: all, if there are any. Throws
+  // std::invalid_argument, OutOfMemory.
+  void keep(State& state, int n);
 
   const Config config;
   const PageLayout layout;
@@ -148,6 +161,7 @@ class Engine {
   struct Segment {  // one sequence's tokens among the rows of a call
     State* state;
     int start, length;
+    Record* record = nullptr;
   };
   struct Buffers;
 
@@ -175,6 +189,7 @@ class Engine {
   void observe(const std::string& name, const float* data, int rows, int cols);
   void observe_input(const Matrix& w, const float* x, size_t stride, int rows);
   void own(State& state);
+  void go_on(State& state, int n);
   uint16_t* panel(int thread, size_t values);
 
   Matrix embeddings_, head_;

@@ -383,34 +383,60 @@ def test_saved_states_that_do_not_fit(tmp_path: Path, kv: str) -> None:
 
 
 @combined
-def test_keep_is_having_read_less(isa: str, format: str, kv: str) -> None:
-    """After a recorded call keep(n) leaves what reading its first n tokens leaves, to the bit up to 8 tokens; n = 0 and all too."""
-    config = CONFIGS["7b"]
-    backend, tokens = native(config, format, isa, kv=kv), ids(config, 60)
-    for before, length in ((0, 8), (6, 8), (6, 1), (20, 30)):
+@pytest.mark.parametrize("name", ["7b", "aligned"])
+def test_keep_is_having_read_less(name: str, isa: str, format: str, kv: str) -> None:
+    """After a recorded call keep(n) leaves what reading its first n tokens leaves, to the bit, over borders of pages and chunks, for n = 0
+    and all, for copies of the recorded state, and beside rows that record nothing; without keep, all tokens stay read."""
+    config = CONFIGS[name]
+    backend, tokens = native(config, format, isa, kv=kv), ids(config, 280)
+    for before, length in ((0, 8), (6, 8), (6, 1), (61, 7), (250, 8)):
+        start, company = backend.new_state(), backend.new_state()
+        if before:
+            logits_of(backend, tokens[:before], start)
+        read, untouched = start.copy(), start.copy()
+        full = logits_of(backend, tokens[before : before + length], read)
+        goes_on = one_by_one(backend, tokens[3:5], read.copy())
         for n in {0, 1, length // 2, length}:
-            recorded, expected = backend.new_state(), backend.new_state()
-            if before:
-                for state in (recorded, expected):
-                    logits_of(backend, tokens[:before], state)
-            full = logits_of(backend, tokens[before : before + length], recorded, record=True)
-            copy = recorded.copy()
+            recorded, expected = start.copy(), start.copy()
+            rows = [Row(tokens[before : before + length], recorded, length, True), Row(tokens[:2], company, 0)]
+            assert same(backend.forward(rows)[0].numpy(), full)
+            copy, saved = recorded.copy(), recorded.copy()
             if n:
                 logits_of(backend, tokens[before : before + n], expected)
             recorded.keep(n)
             assert recorded.position == expected.position == before + n
             assert same(one_by_one(backend, tokens[:3], recorded), one_by_one(backend, tokens[:3], expected))
             assert copy.position == before + length
-            again = backend.new_state()
-            if before:
-                logits_of(backend, tokens[:before], again)
-            assert same(logits_of(backend, tokens[before : before + length], again), full)
-            assert same(logits_of(backend, tokens[:1], copy), logits_of(backend, tokens[:1], again))
+            assert same(one_by_one(backend, tokens[3:5], copy), goes_on)
+            saved.keep(length)
+            assert same(one_by_one(backend, tokens[3:5], saved), goes_on)
+        assert untouched.position == before
+        assert same(logits_of(backend, tokens[before : before + length], untouched), full)
     with pytest.raises(ValueError, match="nothing was recorded"):
         recorded.keep(0)
     logits_of(backend, tokens[:3], recorded, record=True)
-    with pytest.raises(ValueError, match="more than were recorded"):
-        recorded.keep(4)
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=f"cannot keep {wrong} tokens"):
+            recorded.keep(wrong)
+    with pytest.raises(ValueError, match="at most 8 tokens can be recorded"):
+        logits_of(backend, tokens[:9], recorded, record=True)
+
+
+@every_kv
+def test_a_recorded_state_is_saved_whole(tmp_path: Path, kv: str) -> None:
+    """Saving a state behind a recorded call saves all of its tokens, as if nothing had been recorded."""
+    config = CONFIGS["2.7b"]
+    backend, tokens = native(config, "q8", kv=kv), ids(config, 30)
+    recorded, plain, loaded = backend.new_state(), backend.new_state(), backend.new_state()
+    for state in (recorded, plain):
+        logits_of(backend, tokens[:20], state)
+    logits_of(backend, tokens[20:26], recorded, record=True)
+    logits_of(backend, tokens[20:26], plain)
+    recorded.save(tmp_path / "state")
+    loaded.load(tmp_path / "state")
+    expected = logits_of(backend, tokens[26:], plain)
+    assert same(logits_of(backend, tokens[26:], loaded), expected)
+    assert same(logits_of(backend, tokens[26:], recorded), expected)
 
 
 @combined

@@ -1,13 +1,11 @@
-"""The scheduler and the cache of states: company, arrival and cancellation change no reply, and what was read is not read again."""
+"""The scheduler: company, arrival and cancellation change no reply, and with a cache what was read is not read again."""
 
 from __future__ import annotations
 
 import itertools
 import queue
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,7 +198,7 @@ def test_a_failing_model_is_said(model: LanguageModel, prompts: list[list[int]])
     """A model that fails ends all requests with what happened, and later ones at once."""
 
     class Broken:
-        config = model.backend.config
+        config, together = model.backend.config, 8
 
         def new_state(self, *, adapter: str | None = None) -> Any:
             return model.backend.new_state()
@@ -239,7 +237,7 @@ def test_a_fault_of_one_ends_it_alone(model: LanguageModel, prompts: list[list[i
     """A call that fails for one of its rows is made for each of them: the others' replies stay what they are."""
 
     class Picky:
-        config = model.backend.config
+        config, together = model.backend.config, 1
 
         def new_state(self, *, adapter: str | None = None) -> Any:
             return model.backend.new_state()
@@ -276,11 +274,11 @@ def test_logprobs_of_a_prompt(model: LanguageModel, scheduler: Scheduler, prompt
         assert found.logprob == pytest.approx(wanted[i, found.token], abs=1e-4)
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
+# ---- with a cache ----------------------------------------------------------------------------------------------------
 
 
-def cache_of(model: LanguageModel, **options: Any) -> StateCache:
-    return StateCache(lambda adapter: model.backend.new_state(adapter=adapter), **options)
+def cache_of(model: LanguageModel) -> StateCache:
+    return StateCache(lambda adapter: model.backend.new_state(adapter=adapter))
 
 
 def plain(model: LanguageModel, text: str) -> list[int]:
@@ -336,134 +334,3 @@ def test_other_endings_reuse_the_border(model: LanguageModel) -> None:
         job = turn(model, cache, replies, number, [*messages, {"role": "user", "content": content}], max_tokens=30)
         assert job.cached_tokens == len(replies.jobs[0].request.tokens) + len(replies.tokens(0)) - 1 + len(plain(model, CLOSING))
     assert scheduler.close(5) == 0
-
-
-def states(model: LanguageModel, lengths: list[int]) -> list[tuple[list[int], Any]]:
-    rng = np.random.default_rng(3)
-    made = []
-    for length in lengths:
-        tokens, state = rng.integers(300, 4000, length).astype(np.int32), model.backend.new_state()
-        model.backend.forward([Row(tokens, state, logits=0)])
-        made.append((tokens.tolist(), state))
-    return made
-
-
-def test_least_recently_used_goes_first(model: LanguageModel) -> None:
-    """Within the bytes allowed the least recently used states go; none larger than all the room is kept."""
-    made = states(model, [20, 30, 40, 50])
-    room = sum(state.nbytes for _, state in made[:3])
-    cache = cache_of(model, most_bytes=room)
-    for tokens, state in made[:3]:
-        cache.put(tokens, state)
-    assert cache.find([*made[0][0], 5]) is not None
-    cache.put(*made[3])
-    assert cache.nbytes <= room and cache.find([*made[1][0], 5]) is None
-    found = cache.find([*made[0][0], 5])
-    assert found is not None and found.tokens == 20 and found.state.position == 20
-    small = cache_of(model, most_bytes=10)
-    small.put(*made[0])
-    assert len(small) == 0 and small.nbytes == 0
-
-
-def test_the_longest_beginning_counts(model: LanguageModel) -> None:
-    """Of several states that have read a prompt's beginning the longest is given, never one that has read all of it, nor an adapter's."""
-    tokens = states(model, [60])[0][0]
-    cache = cache_of(model)
-    for length in (10, 40, 25):
-        state = model.backend.new_state()
-        model.backend.forward([Row(np.array(tokens[:length], np.int32), state, logits=0)])
-        cache.put(tokens[:length], state)
-    found = [cache.find(tokens[:n]) for n in (60, 41, 40, 25, 11, 10, 3)]
-    assert [one and one.tokens for one in found] == [40, 40, 25, 10, 10, None, None]
-    assert cache.find(tokens, adapter="other") is None
-    assert cache.find([*tokens[:9], 7, 8, 9, 10]) is None
-    with pytest.raises(ValueError, match="has read 5 tokens, not 6"):
-        state = model.backend.new_state()
-        model.backend.forward([Row(np.array(tokens[:5], np.int32), state, logits=0)])
-        cache.put(tokens[:6], state)
-
-
-def test_kept_on_disk(model: LanguageModel, tmp_path: Path) -> None:
-    """A later process reuses every token of what an earlier one kept, and goes on with the same bits."""
-    (tokens, state), other = states(model, [70, 30])
-    first = cache_of(model, folder=tmp_path)
-    first.put(tokens, state, CLOSING)
-    first.put(*other)
-    second = cache_of(model, folder=tmp_path)
-    assert len(second) == 2 and second.nbytes == 0
-    found = second.find([*tokens, 9])
-    assert found is not None and found.tokens == 70
-    more = "<|im_start|>user\nHello"
-    assert second.encode(CLOSING + more, lambda part: plain(model, part)) == [*tokens, *plain(model, more)]
-    assert second.encode(more, lambda part: plain(model, part)) == plain(model, more)
-    row = np.array([9], np.int32)
-    one, two = (model.backend.forward([Row(row, s)])[0].numpy() for s in (state.copy(), found.state))
-    np.testing.assert_array_equal(one, two)
-
-
-def test_memory_lets_go_what_disk_keeps(model: LanguageModel, tmp_path: Path) -> None:
-    """What does not fit in memory is read from disk again; what does not fit on disk either is gone, files and all."""
-    made = states(model, [20, 30, 40])
-    cache = cache_of(model, folder=tmp_path, most_bytes=made[2][1].nbytes + 1)
-    for tokens, state in made:
-        cache.put(tokens, state)
-    assert len(cache) == 3 and cache.nbytes <= cache.most_bytes
-    found = cache.find([*made[0][0], 5])
-    assert found is not None and found.tokens == 20 and cache.nbytes <= cache.most_bytes
-    cache.disk_bytes = 1
-    cache.put(*states(model, [50])[0])
-    assert not list(tmp_path.glob("*.state")) and not list(tmp_path.glob("*.json"))
-    assert len(cache) <= 1
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "no state", "other tokens", "no json"])
-def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    """A file that is half-written, foreign or altered is never used: it is said and the prompt is read from the start."""
-    ((tokens, state),) = states(model, [33])
-    cache_of(model, folder=tmp_path).put(tokens, state)
-    (file,), (about,) = tmp_path.glob("*.state"), tmp_path.glob("*.json")
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "empty":
-        file.write_bytes(b"")
-    elif damage == "foreign":
-        file.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
-    elif damage == "no state":
-        file.unlink()
-    elif damage == "other tokens":
-        about.write_text(about.read_text().replace(str(tokens[0]), "77", 1))
-    else:
-        about.write_text("{")
-    cache = cache_of(model, folder=tmp_path)
-    assert cache.find([*tokens, 5]) is None and len(cache) == 0
-    assert capsys.readouterr().err.startswith("zamba2: ")
-    cache.put(tokens, state)
-    assert cache_of(model, folder=tmp_path).find([*tokens, 5]) is not None
-
-
-def test_several_threads(model: LanguageModel) -> None:
-    """Putting and finding at once from several threads keeps the budget and the counts."""
-    made = states(model, [20 + i for i in range(8)])
-    cache = cache_of(model, most_bytes=3 * made[-1][1].nbytes)
-    problems: list[BaseException] = []
-
-    def work(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        try:
-            for _ in range(60):
-                tokens, state = made[rng.integers(len(made))]
-                if rng.random() < 0.5:
-                    cache.put(tokens, state)
-                else:
-                    found = cache.find([*tokens, 5])
-                    assert found is None or found.state.position == len(tokens)
-        except BaseException as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not problems and cache.nbytes <= cache.most_bytes
-    assert sum(cache._lengths.values()) == len(cache) and cache.hits + cache.misses > 0

@@ -39,7 +39,11 @@ from zamba2.train.packing import IGNORED, collate_packed, pack
 from zamba2.train.prepare import labels, pair_row, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import RECIPES, Lora, Recipe, read_recipe
+from zamba2.train.rounding import RoundWeights, rounded_weights
+from zamba2.weights.formats import FORMATS, GROUP, unpack
+from zamba2.weights.formats import pack as pack_weights
 from zamba2.weights.hub import RANDOM
+from zamba2.weights.packed import Packing, open_packed, quantize
 
 WORDS = ["red", "green", "blue", "old", "new", "cat", "dog", "house", "tree", "river", "one", "two", "three"]
 # trl, peft and transformers warn of each other.
@@ -296,9 +300,7 @@ def test_trl_alone_packs_and_masks_as_we_do(tmp_path, tokenizer):
     )  # fmt: skip
     model = fresh_model()
     trainer = SFTTrainer(model=model, args=options, processing_class=theirs, train_dataset=Dataset.from_list(rows))
-    ours = sorted(
-        (masked.ids.tolist(), labels(masked)) for masked in (mask_conversation(tokenizer, row["messages"]) for row in rows)
-    )
+    ours = sorted((masked.ids.tolist(), labels(masked)) for masked in (mask_conversation(tokenizer, row["messages"]) for row in rows))
     found, packed = [], 0
     for row in trainer.train_dataset:
         at, packed = 0, max(packed, len(row["seq_lengths"]))
@@ -338,12 +340,14 @@ def test_accumulation_changes_nothing(tmp_path, stage):
     assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-5) for name in first)
 
 
-@pytest.mark.parametrize(("stage", "optimizer"), [("sft", "adamw"), ("dpo", "adamw"), ("sft", "muon")])
-def test_resuming_changes_nothing(tmp_path, stage, optimizer):
+@pytest.mark.parametrize(
+    ("stage", "fields"), [("sft", {}), ("dpo", {}), ("sft", {"optimizer": "muon"}), ("sft", {"rounding": "q4"})], ids=str
+)
+def test_resuming_changes_nothing(tmp_path, stage, fields):
     """A run that was cut after two of six steps and resumed has the losses and the very weights of one that was not."""
-    through = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, optimizer=optimizer, out=tmp_path / "through")
+    through = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "through", **fields)
     wanted = weights(module.run(through))
-    cut = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, optimizer=optimizer, out=tmp_path / "cut")
+    cut = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "cut", **fields)
     (tmp_path / "cut").mkdir()
     os.rename(tmp_path / "through" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
     (tmp_path / "cut" / "checkpoint-4").mkdir()  # as a killed process leaves it: not complete
@@ -391,6 +395,57 @@ def test_muon_is_refused_where_matrices_are_spread(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(Zamba2Error, match="needs whole matrices"):
         module.make_trainer(recipe(tmp_path, optimizer="muon"), fresh_model(), None, None, Progress())
+
+
+@settings(deadline=None)
+@given(rows=st.integers(1, 40), cols=st.integers(1, 130), format=st.sampled_from(["q8", "q4"]), seed=st.integers(0, 2**31))
+def test_weights_are_rounded_as_they_are_packed(rows, cols, format, seed):
+    """What a step trains through is what the packed matrix stands for, zeros and ties of candidates' errors included."""
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((rows, cols)) * rng.choice([0, 1e-3, 1, 30], (rows, 1))).astype(np.float32)
+    packed = unpack(pack_weights(weight, FORMATS[format]), rows, cols, FORMATS[format])
+    found = rounded_weights(torch.from_numpy(weight), FORMATS[format]).numpy()
+    for start in range(0, cols, GROUP):  # sums in another order may choose another scale among equals
+        errors = [((value - weight)[:, start : start + GROUP].astype(np.float64) ** 2).sum(1) for value in (found, packed)]
+        assert (abs(errors[0] - errors[1]) <= 1e-5 * errors[1]).all()
+
+
+def test_a_rounded_step_trains_through_the_packed_model(tmp_path):
+    """With rounding the first loss is that of the packed file's own weights, and the full weights are what the step changes: by no more
+    than one step of the optimizer, and not onto the packed grid."""
+    model, plain = fresh_model(), fresh_model()
+    RoundWeights(plain, plain.model.config, Packing.named("q4")).on_step_begin(None, None, None)
+    plain.save_pretrained(tmp_path / "rounded")
+    for file in module.TOKENIZER_FILES:
+        if (RANDOM / file).is_file():
+            (tmp_path / "rounded" / file).write_bytes((RANDOM / file).read_bytes())
+    quantize(RANDOM, tmp_path / "packed", FORMATS["q4"])
+    file, packing, plan = open_packed(tmp_path / "packed", model.model.config)
+    values = dict(plain.named_parameters())
+    for part in plan:
+        if part.is_matrix and part.half is None:
+            data = np.frombuffer(file.map(part.name), np.uint8)
+            packed = unpack(data, *part.shape, packing.of(part))
+            assert np.mean(packed == values[f"model.{part.name}"].detach().numpy()) > 0.98, part.name
+    through = recipe(tmp_path, steps=1, rounding="q4", out=tmp_path / "through")
+    after = weights(module.run(through))
+    on_grid = recipe(tmp_path, steps=1, model=str(tmp_path / "rounded"), out=tmp_path / "grid")
+    module.run(on_grid)
+    plainly = recipe(tmp_path, steps=1, out=tmp_path / "plain")
+    module.run(plainly)
+    assert losses(through.out)[0] == pytest.approx(losses(on_grid.out)[0], rel=1e-6)
+    assert losses(through.out)[0] != pytest.approx(losses(plainly.out)[0], rel=1e-6)
+    moved = max((after[name] - value).abs().max() for name, value in model.state_dict().items())
+    assert 0 < moved <= 1.01e-3  # AdamW's first step is the learning rate
+
+
+def test_rounding_needs_all_of_whole_weights(tmp_path, monkeypatch):
+    """Rounding is refused, in a sentence, beside adapters and where matrices are spread over processes."""
+    with pytest.raises(ValueError, match="adapters are never rounded"):
+        recipe(tmp_path, rounding="q4", lora=Lora())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Zamba2Error, match="needs whole matrices"):
+        module.make_trainer(recipe(tmp_path, rounding="q4"), fresh_model(), None, None, Progress())
 
 
 def test_checkpointing_and_bf16_train(tmp_path, monkeypatch):

@@ -76,9 +76,10 @@ class Conversation:
         tokens, last = [piece.token for piece in pieces], pieces[-1]
         start = 0 if request.state is None else request.state.position
         unread = [*request.tokens, *tokens][last.state.position - start :]  # none if the next step was interrupted half-way
+        ahead = last.state.position - start - len(request.tokens) - len(tokens) > 0  # interrupted among the pieces of one call
         end = [tokens.pop()] if last.token in self.tokenizer.eos_token_ids and last.finish_reason == "stop" else []
         whole = self.tokenizer.incremental(skip_special_tokens=False, after=request.tokens)
-        if "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
+        if ahead or "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
             self._forget()
             return
         said = text + reply + self.tokenizer.decode(end, skip_special_tokens=False)

@@ -5,6 +5,7 @@ Whole replies are folded streams and a single prompt is a batch of one, so there
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.language.sampling import Sampler, Sampling, log_softmax, top_logprobs
 from zamba2.language.tokenizer import IncrementalDecoder, Tokenizer
 from zamba2.runtime.backend import Backend, Row, State
+from zamba2.runtime.speculate import Guesses, Prices
 
-__all__ = ["Constraint", "Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "run"]
+__all__ = ["Constraint", "Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "guess_all", "judge", "next_row", "run"]
 
 PREFILL_STEP = 512  # tokens between two progress reports while a prompt is read
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
@@ -80,7 +82,8 @@ class Piece:
     """One step of one request: the token sampled and the text that became certain, which may be empty.
 
     The last piece of a request has a finish_reason ("stop": end token or stop text, "length": max_tokens).
-    ``state`` has read everything but ``token``, until the next piece is asked for.
+    ``state`` has read everything but ``token``, until the next piece is asked for; where several pieces came of one call (see
+    ``runtime.speculate``), everything but the last one's.
     """
 
     index: int
@@ -157,7 +160,19 @@ class Running:
         self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental(after=request.tokens)
         self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
         self.stop_text = StopText(request.stop)
+        self.guesses = Guesses(request.tokens)
         self.count = 0
+
+    def steps(self, scores: np.ndarray, guess: Sequence[int] = ()) -> list[Piece]:
+        """Go on by the tokens of a guess that come true, and one more. scores: (1 + guess, V), of a recorded call if there is a guess."""
+        pieces = [self.step(scores[0])]
+        for token, own in zip(guess, scores[1:], strict=True):
+            if pieces[-1].finish_reason is not None or pieces[-1].token != token:
+                break
+            pieces.append(self.step(own))
+        if guess:
+            self.state.keep(len(pieces))
+        return pieces
 
     def step(self, scores: np.ndarray) -> Piece:
         """Sample from the scores (V,) and say what became certain."""
@@ -166,6 +181,7 @@ class Running:
         if constraint is not None:
             constraint.accept(token)
         self.count += 1
+        self.guesses.push(token)
         logprob = None
         if self.request.logprobs is not None:
             own = log_softmax(scores)
@@ -181,11 +197,13 @@ class Running:
 
 
 def run(
-    backend: Backend, requests: Sequence[Request], tokenizer: Tokenizer | None = None, *, progress: Progress | None = None
-) -> Iterator[Piece]:
+    backend: Backend, requests: Sequence[Request], tokenizer: Tokenizer | None = None, *, progress: Progress | None = None,
+    speculate: bool = True,
+) -> Iterator[Piece]:  # fmt: skip
     """Generate for all requests together; yields pieces as they come, each request's in order.
 
-    Without a tokenizer texts stay empty, no end token is known, and stop strings are refused. Raises Zamba2Error.
+    Without a tokenizer texts stay empty, no end token is known, and stop strings are refused. speculate: guess what comes next where the
+    backend reads several tokens at about the price of one, while that pays; the replies are the same. Raises Zamba2Error.
     """
     if tokenizer is None and any(request.stop for request in requests):
         raise Zamba2Error("stop texts need a tokenizer, and this checkpoint has none.")
@@ -194,17 +212,48 @@ def run(
         state = backend.new_state(adapter=request.adapter) if request.state is None else request.state.copy()
         sequences.append(Running(index, request, state, backend.config.vocab_size, tokenizer))
         _say_if_long(backend, state.position + len(request.tokens) + request.max_tokens)
-    rows = _read_prompts(backend, sequences, progress)
+    rows, prices = _read_prompts(backend, sequences, progress), Prices()
+    guesses: list[list[int]] = [[] for _ in sequences]
+    begun: float | None = None
     while sequences:
-        scores = [logits.numpy()[-1] for logits in backend.forward(rows)]
-        going, rows = [], []
-        for sequence, row_scores in zip(sequences, scores, strict=True):
-            piece = sequence.step(row_scores)
-            if piece.finish_reason is None:
-                going.append(sequence)
-                rows.append(Row(np.array([piece.token], dtype=np.int32), sequence.state))
-            yield piece
-        sequences = going
+        scores = [logits.numpy() for logits in backend.forward(rows)]
+        found = [one.steps(own[-1 - len(guess) :], guess) for one, own, guess in zip(sequences, scores, guesses, strict=True)]
+        judge(prices, sequences, guesses, found, None if begun is None else time.perf_counter() - begun)
+        yield from itertools.chain.from_iterable(found)
+        begun = time.perf_counter()
+        last = [pieces[-1] for pieces in found]
+        sequences = [one for one, piece in zip(sequences, last, strict=True) if piece.finish_reason is None]
+        guesses = guess_all(sequences, backend.together if speculate else 0)
+        rows = [next_row(one, guess) for one, guess in zip(sequences, guesses, strict=True)]
+
+
+def next_row(running: Running, guess: Sequence[int]) -> Row:
+    """The last token of a reply, and a guess of those after it."""
+    tokens = np.array([running.guesses.tokens[-1], *guess], np.int32)
+    return Row(tokens, running.state, logits=len(tokens), record=bool(guess))
+
+
+def guess_all(sequences: Sequence[Running], together: int) -> list[list[int]]:
+    """A guess for each reply, none for most: one call reads at most ``together`` tokens. One that has few tokens to go gets no more."""
+    found: list[list[int]] = []
+    left = together - len(sequences)
+    for running in sequences:
+        found.append(running.guesses.guess(min(left, running.request.max_tokens - running.count - 1)))
+        left -= len(found[-1])
+    return found
+
+
+def judge(
+    prices: Prices, sequences: Sequence[Running], guesses: Sequence[Sequence[int]], found: Sequence[Sequence[Piece]],
+    seconds: float | None,
+) -> None:  # fmt: skip
+    """Tell each reply what its guess was worth. seconds: that the call took, None if it read more than this."""
+    guessed = sum(map(len, guesses))
+    if seconds is not None:
+        prices.add(len(sequences) + guessed, seconds)
+    for running, guess, pieces in zip(sequences, guesses, found, strict=True):
+        if guess and pieces:
+            running.guesses.judge(len(guess), len(pieces) - 1, prices.extra(len(sequences), guessed) * len(guess) / guessed)
 
 
 def _read_prompts(backend: Backend, sequences: Sequence[Running], progress: Progress | None) -> list[Row]:
@@ -235,14 +284,14 @@ def _say_if_long(backend: Backend, length: int) -> None:
 
 def collect(
     backend: Backend, requests: Sequence[Request], tokenizer: Tokenizer | None = None, *, progress: Progress | None = None,
-    on_piece: Callable[[Piece], None] | None = None,
+    on_piece: Callable[[Piece], None] | None = None, speculate: bool = True,
 ) -> list[Generation]:  # fmt: skip
     """Run all requests to their ends and fold the pieces into one ``Generation`` each, in the requests' order."""
     pieces: list[list[Piece]] = [[] for _ in requests]
     start = time.perf_counter()
     first: list[float] = [start] * len(requests)
     ends: list[float] = [start] * len(requests)
-    for piece in run(backend, requests, tokenizer, progress=progress):
+    for piece in run(backend, requests, tokenizer, progress=progress, speculate=speculate):
         now = time.perf_counter()
         if not pieces[piece.index]:
             first[piece.index] = now

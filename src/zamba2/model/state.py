@@ -109,11 +109,15 @@ class ModelState:
         """An independent state; nothing is copied until one of the two goes on."""
         return replace(self, conv=list(self.conv), ssm=list(self.ssm), kv=[kv.copy() for kv in self.kv], records=None)
 
+    def tensors(self) -> list[Tensor]:
+        """All that is held, whole buffers of keys and values included."""
+        tensors = [*self.conv, *self.ssm, *(kv.buffer.data if kv.buffer else None for kv in self.kv)]
+        return [tensor for tensor in tensors if tensor is not None]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held, whole buffers of keys and values included."""
-        tensors = [*self.conv, *self.ssm, *(kv.buffer.data if kv.buffer else None for kv in self.kv)]
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def select(self, rows: Tensor) -> ModelState:
         """The state of some rows of the batch, repeats allowed (beam search). rows: (n,) indices."""

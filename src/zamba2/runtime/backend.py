@@ -5,7 +5,7 @@ Two methods: ``new_state`` and ``forward``. This module knows neither torch nor 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -30,6 +30,10 @@ class State(Protocol):
     def nbytes(self) -> int:
         """Bytes held, shared keys and values included."""
 
+    def memory(self) -> Mapping[int, int]:
+        """Bytes of all that is held, by where it lies: copies that share memory name the same places, and states that share none never
+        do while they live. To count what many states hold together."""
+
     @property
     def adapter(self) -> str | None:
         """Name of the run-time adapter, or None."""
@@ -47,7 +51,9 @@ class State(Protocol):
         version or shape, and keeps the contents then."""
 
     def keep(self, n: int) -> None:
-        """After a call with ``record=True``: keep only the first n of its tokens, by replaying recorded updates."""
+        """After a call with ``record=True``: keep only the first n of its tokens, by replaying recorded updates.
+
+        Raises ValueError where nothing was recorded, or fewer."""
 
 
 class Logits(Protocol):
@@ -69,9 +75,14 @@ class Row:
 
 @runtime_checkable
 class Backend(Protocol):
-    """A loaded model. Rows of any lengths may share a call; each state may appear once in it."""
+    """A loaded model. Rows of any lengths may share a call; each state may appear once in it.
+
+    together: tokens, of one sequence or several, that a call reads in little more time than one; 1 where there is no such thing. So many
+    can be recorded.
+    """
 
     config: Config
+    together: int
 
     def new_state(self, *, adapter: str | None = None) -> State:
         """An empty state at position 0. Raises Zamba2Error for an unknown adapter."""

@@ -26,7 +26,7 @@ from zamba2.weights.packed import Packing, open_packed
 __all__ = ["NativeBackend", "NativeState"]
 
 PREFILL_CHUNK = 256  # tokens; borders lie at multiples of it in the sequence
-SHORT = 8  # tokens of a call up to which each token's arithmetic is that of a call of its own (kMostRows in csrc/kernels.h)
+SHORT = 8  # tokens of a call up to which each one's arithmetic is that of a call of its own, and together about as long (kMostRows)
 ENGINE_KEYS = (
     "hidden_size", "num_hidden_layers", "vocab_size", "num_mem_blocks", "mamba_d_state", "n_mamba_heads", "mamba_headdim",
     "mamba_ngroups", "mamba_d_conv", "d_inner", "conv_dim", "in_proj_dim", "num_attention_heads", "num_key_value_heads",
@@ -50,7 +50,6 @@ class NativeState:
 
     def __init__(self, backend: NativeBackend, inner: Any, adapter: str | None = None) -> None:
         self.backend, self.inner, self.adapter = backend, inner, adapter
-        self.before: tuple[Any, npt.NDArray[np.int32]] | None = None  # state before the last recorded call, and its tokens
 
     @property
     def position(self) -> int:
@@ -60,18 +59,19 @@ class NativeState:
     def nbytes(self) -> int:
         return int(self.inner.nbytes)
 
+    def memory(self) -> dict[int, int]:
+        return dict(self.inner.memory)
+
     def copy(self) -> NativeState:
         return NativeState(self.backend, self.inner.copy(), self.adapter)
 
     def keep(self, n: int) -> None:
-        if self.before is None or not 0 <= n <= len(self.before[1]):
-            found = "nothing was recorded" if self.before is None else "more than were recorded"
-            raise ValueError(f"cannot keep {n} tokens: {found}")
-        inner, tokens = self.before
-        if n:
-            left, _ = self.backend._stretches(inner, tokens[:n], 0)
-            self.backend._read([inner], [tokens[n - left : n]], [0])
-        self.inner, self.before = inner, None
+        if n < 0:
+            raise ValueError(f"cannot keep {n} tokens")
+        try:
+            self.backend.engine.keep(self.inner, n)
+        except MemoryError as error:
+            raise Zamba2Error(f"there is not enough memory for this: {error}; use a smaller model or a shorter text.") from None
 
     def save(self, path: Path, *, note: str = "") -> None:
         backend = self.backend
@@ -91,7 +91,7 @@ class NativeState:
 
     def load(self, path: Path) -> str:
         file, position, note = open_state(path, self.backend.identity(self.adapter))
-        self.inner, self.before = self._read(path, file, position), None
+        self.inner = self._read(path, file, position)
         return note
 
     def _kv_tensors(self, length: int) -> Iterator[tuple[str, str, int]]:
@@ -134,6 +134,7 @@ class NativeBackend:
         self, path: Path, config: Config, *, threads: int | None = None, pin: bool | None = None, isa: str = "", kv: str = "bf16"
     ) -> None:
         self.config = config
+        self.together = SHORT
         self.kv = kv_format_named(kv)
         self._file, self.packing, plan = open_packed(path, config)
         settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
@@ -210,25 +211,29 @@ class NativeBackend:
         if len({id(state) for state in states}) != len(states):
             raise ValueError("a state may appear only once in a call")
         tokens = [check_row(row, self.config.vocab_size) for row in rows]
-        # updated in place; a copy where several calls follow one another, or where the state before is wanted
+        if any(row.record and len(own) > SHORT for row, own in zip(rows, tokens, strict=True)):
+            raise ValueError(f"at most {SHORT} tokens can be recorded")
+        # updated in place; a copy where several calls follow one another
         work = [
-            state.inner.copy() if row.record or border_in(state.position, len(own)) else state.inner
+            state.inner.copy() if not row.record and border_in(state.position, len(own)) else state.inner
             for state, own, row in zip(states, tokens, rows, strict=True)
         ]
-        before = [state.inner if row.record else None for row, state in zip(rows, states, strict=True)]
         # a prompt's stretches first, then what is left of every row in one call
-        scores = [self._stretches(inner, own, row.logits) for inner, own, row in zip(work, tokens, rows, strict=True)]
+        scores = [
+            (len(own), []) if row.record else self._stretches(inner, own, row.logits)
+            for inner, own, row in zip(work, tokens, rows, strict=True)
+        ]
         rest = [own[len(own) - left :] for own, (left, _) in zip(tokens, scores, strict=True)]
         wanted = [min(row.logits, len(own)) for row, own in zip(rows, rest, strict=True)]
-        last = np.split(self._read(work, rest, wanted), np.cumsum(wanted)[:-1]) if rows else []
+        read = self._read(work, rest, wanted, [row.record for row in rows]) if rows else []
+        last = np.split(read, np.cumsum(wanted)[:-1]) if rows else []
         try:
             found = [np.concatenate([*first, own]) if first else own for (_, first), own in zip(scores, last, strict=True)]
         except MemoryError:
             needed = 4 * self.config.vocab_size * sum(row.logits for row in rows)
             raise Zamba2Error(f"there is not enough memory for this; {needed} bytes of logits are needed.") from None
-        for state, inner, row, old in zip(states, work, rows, before, strict=True):
+        for state, inner in zip(states, work, strict=True):
             state.inner = inner
-            state.before = None if old is None else (old, np.asarray(row.tokens, dtype=np.int32))
         return [NativeLogits(own) for own in found]
 
     def _stretches(self, inner: Any, tokens: npt.NDArray[np.int32], wanted: int) -> tuple[int, list[npt.NDArray[np.float32]]]:
@@ -242,11 +247,11 @@ class NativeBackend:
             tokens, wanted = tokens[step:], wanted - here
         return len(tokens), found
 
-    def _read(self, states: list[Any], tokens: list[npt.NDArray[np.int32]], wanted: list[int]) -> Any:
+    def _read(self, states: list[Any], tokens: list[npt.NDArray[np.int32]], wanted: list[int], record: Sequence[bool] = ()) -> Any:
         """The engine's forward: logits (sum of wanted, V). Raises Zamba2Error; the states are unusable then."""
         self._file.check_size()
         try:
-            scores = self.engine.forward(states, tokens, wanted)
+            scores = self.engine.forward(states, tokens, wanted, list(record))
         except MemoryError as error:
             raise Zamba2Error(f"there is not enough memory for this: {error}; use a smaller model or a shorter text.") from None
         except ArithmeticError:

@@ -57,6 +57,10 @@ class TorchState:
     def nbytes(self) -> int:
         return self.inner.nbytes
 
+    def memory(self) -> dict[int, int]:
+        storages = [tensor.untyped_storage() for tensor in self.inner.tensors()]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
     def copy(self) -> TorchState:
         return TorchState(self.backend, self.inner.copy())
 
@@ -117,6 +121,7 @@ class TorchBackend:
 
     def __init__(self, model: Zamba2) -> None:
         self.model, self.config = model, model.config
+        self.together = 1  # its rows are read one after another
         self.dtype = model.embed_tokens.weight.dtype
         self.device = model.embed_tokens.weight.device
         self.fingerprint = fingerprint(model)

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from zamba2.errors import Zamba2Error
-from zamba2.language.generate import Piece, Request, Running, TokenLogprob
+from zamba2.language.generate import Piece, Request, Running, TokenLogprob, guess_all, judge, next_row
 from zamba2.language.sampling import log_softmax, top_logprobs
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend, Logits, Row
+from zamba2.runtime.speculate import Prices
 from zamba2.serve.cache import StateCache
 
 __all__ = ["Busy", "Job", "Prompt", "Scheduler", "TimeIsUp"]
@@ -89,16 +90,17 @@ class Job:
 
 class Scheduler:
     """See the module. most_running: replies in a batch. most_waiting: requests beside them. step: tokens of a prompt read in one call
-    while others decode."""
+    while others decode. speculate: guess what comes next, while that pays (``runtime.speculate``)."""
 
     def __init__(
         self, backend: Backend, tokenizer: Tokenizer | None, *, cache: StateCache | None = None, most_running: int = 8,
-        most_waiting: int = 64, step: int = 128,
+        most_waiting: int = 64, step: int = 128, speculate: bool = True,
     ) -> None:  # fmt: skip
         if step % ALIGNED or step < ALIGNED:
             raise Zamba2Error(f"step is {step}; a multiple of {ALIGNED} is needed.")
         self.backend, self.tokenizer, self.cache = backend, tokenizer, cache
-        self.most_running, self.most_waiting, self.step = most_running, most_waiting, step
+        self.most_running, self.most_waiting, self.step, self.speculate = most_running, most_waiting, step, speculate
+        self.prices = Prices()
         self._waiting: deque[Job] = deque()
         self._beginning: deque[Job] = deque()  # let in, and not yet looked at
         self._reading: deque[Job] = deque()
@@ -108,7 +110,7 @@ class Scheduler:
         self._stopped = self._draining = False
         self._recent: deque[float] = deque(maxlen=32)  # seconds that requests took
         self.failed: BaseException | None = None
-        self.prompt_tokens = self.generated_tokens = self.finished = self.cancelled = 0
+        self.prompt_tokens = self.generated_tokens = self.guessed_tokens = self.accepted_tokens = self.finished = self.cancelled = 0
         self._thread = threading.Thread(target=self._work, name="zamba2 model", daemon=True)
         self._thread.start()
 
@@ -244,26 +246,28 @@ class Scheduler:
 
     def _round(self) -> None:
         """One call of the backend."""
-        rows, decoding, closing = [], list(self._decoding), list(self._closing)
-        for job in decoding:
-            assert job.running is not None
-            rows.append(Row(np.array([job.said[-1]], np.int32), job.running.state))
-        rows += [row for _, row in closing]
+        decoding, closing = list(self._decoding), list(self._closing)
+        running = [job.running for job in decoding if job.running is not None]
+        others = [row for _, row in closing]
+        guesses = guess_all(running, self.backend.together - sum(len(row.tokens) for row in others) if self.speculate else 0)
+        rows = [*(next_row(one, guess) for one, guess in zip(running, guesses, strict=True)), *others]
         reading = self._reading[0] if self._reading else None
         if reading is not None:
             rows.append(self._stretch(reading, alone=not decoding))
         if not rows:
             return
         jobs = [*decoding, *(job for job, _ in closing), *([] if reading is None else [reading])]
+        begun = time.perf_counter()
         scores = self._forward(rows)
+        came: list[list[Piece]] = [[] for _ in decoding]
         for i, (job, found) in enumerate(zip(jobs, scores, strict=True)):
             try:
                 if isinstance(found, Zamba2Error):
                     raise found
                 if job is reading:
                     self._have_read(job, rows[i], found.numpy() if rows[i].logits else None)
-                elif job.last is None:
-                    self._said(job, found.numpy()[-1])
+                elif i < len(decoding):
+                    came[i] = running[i].steps(found.numpy(), guesses[i])
                 else:
                     assert self.cache is not None and job.running is not None
                     self.cache.put([*job.request.tokens, *job.said], job.running.state, job.text)
@@ -271,6 +275,12 @@ class Scheduler:
                 if job.last is None:
                     self._remove(job)
                     self._tell(job, error)
+        alone = len(rows) == len(decoding) and all(came)
+        judge(self.prices, running, guesses, came, time.perf_counter() - begun if alone else None)
+        self.guessed_tokens += sum(map(len, guesses))
+        for job, pieces in zip(decoding, came, strict=True):
+            self.accepted_tokens += max(0, len(pieces) - 1)
+            self._said(job, pieces)
         for entry in closing:
             with self._condition:
                 self._closing.remove(entry)
@@ -319,26 +329,26 @@ class Scheduler:
             (self._decoding if done else self._reading).append(job)  # behind the others: prompts take turns
         if done:
             assert scores is not None
-            self._said(job, scores[-1])
+            assert job.running is not None
+            self._said(job, job.running.steps(scores[-1:]))
 
-    def _said(self, job: Job, scores: np.ndarray) -> None:
-        """Sample a token of a reply."""
-        assert job.running is not None
-        piece = job.running.step(scores)
-        job.said.append(piece.token)
-        job.reply.append(piece.text)
-        self.generated_tokens += 1
-        if piece.finish_reason is not None:
-            self.finished += 1
-            self._recent.append(time.monotonic() - job.begun)
-            row = self._behind(job, piece)
-            with self._condition:
-                self._decoding.remove(job)
-                if row is not None:
-                    job.last = piece
-                    self._closing.append((job, row))
-                    return
-        self._tell(job, piece)
+    def _said(self, job: Job, pieces: Sequence[Piece]) -> None:
+        """Tell what was sampled of a reply."""
+        for piece in pieces:
+            job.said.append(piece.token)
+            job.reply.append(piece.text)
+            self.generated_tokens += 1
+            if piece.finish_reason is not None:
+                self.finished += 1
+                self._recent.append(time.monotonic() - job.begun)
+                row = self._behind(job, piece)
+                with self._condition:
+                    self._decoding.remove(job)
+                    if row is not None:
+                        job.last = piece
+                        self._closing.append((job, row))
+                        return
+            self._tell(job, piece)
 
     def _behind(self, job: Job, piece: Piece) -> Row | None:
         """What stands between a finished reply and the next message, to be read before its state is kept; None if it is not."""

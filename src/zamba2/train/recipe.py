@@ -75,6 +75,9 @@ class Recipe(Strict):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="dpo: share of pairs thought to be swapped")
 
     precision: Literal["fp32", "bf16", "bf16-mixed"] = Field("bf16-mixed", description="weights / products: fp32, bf16, or fp32 / bf16")
+    rounding: Literal["none", "q8", "q4"] = Field(
+        "none", description="train through weights rounded as this format packs them, so that a packed model loses less; for all weights"
+    )
     checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile")
     device: str | None = Field(None, description="cpu, cuda, mps; by default a GPU if there is one")
@@ -94,6 +97,8 @@ class Recipe(Strict):
     def _fits(self) -> Recipe:
         if self.batch_size % self.device_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of device_batch_size {self.device_batch_size}")
+        if self.rounding != "none" and self.lora is not None:
+            raise ValueError("rounding is for training all weights; adapters are never rounded: leave out rounding or lora")
         if self.evaluate_every is not None and not self.held_out:
             raise ValueError("evaluate_every needs examples to evaluate on; set held_out")
         return self

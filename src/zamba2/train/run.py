@@ -48,10 +48,11 @@ from zamba2.train.packing import collate_packed
 from zamba2.train.prepare import Prepared, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import Recipe
+from zamba2.train.rounding import RoundWeights
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named
 from zamba2.weights.hub import resolve, upload
-from zamba2.weights.packed import is_packed, quantize
+from zamba2.weights.packed import Packing, is_packed, quantize
 
 __all__ = ["checkpoints", "make_trainer", "run"]
 
@@ -128,11 +129,16 @@ def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
 
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, progress: Progress) -> Any:
     """trl's trainer for the recipe's stage. model: a Zamba2ForCausalLM; with ``recipe.lora``, adapters are added to it."""
-    if recipe.optimizer == "muon" and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # each process would turn the parts of matrices that it holds
-        raise Zamba2Error("optimizer is muon, which needs whole matrices, and FSDP spreads them; use optimizer=adamw.")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # each process would turn, or round, the parts of matrices that it holds
+        if recipe.optimizer == "muon":
+            raise Zamba2Error("optimizer is muon, which needs whole matrices, and FSDP spreads them; use optimizer=adamw.")
+        if recipe.rounding != "none":
+            raise Zamba2Error(f"rounding is {recipe.rounding}, which needs whole matrices, and FSDP spreads them; use rounding=none.")
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
+    callbacks: list[TrainerCallback] = [Watch(recipe, progress)]
+    if recipe.rounding != "none":
+        callbacks.append(RoundWeights(model, model.model.config, Packing.named(recipe.rounding)))
     device = device_of(recipe.device)
     workers = int(os.environ.get("WORLD_SIZE", 1))
     accumulate, rest = divmod(recipe.batch_size, recipe.device_batch_size * workers)
@@ -161,7 +167,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
     }  # fmt: skip
     common: dict[str, Any] = {
         "model": model, "processing_class": tokenizer, "train_dataset": prepared.train, "eval_dataset": prepared.held_out,
-        "callbacks": [Watch(recipe, progress)],
+        "callbacks": callbacks,
     }  # fmt: skip
     if recipe.optimizer == "muon":
         muon = Muon(model.named_parameters(), recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay)

@@ -1,0 +1,73 @@
+"""Training through rounded weights, so that a packed model loses less of what was learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from zamba2.config import Config
+from zamba2.weights.formats import CANDIDATES, GROUP, Format
+from zamba2.weights.packed import Packing, parts
+
+__all__ = ["RoundWeights", "rounded_weights"]
+
+
+class RoundWeights(TrainerCallback):
+    """Each step's loss is that of weights rounded as they are packed; its gradients change the full weights, as if nothing had been rounded
+    (straight-through: Bengio et al. 2013, section 3). Evaluations and checkpoints see the full weights.
+
+    model: a Zamba2ForCausalLM, whose matrices are whole.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, packing: Packing) -> None:
+        found = dict(model.named_parameters())
+        self.matrices: list[tuple[nn.Parameter, Format, int]] = []  # with how many pieces side by side are packed apart
+        for part in parts(config):
+            if part.is_matrix and part.half in (None, 0):
+                pieces = 1 if part.half is None else 2
+                for source in part.sources:
+                    name = source if source.startswith("lm_head.") else f"model.{source}"
+                    self.matrices.append((found[name], packing.of(part), pieces))
+        self.full: list[Tensor] = []
+
+    @torch.no_grad()
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.full = [weight.detach().clone() for weight, _, _ in self.matrices]
+        for weight, format, pieces in self.matrices:
+            weight.copy_(torch.cat([rounded_weights(piece, format) for piece in weight.chunk(pieces, dim=1)], dim=1))
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        for (weight, _, _), full in zip(self.matrices, self.full, strict=True):
+            weight.copy_(full)
+
+
+def rounded_weights(weight: Tensor, format: Format) -> Tensor:
+    """What a packed matrix stands for: float32 (rows, cols). The twin, on any device, of ``formats.quantize``, which says how."""
+    rows, cols = weight.shape
+    groups = F.pad(weight.float(), (0, -cols % GROUP)).reshape(-1, GROUP)
+    peak = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    if format.name == "q8":
+        best = _stored(peak.abs() / 127)
+    else:
+        best, least = peak, torch.full_like(peak, torch.inf)
+        for candidate in CANDIDATES:
+            codes = _codes(groups, _stored(peak / candidate), format)
+            square = codes.square().sum(1, keepdim=True)
+            scales = _stored((codes * groups).sum(1, keepdim=True) / square.clamp_min(1))  # codes are whole: 0 where all are
+            error = (_codes(groups, scales, format) * scales - groups).square().sum(1, keepdim=True)
+            best, least = torch.where(error < least, scales, best), torch.minimum(error, least)
+    return (_codes(groups, best, format) * best).reshape(rows, -1)[:, :cols]
+
+
+def _stored(scales: Tensor) -> Tensor:
+    return scales.half().float()
+
+
+def _codes(groups: Tensor, scales: Tensor, format: Format) -> Tensor:
+    inverse = torch.where(scales == 0, 0.0, 1 / scales)
+    return (groups * inverse).round_().clamp_(format.smallest, format.largest)
