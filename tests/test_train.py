@@ -427,7 +427,7 @@ def test_a_rounded_step_trains_through_the_packed_model(tmp_path):
             data = np.frombuffer(file.map(part.name), np.uint8)
             packed = unpack(data, *part.shape, packing.of(part))
             assert np.mean(packed == values[f"model.{part.name}"].detach().numpy()) > 0.98, part.name
-    through = recipe(tmp_path, steps=1, rounding="q4", out=tmp_path / "through")
+    through = recipe(tmp_path, steps=1, warmup=0.0, rounding="q4", out=tmp_path / "through")
     after = weights(module.run(through))
     on_grid = recipe(tmp_path, steps=1, model=str(tmp_path / "rounded"), out=tmp_path / "grid")
     module.run(on_grid)

@@ -8,13 +8,14 @@ whether to guess: it is charged what a call's further tokens took, and credited 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 __all__ = ["Guesses", "Prices"]
 
-NGRAMS = (4, 3, 2)  # lengths of ends that are looked up, the most telling first
-FIRST = 3  # tokens of a first guess
-ALLOWED = 0.5  # tokens that guessing may cost a reply before it has won any ...
-SHARE = 0.02  # ... and of each token that came
+NGRAMS = (4, 3, 2, 1)  # lengths of ends that are looked up, the most telling first
+FIRST = 4  # tokens of a first guess
+ALLOWED = 0.4  # tokens that an account's guesses may cost a reply before they have won any ...
+SHARE = 0.01  # ... and of each token that came
 MOST_SAVED = 4.0  # tokens won that may be lost again
 UNKNOWN = 0.1  # of a call of one, that each further token takes until it was measured
 RECENT = 0.2  # weight of the newest measurement
@@ -39,24 +40,33 @@ class Prices:
         return plain * max(0.0, ratio - 1)
 
 
+@dataclass
+class Account:
+    """balance: tokens that may yet be lost. length: of the next guess."""
+
+    balance: float = ALLOWED
+    length: int = FIRST
+
+
 class Guesses:
     """Of one reply. tokens: of its prompt."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = [int(token) for token in tokens]
-        self.length, self.account = FIRST, ALLOWED
-        self.guessed = self.right = 0
+        self.single, self.several = Account(), Account()  # one known token tells little, and what it loses shall not silence the others
+        self._used = self.several
         self._ends: dict[tuple[int, ...], int] = {}  # some tokens -> where their last occurrence but the end of all ends
         self._known = 0
 
     def push(self, token: int) -> None:
         """A token of the reply."""
         self.tokens.append(token)
-        self.account = min(self.account + SHARE, MOST_SAVED)
+        for account in (self.single, self.several):
+            account.balance = min(account.balance + SHARE, MOST_SAVED)
 
     def guess(self, most: int) -> list[int]:
         """What may come next, at most so many tokens; none while guessing does not pay."""
-        if most < 1 or self.account <= 0:
+        if most < 1 or max(self.single.balance, self.several.balance) <= 0:
             return []
         tokens = self.tokens
         for end in range(max(self._known, 1), len(tokens)):
@@ -64,14 +74,15 @@ class Guesses:
                 if n <= end:
                     self._ends[tuple(tokens[end - n : end])] = end
         self._known = len(tokens)
-        start = next((at for n in NGRAMS if (at := self._ends.get(tuple(tokens[-n:])))), None)
-        if start is None:
+        n, start = next(((n, at) for n in NGRAMS if (at := self._ends.get(tuple(tokens[-n:])))), (0, 0))
+        self._used = self.single if n == 1 else self.several
+        if not start or self._used.balance <= 0:
             return []
         period = len(tokens) - start  # what repeats itself goes on doing so
-        return [tokens[start + i % period] for i in range(min(most, self.length))]
+        return [tokens[start + i % period] for i in range(min(most, self._used.length))]
 
     def judge(self, guessed: int, right: int, extra: float) -> None:
-        """Of a guess so many tokens were right. extra: its part of ``Prices.extra``."""
-        self.guessed, self.right = self.guessed + guessed, self.right + right
-        self.account = min(self.account + right - extra, MOST_SAVED)
-        self.length = 2 * guessed if right == guessed else max(2, right + 1)
+        """Of the last guess so many tokens were right. extra: its part of ``Prices.extra``."""
+        used = self._used
+        used.balance = min(used.balance + right - extra, MOST_SAVED)
+        used.length = 2 * guessed if right == guessed else max(2, right + 1)
