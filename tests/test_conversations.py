@@ -30,11 +30,12 @@ class Watched:
     """A backend that counts the tokens read and raises when told to."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.config = backend, backend.config
+        self.backend, self.config, self.together = backend, backend.config, backend.together
         self.read = 0
         self.calls_until_error: int | None = None
 
     config: Config
+    together: int
 
     def new_state(self, *, adapter: str | None = None) -> State:
         return self.backend.new_state(adapter=adapter)

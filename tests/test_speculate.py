@@ -167,6 +167,25 @@ def test_an_interruption_among_the_pieces_of_a_call(told: type[Told], model: Lan
     assert 0 < forgotten < len(whole)
 
 
+def test_a_conversation_guesses_from_its_history(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reply is guessed from are all tokens of the conversation, each once, in the order in which they were read."""
+    seen: list[list[int]] = []
+
+    class Watched(Guesses):
+        def __init__(self, tokens: Sequence[int]) -> None:
+            super().__init__(tokens)
+            seen.append(self.tokens)
+
+    monkeypatch.setattr(generate, "Guesses", Watched)
+    conversation = model.conversation("Be brief.")
+    for said in ("Sort these words: pear, apple, fig.", "And in reverse?", "Thank you."):
+        list(conversation.say(said, max_tokens=30))
+    assert len(seen) == 3 and conversation.state is not None
+    assert seen[0] == seen[1][: len(seen[0])] and seen[1] == seen[2][: len(seen[1])]
+    text = model.tokenizer.decode(seen[2], skip_special_tokens=False)
+    assert [text.count(said) for said in ("Be brief.", "pear, apple, fig.", "And in reverse?", "Thank you.")] == [1, 1, 1, 1]
+
+
 # ---- guesses ---------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ class Conversation:
     """Messages, and the state after reading them.
 
     ``state`` has read ``text`` except for the tokens ``unread`` at its end (mostly the last sampled one). A reply keeps the
-    tokens that were sampled, although tokenizing its text might give others.
+    tokens that were sampled, although tokenizing its text might give others. ``history``: the tokens read, as far as they are known.
     """
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer, *, system: str | None = None) -> None:
@@ -37,6 +37,7 @@ class Conversation:
         self.state: State | None = None
         self.text = ""
         self.unread: list[int] = []
+        self.history: list[int] = []
         self.cached_tokens = 0
 
     @property
@@ -56,7 +57,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": content}]
         text = self.tokenizer.render_chat(messages, add_generation_prompt=True)
         tokens = self._continuation(text)
-        request = make_request(tokens, {**options, "state": self.state})
+        request = make_request(tokens, {**options, "state": self.state, "history": self.history})
         return self._reply(messages, text, request, progress)
 
     def _reply(self, messages: list[dict[str, Any]], text: str, request: Request, progress: Progress | None) -> Iterator[Piece]:
@@ -75,8 +76,9 @@ class Conversation:
         """Keep the state if what it has read is exactly the text; else the next turn reads the whole conversation again."""
         tokens, last = [piece.token for piece in pieces], pieces[-1]
         start = 0 if request.state is None else request.state.position
-        unread = [*request.tokens, *tokens][last.state.position - start :]  # none if the next step was interrupted half-way
-        ahead = last.state.position - start - len(request.tokens) - len(tokens) > 0  # interrupted among the pieces of one call
+        came = [*request.tokens, *tokens]
+        unread = came[last.state.position - start :]  # none if the next step was interrupted half-way
+        ahead = last.state.position - start > len(came)  # interrupted among the pieces of one call
         end = [tokens.pop()] if last.token in self.tokenizer.eos_token_ids and last.finish_reason == "stop" else []
         whole = self.tokenizer.incremental(skip_special_tokens=False, after=request.tokens)
         if ahead or "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
@@ -84,6 +86,7 @@ class Conversation:
             return
         said = text + reply + self.tokenizer.decode(end, skip_special_tokens=False)
         self.state, self.unread, self.text = last.state, unread, said
+        self.history = [*request.history, *came[: len(came) - len(unread)]]
 
     def _continuation(self, text: str) -> list[int]:
         """The tokens to read for ``text``, after the state if that has read its beginning, else from the start."""

@@ -50,7 +50,7 @@ class TokenLogprob:
 class Request:
     """What to continue and how. tokens: at least one, read after ``state`` (which is left as it is), or from the start.
 
-    constraint: of this request alone, and used up by it.
+    constraint: of this request alone, and used up by it. history: what ``state`` has read, as far as it is known: guesses learn from it.
     """
 
     tokens: Sequence[int]
@@ -62,6 +62,7 @@ class Request:
     state: State | None = None
     adapter: str | None = None
     constraint: Constraint | None = None
+    history: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:
@@ -160,7 +161,7 @@ class Running:
         self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental(after=request.tokens)
         self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
         self.stop_text = StopText(request.stop)
-        self.guesses = Guesses(request.tokens)
+        self.guesses = Guesses([*request.history, *request.tokens])
         self.count = 0
 
     def steps(self, scores: np.ndarray, guess: Sequence[int] = ()) -> list[Piece]:

@@ -71,7 +71,7 @@ class LanguageModel:
 
 def make_request(tokens: Sequence[int], options: Mapping[str, Any]) -> Request:
     """A request from generation options by name. Raises Zamba2Error for an unknown one."""
-    own = {"max_tokens", "stop", "logprobs", "ignore_eos", "state", "adapter", "constraint"}
+    own = {"max_tokens", "stop", "logprobs", "ignore_eos", "state", "adapter", "constraint", "history"}
     sampling = {name: value for name, value in options.items() if name not in own}
     unknown = sorted(set(sampling) - set(Sampling.__dataclass_fields__))
     if unknown:
