@@ -87,7 +87,7 @@ struct Engine::Buffers {
 Engine::~Engine() = default;
 
 size_t State::bytes() const {
-  size_t total = (conv ? conv->size() : 0) * 4 + (ssm ? ssm->size() : 0) * 4 + (record ? record->inputs.size() + record->dt.size() : 0) * 4;
+  size_t total = ((conv ? conv->size() : 0) + (ssm ? ssm->size() : 0) + (record ? record->inputs.size() + record->dt.size() : 0)) * 4;
   for (const Cache& cache : caches)
     for (const auto& page : cache.pages) total += page->bytes;
   return total;
@@ -342,7 +342,12 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
     const int start = static_cast<int>(tokens.size());
     if (call.record) {
       const size_t of_all = static_cast<size_t>(config.num_hidden_layers) * static_cast<size_t>(call.length);
-      records[i] = std::make_shared<Record>(call.length, std::vector<float>(of_all * static_cast<size_t>(config.conv_dim)), std::vector<float>(of_all * static_cast<size_t>(config.n_mamba_heads)));
+      if (spare_.empty()) spare_.push_back(std::make_shared<Record>());
+      records[i] = std::move(spare_.back());
+      spare_.pop_back();
+      records[i]->length = call.length;
+      records[i]->inputs.resize(of_all * static_cast<size_t>(config.conv_dim));
+      records[i]->dt.resize(of_all * static_cast<size_t>(config.n_mamba_heads));
     }
     segments.push_back({call.state, start, call.length, records[i].get()});
     tokens.insert(tokens.end(), call.tokens, call.tokens + call.length);
@@ -380,8 +385,8 @@ void Engine::keep(State& state, int n) {
 // Convolution and scan read the first n tokens of the recorded call; the others are taken back.
 void Engine::go_on(State& state, int n) {
   const Config& c = config;
-  const std::shared_ptr<const Record> record = std::move(state.record);
-  state.record = nullptr;
+  const std::shared_ptr<Record> record = std::move(state.record);
+  if (record.use_count() == 1 && spare_.size() < kMostRows) spare_.push_back(record);
   state.position += n - record->length;
   for (Cache& cache : state.caches) {
     cache.length = state.position;

@@ -78,7 +78,7 @@ struct State {
   std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
   std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
   std::vector<Cache> caches;
-  std::shared_ptr<const Record> record;  // of the last call, whose tokens position and caches count already; or none
+  std::shared_ptr<Record> record;  // of the last call, whose tokens position and caches count already; or none
   bool broken = false;  // a call on it failed midway; it was being updated in place
   size_t bytes() const;
 };
@@ -207,6 +207,7 @@ class Engine {
   Activations activations_;
   std::vector<std::vector<uint16_t>> panels_;  // one of each for every thread
   std::vector<std::vector<float>> scratch_;
+  std::vector<std::shared_ptr<Record>> spare_;  // records whose memory the next ones take
 
  public:
   ~Engine();

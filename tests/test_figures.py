@@ -95,7 +95,8 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert {path.name for path in out.iterdir()} == names | {"figures.json", "report.html"}
 
     assert quick(capsys, "--out", str(out), "--json")[0]["points"] == results["points"]
-    results, _ = quick(capsys, "--out", str(out), "--repeats", "2", "--models", "phi-3-mini")  # named twice is named once
+    results, said = quick(capsys, "--out", str(out), "--repeats", "2", "--models", "phi-3-mini")  # named twice is named once
+    assert len(re.findall(r"^\d+ of 12: .*first token", said, re.MULTILINE)) == 6  # those of the second round
     assert {len(entry["runs"]) for entry in results["points"]} == {2}
     document = (out / "figures.json").read_bytes()
     assert command([*QUICK, "--out", str(out), "--new-tokens", "3"]) == 2

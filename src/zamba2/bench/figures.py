@@ -196,7 +196,7 @@ def run(
                     except Zamba2Error as error:
                         commands[one.name] = str(error)
                 command = commands[one.name]
-                before = dict(entry)
+                before = (entry["status"], entry["reason"], len(entry["runs"]))
                 if isinstance(command, str):
                     entry |= {"status": "not measured", "reason": command}
                 else:
@@ -206,7 +206,7 @@ def run(
                 results["seconds"] += time.monotonic() - begun
                 begun = time.monotonic()
                 write(file, results)
-                if entry != before:
+                if before != (entry["status"], entry["reason"], len(entry["runs"])):
                     say(f"{one.name}, {point.batch} x {point.prompt_tokens} tokens: {sentence(entry)}", done, total)
     return results
 
