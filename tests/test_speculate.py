@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,6 +26,7 @@ from zamba2.runtime.speculate import ALLOWED, MOST_SAVED, NGRAMS, SHARE, Guesses
 from zamba2.serve.scheduler import Scheduler
 from zamba2.train.instructions import tasks
 
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "speculation.py"
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "seed": 3},
@@ -184,6 +189,17 @@ def test_a_conversation_guesses_from_its_history(model: LanguageModel, monkeypat
     assert seen[0] == seen[1][: len(seen[0])] and seen[1] == seen[2][: len(seen[1])]
     text = model.tokenizer.decode(seen[2], skip_special_tokens=False)
     assert [text.count(said) for said in ("Be brief.", "pear, apple, fig.", "And in reverse?", "Thank you.")] == [1, 1, 1, 1]
+
+
+def test_what_is_measured(tmp_path: Path) -> None:
+    """The measuring script runs whole on a tiny shape: the same replies in fewer calls, positive ratios."""
+    out = tmp_path / "found.json"
+    done = subprocess.run([sys.executable, SCRIPT, "--small", "--out", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads(out.read_text()) == found
+    assert found["acceptance"]["identical"] == found["acceptance"]["prompts"] > 0 and found["acceptance"]["tokens_per_call"] > 1
+    assert all(ratio > 0 for kind in ("edited", "unpredictable", "random") for ratio in found["cost"][kind]["ratios"])
 
 
 # ---- guesses ---------------------------------------------------------------------------------------------------------
