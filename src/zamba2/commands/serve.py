@@ -117,6 +117,8 @@ def serve(
         server.run(sockets=[bound])
     finally:
         dropped = scheduler.close(0) if server.dropped is None else server.dropped  # None after a second signal
+        if cache is not None:
+            cache.flush()
         print("zamba2: stopped" + (f"; {dropped} requests were dropped." if dropped else "."), file=sys.stderr, flush=True)
 
 

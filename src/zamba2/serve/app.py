@@ -156,6 +156,7 @@ class Metrics:
             one("zamba2_cache_hits_total", "counter", "Prompts whose beginning was known.", cache.hits)
             one("zamba2_cache_misses_total", "counter", "Prompts whose beginning was not known.", cache.misses)
             one("zamba2_cache_dropped_total", "counter", "States dropped from memory.", cache.dropped)
+            one("zamba2_cache_unsaved_total", "counter", "States that the disk had no room or no time for.", cache.unsaved)
             one("zamba2_cache_bytes", "gauge", "Bytes of states in memory.", cache.nbytes)
             one("zamba2_cache_entries", "gauge", "States kept, in memory or on disk.", len(cache))
         about("zamba2_time_to_first_token_seconds", "histogram", "From a request to its first token.")
