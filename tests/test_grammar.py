@@ -18,6 +18,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Constraint, Generation, Request, collect
 from zamba2.language.model import LanguageModel
 from zamba2.serve.grammar import Grammars, check_schema
+from zamba2.serve.tools import Tool, Toolbox
 
 pytest.importorskip("llguidance", reason="schemas need the extra [serve]")
 
@@ -381,6 +382,7 @@ def test_by_http_without_llguidance(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "llguidance", None)
     server = app.Server(zamba2.load("demo", threads=1), None, None, app.Settings())
-    with pytest.raises(protocol.Problem, match=r"response_format: .*pip install 'zamba2\[serve\]'") as caught:
-        server.constraint(protocol.ResponseFormat(type="json_object"))
-    assert caught.value.status == 400
+    for box, field in ((None, "response_format"), (Toolbox((Tool("f"),)), "tools and response_format")):
+        with pytest.raises(protocol.Problem, match=rf"^{field}: .*pip install 'zamba2\[serve\]'") as caught:
+            server.constraint(protocol.ResponseFormat(type="json_object").form, box, "response_format")
+        assert (caught.value.status, caught.value.param) == (400, field.split()[0])

@@ -343,12 +343,12 @@ ASKED = {
 BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "another model": (CHAT, {"model": "gpt-4"}, 404, "there is no model 'gpt-4' here; there is 'demo'"),
     "no messages": (CHAT, {"messages": []}, 400, "messages is"),
-    "a message without content": (CHAT, {"messages": [{"role": "user"}]}, 400, r"messages\[0\]\.content is missing"),
-    "a tool's message": (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, 400, r"messages\[0\]\.role is 'tool'"),
+    "a message without content": (CHAT, {"messages": [{"role": "user"}]}, 400, r"messages\[0\]: content is missing"),
+    "another role": (CHAT, {"messages": [{"role": "critic", "content": "x"}]}, 400, r"messages\[0\]\.role is 'critic'"),
     "an image": (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "is of type 'image_url'"),
     "half a pair": (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "half a surrogate pair"),
-    "tools": (CHAT, {"tools": [{"type": "function"}]}, 400, "tools are not supported yet"),
-    "a format": (RESPONSE, {"text": {"format": {"type": "json_object"}}}, 400, "response formats other than text are not supported yet"),
+    "half a tool": (CHAT, {"tools": [{"type": "function"}]}, 400, r"tools\[0\]\.function is missing"),
+    "a format": (RESPONSE, {"text": {"format": {"type": "xml"}}}, 400, r"text\.format\.type is 'xml'"),
     "an unknown field": (CHAT, {"temprature": 1}, 400, "temprature is no field that this server knows"),
     "temperature": (CHAT, {"temperature": "hot"}, 400, "temperature is 'hot'; input should be a valid number"),
     "below zero": (CHAT, {"temperature": -1}, 400, "temperature is -1"),
@@ -580,8 +580,8 @@ VALUES = st.recursive(
 )
 FIELDS = (
     "messages", "prompt", "input", "model", "max_tokens", "n", "stop", "stream", "temperature", "top_p", "logit_bias", "logprobs", "echo",
-    "system", "tokens", "stream_options", "seed", "tools", "other", "best_of", "metadata", "top_logprobs", "min_p", "suffix",
-    "response_format",
+    "system", "tokens", "stream_options", "seed", "tools", "tool_choice", "text", "other", "best_of", "metadata", "top_logprobs",
+    "min_p", "suffix", "response_format", "parallel_tool_calls",
 )  # fmt: skip
 
 

@@ -48,7 +48,6 @@ from zamba2.serve.protocol import (
     Problem,
     Reply,
     ResponseBody,
-    ResponseFormat,
     ResponseStream,
     Said,
     Stream,
@@ -57,13 +56,13 @@ from zamba2.serve.protocol import (
     anthropic_error,
     openai_error,
     problem_of,
-    role_of,
     sampling_options,
     sse,
     token_counts,
     validation_problem,
 )  # fmt: skip
 from zamba2.serve.scheduler import Job, Prompt, Scheduler, TimeIsUp
+from zamba2.serve.tools import Calls, Toolbox, Turn, conversation
 
 __all__ = ["Settings", "create_app"]
 
@@ -83,10 +82,12 @@ PAGE_POLICY = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is allowed and what is shown. api_keys: none leaves the server open. hosts: names it answers to, none for any; against
-    web pages that have their own name resolve to this machine. origins: of web pages that may call it (CORS). seconds: per request."""
+    """What is allowed and what is shown. adapters: the backend's, which clients choose as models of these names. api_keys: none leaves
+    the server open. hosts: names it answers to, none for any; against web pages that have their own name resolve to this machine.
+    origins: of web pages that may call it (CORS). seconds: per request."""
 
     model_name: str = "zamba2"
+    adapters: tuple[str, ...] = ()
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
@@ -151,6 +152,8 @@ class Metrics:
         one("zamba2_replies_cancelled_total", "counter", "Replies whose client had gone.", scheduler.cancelled)
         one("zamba2_prompt_tokens_total", "counter", "Tokens of prompts read by the model.", scheduler.prompt_tokens)
         one("zamba2_generated_tokens_total", "counter", "Tokens sampled.", scheduler.generated_tokens)
+        one("zamba2_guessed_tokens_total", "counter", "Tokens of replies guessed before they were sampled.", scheduler.guessed_tokens)
+        one("zamba2_accepted_tokens_total", "counter", "Guessed tokens that came true.", scheduler.accepted_tokens)
         if cache is not None:
             one("zamba2_cached_tokens_total", "counter", "Tokens of prompts that were not read again.", cache.cached_tokens)
             one("zamba2_cache_hits_total", "counter", "Prompts whose beginning was known.", cache.hits)
@@ -193,11 +196,19 @@ class Server:
         self._grammars: Grammars | None = None
         self._lock = threading.Lock()
 
-    def check_model(self, name: str) -> None:
-        """Raises Problem unless it is ours."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the model, and of itself with each adapter."""
+        return (self.settings.model_name, *self.settings.adapters)
+
+    def chosen(self, name: str) -> tuple[str, str | None]:
+        """A model's own name and its adapter. Raises Problem unless it is ours."""
+        if name in self.settings.adapters:
+            return name, name
         if name not in (self.settings.model_name, "default"):
-            message = f"there is no model {name[:200]!r} here; there is {self.settings.model_name!r}."
+            message = f"there is no model {name[:200]!r} here; there is {', '.join(map(repr, self.names))}."
             raise Problem(message, status=404, code="model_not_found", param="model")
+        return self.settings.model_name, self.adapter
 
     def check_sizes(self, *, messages: int = 0, n: int | None = None, stops: int = 0, prompts: int = 1) -> None:
         """Raises Problem for more than is allowed."""
@@ -267,34 +278,41 @@ class Server:
         if wrong is not None:
             raise Problem(f"{what} {wrong} is no token; ids from 0 to {self.config.vocab_size - 1} are needed.", param=param)
 
-    def constraint(self, wanted: ResponseFormat | None) -> Callable[[], Constraint] | None:
-        """What makes a constraint for each reply, if the format is not text. Raises Problem."""
-        if wanted is None or wanted.type == "text":
+    def constraint(self, form: dict[str, Any] | None, box: Toolbox | None, field: str) -> Callable[[], Constraint] | None:
+        """What makes a constraint for each reply, if there is one. form: the schema of what is no call, called ``field`` in the request;
+        None for text. Raises Problem."""
+        if form is None and box is None:
             return None
+        field = field if box is None else "tools" if form is None else f"tools and {field}"
         try:
             with self._lock:
                 self._grammars = Grammars(self.tokenizer) if self._grammars is None else self._grammars
-            return self._grammars.compile(None if wanted.json_schema is None else wanted.json_schema.wanted)
+            return self._grammars.compile(form) if box is None else self._grammars.compile_calls(box, form)
         except Zamba2Error as error:
-            raise Problem(f"response_format: {error}", param="response_format") from None
+            raise Problem(f"{field}: {error}", param=field.partition(" ")[0]) from None
 
     def chat_asks(
-        self, messages: Sequence[dict[str, str]], options: dict[str, Any], wanted: int | None, n: int = 1, prefill: str = "",
-        reply_format: ResponseFormat | None = None,
+        self, turns: Sequence[Turn], options: dict[str, Any], wanted: int | None, *, n: int = 1, box: Toolbox | None = None,
+        form: dict[str, Any] | None = None, field: str = "response_format", goes_on: bool = False,
     ) -> list[Ask]:  # fmt: skip
-        """What to ask of the scheduler for a conversation. Raises Problem."""
+        """What to ask of the scheduler for a conversation. goes_on: whether the last message is the beginning of the reply. Raises
+        Problem."""
         with asked():
             self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
+            messages = conversation(turns, () if box is None else box.tools)
+            prefill = messages.pop()["content"] if goes_on else ""
             ids, prompt, text = self.read_chat(messages, prefill)
-            options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens), "adapter": self.adapter}
-            made = self.constraint(reply_format)
+            options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens)}
+            made = self.constraint(form, box, field)
+            calls: Calls = "none" if box is None else box.calls(formatted=form is not None)
             constraints = [None if made is None else made() for _ in range(n)]
-            return [Ask(make_request(ids, with_seed(options, i) | {"constraint": c}), prompt, text) for i, c in enumerate(constraints)]
+            requests = [make_request(ids, with_seed(options, i) | {"constraint": c}) for i, c in enumerate(constraints)]
+            return [Ask(request, prompt, text, calls=calls) for request in requests]
 
-    def completion_asks(self, body: CompletionBody) -> list[Ask]:
+    def completion_asks(self, body: CompletionBody, adapter: str | None) -> list[Ask]:
         """What to ask of the scheduler for a completion. Raises Problem."""
         options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos}
-        options |= {"logprobs": body.logprobs, "adapter": self.adapter}
+        options |= {"logprobs": body.logprobs, "adapter": adapter}
         prompt = Prompt(logprobs=body.logprobs if body.echo else None)
         asks: list[Ask] = []
         with asked():
@@ -360,7 +378,8 @@ class Talk:
         if isinstance(piece, Zamba2Error):
             self._items.append(piece)
         else:
-            self._items.append(Said(index, piece.text, piece.token, piece.logprob, piece.finish_reason, piece.stop, time.monotonic()))
+            logprobs = () if piece.logprob is None else (piece.logprob,)
+            self._items.append(Said(index, piece.text, piece.token, logprobs, piece.finish_reason, piece.stop, time.monotonic()))
             if not self.streamed and piece.finish_reason is None:
                 return
         if not self._wake.is_set():  # the loop looks at the items after it has cleared this
@@ -399,8 +418,7 @@ class Talk:
         else:
             self.server.metrics.next_token.add(item.time - self._last[item.index])
         self._last[item.index] = item.time
-        reply.add(item)
-        return item
+        return reply.add(item)
 
     async def finish(self, http: HTTPRequest) -> None:
         """Wait for all replies. Raises Problem, and ClientDisconnect if the client leaves."""
@@ -629,27 +647,25 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     @app.post("/v1/chat/completions", responses=documented(COMPLETION, stream=True), response_class=Response)
     async def chat_completions(body: ChatBody, http: HTTPRequest) -> Response:
         """A reply to a conversation."""
-        server.check_model(body.model)
+        name, adapter = server.chosen(body.model)
         server.check_sizes(messages=len(body.messages), n=body.n, stops=len(body.stop))
-        options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos}
+        options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos, "adapter": adapter}
         options["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
+        form = None if body.response_format is None else body.response_format.form
         asks = await asyncio.to_thread(
-            server.chat_asks, body.conversation, options, body.most_tokens, body.n or 1, reply_format=body.response_format
+            server.chat_asks, body.turns, options, body.most_tokens, n=body.n or 1, box=body.toolbox(), form=form
         )  # fmt: skip
         talk = server.talk(http, asks, body.stream)
-        stream = ChatStream(settings.model_name, talk.replies, server.texts, include_usage=body.include_usage)
-        return await server.respond(http, talk, stream)
+        return await server.respond(http, talk, ChatStream(name, talk.replies, server.texts, include_usage=body.include_usage))
 
     @app.post("/v1/completions", responses=documented(COMPLETION, stream=True), response_class=Response)
     async def completions(body: CompletionBody, http: HTTPRequest) -> Response:
         """Continuations of texts or token ids."""
-        server.check_model(body.model)
+        name, adapter = server.chosen(body.model)
         server.check_sizes(n=body.n, stops=len(body.stop), prompts=len(body.prompt))
-        asks = await asyncio.to_thread(server.completion_asks, body)
+        asks = await asyncio.to_thread(server.completion_asks, body, adapter)
         talk = server.talk(http, asks, body.stream)
-        stream = CompletionStream(
-            settings.model_name, talk.replies, server.texts, echo=bool(body.echo), include_usage=body.include_usage
-        )  # fmt: skip
+        stream = CompletionStream(name, talk.replies, server.texts, echo=bool(body.echo), include_usage=body.include_usage)
         return await server.respond(http, talk, stream)
 
     good = schema(id=TEXT, object=TEXT, created_at=NUMBER, status=TEXT, model=TEXT, output=ANYTHING)
@@ -657,65 +673,61 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     @app.post("/v1/responses", responses=documented(good, stream=True), response_class=Response)
     async def responses(body: ResponseBody, http: HTTPRequest) -> Response:
         """A reply to a text or a conversation, in the layout of OpenAI's newer API; nothing is stored."""
-        server.check_model(body.model)
-        server.check_sizes(messages=1 if isinstance(body.input, str) else len(body.input))
-        options = sampling_options(body) | {"logprobs": body.alternatives}
-        asks = await asyncio.to_thread(server.chat_asks, body.messages, options, body.max_output_tokens)
+        name, adapter = server.chosen(body.model)
+        server.check_sizes(messages=len(body.input))
+        options = sampling_options(body) | {"logprobs": body.alternatives, "adapter": adapter}
+        asks = await asyncio.to_thread(
+            server.chat_asks, body.turns, options, body.max_output_tokens, box=body.toolbox(), form=body.form, field="text.format"
+        )  # fmt: skip
         talk = server.talk(http, asks, body.stream)
-        return await server.respond(http, talk, ResponseStream(settings.model_name, talk.replies, server.texts, body=body))
+        return await server.respond(http, talk, ResponseStream(name, talk.replies, server.texts, body=body))
 
     good = schema(id=TEXT, type=TEXT, role=TEXT, model=TEXT, content=ANYTHING, usage={"type": "object"})
 
     @app.post("/v1/messages", responses=documented(good, stream=True, error=ANTHROPIC_ERROR), response_class=Response)
     async def messages(body: MessagesBody, http: HTTPRequest) -> Response:
         """A reply to a conversation, in the layout of Anthropic's API."""
-        server.check_model(body.model)
+        name, adapter = server.chosen(body.model)
         server.check_sizes(messages=len(body.messages), stops=len(body.stop_sequences))
-        options = sampling_options(body) | {"stop": body.stop_sequences}
-        conversation, prefill = body.conversation, ""
-        if body.messages[-1].role == "assistant":
-            if len(body.messages) == 1:
-                raise Problem("messages has no message before the beginning of the reply; a user's is needed.", param="messages")
-            prefill = conversation.pop()["content"]
-        asks = await asyncio.to_thread(server.chat_asks, conversation, options, body.max_tokens, 1, prefill)
+        options = sampling_options(body) | {"stop": body.stop_sequences, "adapter": adapter}
+        goes_on = body.messages[-1].role == "assistant"
+        asks = await asyncio.to_thread(server.chat_asks, body.turns, options, body.max_tokens, box=body.toolbox(), goes_on=goes_on)
         talk = server.talk(http, asks, body.stream)
-        return await server.respond(http, talk, MessageStream(settings.model_name, talk.replies, server.texts))
+        return await server.respond(http, talk, MessageStream(name, talk.replies, server.texts))
 
-    def about_model() -> dict[str, Any]:
+    def about_model(name: str) -> dict[str, Any]:
         """For OpenAI's clients and Anthropic's, who ask at the same address."""
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(server.started))
         return {
-            "id": settings.model_name, "object": "model", "created": server.started, "owned_by": "zamba2",
-            "type": "model", "display_name": settings.model_name, "created_at": made,
+            "id": name, "object": "model", "created": server.started, "owned_by": "zamba2",
+            "type": "model", "display_name": name, "created_at": made,
             "max_model_len": server.config.max_position_embeddings,
         }  # fmt: skip
 
     @app.get("/v1/models", responses=documented(schema(object=TEXT, data=ANYTHING)), response_class=Response)
     async def models() -> Response:
         """The models that can be asked for."""
-        name = settings.model_name
-        return answer({"object": "list", "data": [about_model()], "has_more": False, "first_id": name, "last_id": name})
+        data = [about_model(name) for name in server.names]
+        return answer({"object": "list", "data": data, "has_more": False, "first_id": server.names[0], "last_id": server.names[-1]})
 
     @app.get("/v1/models/{name:path}", responses=documented(schema(id=TEXT, object=TEXT, created=NUMBER)), response_class=Response)
     async def one_model(name: str) -> Response:
         """One model."""
-        server.check_model(name)
-        return answer(about_model())
+        return answer(about_model(server.chosen(name)[0]))
 
     good = schema(tokens={"type": "array", "items": NUMBER}, count=NUMBER, max_model_len=NUMBER)
 
     @app.post("/tokenize", responses=documented(good), response_class=Response)
     async def tokenize(body: TokenizeBody) -> Response:
         """Token ids of a text, or of a conversation as the model reads it."""
-        server.check_model(body.model)
+        server.chosen(body.model)
 
         def work() -> list[int]:
             with asked():
                 if body.messages is None:
                     return server.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
                 server.check_sizes(messages=len(body.messages))
-                conversation = [{"role": role_of(m.role), "content": m.content} for m in body.messages]
-                return server.tokenizer.encode_chat(conversation, add_generation_prompt=body.add_generation_prompt)
+                return server.tokenizer.encode_chat(body.conversation, add_generation_prompt=body.add_generation_prompt)
 
         tokens = await asyncio.to_thread(work)
         return answer({"tokens": tokens, "count": len(tokens), "max_model_len": server.config.max_position_embeddings})
@@ -723,7 +735,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     @app.post("/detokenize", responses=documented(schema(prompt=TEXT)), response_class=Response)
     async def detokenize(body: DetokenizeBody) -> Response:
         """The text of token ids."""
-        server.check_model(body.model)
+        server.chosen(body.model)
         server.check_ids(body.tokens, "tokens:", "tokens")
         return answer({"prompt": await asyncio.to_thread(server.tokenizer.decode, body.tokens, skip_special_tokens=False)})
 

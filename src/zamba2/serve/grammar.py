@@ -1,4 +1,4 @@
-"""Replies that are JSON of a given schema: what is checked of a schema, and which tokens may come next (llguidance).
+"""Replies that are JSON of a given schema, or call a tool: what is checked of a schema, and which tokens may come next (llguidance).
 
 A schema comes from anyone, so plain code limits its size, depth, branches and counts before the library compiles it, in a thread of its
 own and with the library's own limits. A keyword that would not be obeyed is refused. JSON is written without spaces.
@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Constraint, Scores
 from zamba2.language.messages import brief
-from zamba2.language.tokenizer import Tokenizer
+from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer
+from zamba2.serve.tools import BEGIN, END, NO_ARGUMENTS, Tool, Toolbox, head
 
 __all__ = ["Grammars", "Unmet", "check_schema"]
 
@@ -33,6 +36,9 @@ MOST_REPEATS = 10_000  # of a character, an item or a property
 MOST_PATTERN = 1000  # characters
 LARGEST, LEAST = 1 << 53, 1e-9  # sizes of numbers that the library keeps exactly
 SECONDS = 1.0  # to compile
+COMPACT = {"whitespace_flexible": False, "lenient": False}
+# Without \u: in arguments a text is then written as Python's json writes it, but for control characters, which are left out.
+COMPACT_CALL = COMPACT | {"json_allowed_escapes": 'nrbtf\\"'}
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 8000,
     "max_lexer_states": 30_000, "max_grammar_size": 200_000, "verbose_errors": False,
@@ -63,7 +69,7 @@ class Grammars:
             raise Zamba2Error("JSON replies need llguidance; install with `pip install 'zamba2[serve]'`.") from None
         if not tokenizer.eos_token_ids:
             raise Zamba2Error("JSON replies need a tokenizer with an end token, which this one lacks; leave response_format out.")
-        self._library = llguidance
+        self._library, self._texts = llguidance, tokenizer
         self._limits = llguidance.LLParserLimits(**LIMITS)
         size, ends = max(tokenizer.vocab_size, *(i + 1 for i in tokenizer.eos_token_ids)), list(tokenizer.eos_token_ids)
         text = tokenizer._backend.to_str()
@@ -73,7 +79,35 @@ class Grammars:
     def compile(self, schema: Any = None) -> Callable[[], Constraint]:
         """Something that makes a constraint for each reply. schema: of JSON Schema; None for any JSON object. Raises Unmet."""
         text = check_schema({"type": "object"} if schema is None else schema)
-        work = self._threads.submit(self._matcher, text)
+        return self._compiled(lambda: self._library.LLMatcher.grammar_from_json_schema(text, overrides=COMPACT))
+
+    def compile_calls(self, box: Toolbox, form: Any = None) -> Callable[[], Constraint]:
+        """The same for replies that may or must call a tool, in the form of ``zamba2.serve.tools``. form: a schema for what is no call;
+        None for any text. Raises Unmet."""
+        if box.choice == "none":
+            return self.compile(form) if form is not None else lambda: FreeText(self.marks, None)
+        begins, free = box.choice == "required" or form is not None, box.choice == "auto" and form is None
+        lark = call_grammar(box.callable, begins=begins, form=None if box.choice == "required" else form)
+        call = self._compiled(lambda: str(self._library.LLMatcher.grammar_from_lark(lark)))
+        return (lambda: FreeText(self.marks, call)) if free else call
+
+    @cached_property
+    def marks(self) -> Marks:
+        """What the tokens do to texts."""
+        texts, unused = [], []
+        for token in range(self._tokenizer.vocab_size):
+            piece = self._texts._backend.id_to_token(token)
+            if piece is None or piece in self._texts._special:
+                texts.append(b"")
+            elif self._texts._byte_level or BYTE_PIECE.fullmatch(piece) is None:
+                texts.append(self._tokenizer.decode_bytes([token]))
+            else:  # its text is certain later, and need not come to this letter
+                texts.append(b"\xff")
+                unused += [token] if int(piece[3:5], 16) in BEGIN.encode() else []
+        return Marks(texts, unused)
+
+    def _compiled(self, make: Callable[[], str]) -> Callable[[], Constraint]:
+        work = self._threads.submit(self._matcher, make)
         try:
             matcher = _guarded(lambda: work.result(SECONDS), "the schema cannot be compiled")
         except TimeoutError:
@@ -81,9 +115,8 @@ class Grammars:
             raise Unmet(f"the schema could not be compiled within {SECONDS:.0f} s; a simpler one is needed, or try again later.") from None
         return lambda: Matched(_guarded(matcher.deep_copy, "the schema cannot be followed"))
 
-    def _matcher(self, schema: str) -> Any:
-        grammar = self._library.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False, "lenient": False})
-        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+    def _matcher(self, make: Callable[[], str]) -> Any:
+        matcher = self._library.LLMatcher(self._tokenizer, make(), log_level=0, limits=self._limits)
         first = matcher.deep_copy()
         if not matcher.is_error() and not any(first.compute_bitmask()) and not first.is_error():
             raise ValueError("no text satisfies it")
@@ -118,6 +151,54 @@ class Matched:
             raise Unmet(f"the reply cannot go on as the schema wants it: {error or 'a token came that is not allowed'}.")
 
 
+class Marks:
+    """What each token does to a text that ends in the first characters of BEGIN. texts: of the tokens; unused: tokens never to take."""
+
+    def __init__(self, texts: Sequence[bytes], unused: Sequence[int]) -> None:
+        self.begin, self.texts = BEGIN.encode(), texts
+        ending = [token for token, text in enumerate(texts) if self.begin[-1:] in text]
+        self._beyond, self._complete = [], []  # by the number of those characters: tokens that go on behind BEGIN, and that end with it
+        for there in range(len(self.begin)):
+            found = [(token, self.begin[:there] + texts[token]) for token in ending]
+            places = [(token, text.find(self.begin) + len(self.begin) - len(text)) for token, text in found if self.begin in text]
+            beyond, complete = [token for token, rest in places if rest], [token for token, rest in places if not rest]
+            self._beyond.append(np.array([*unused, *beyond], np.int64))
+            self._complete.append(np.array([*unused, *beyond, *complete], np.int64))
+
+    def barred(self, there: int, *, calls: bool) -> npt.NDArray[np.int64]:
+        """Tokens that must not come. calls: whether BEGIN may be completed."""
+        return self._beyond[there] if calls else self._complete[there]
+
+    def after(self, there: int, token: int) -> int:
+        """How many characters of BEGIN there are behind one more token."""
+        text = self.begin[:there] + (self.texts[token] if token < len(self.texts) else b"")
+        return next(n for n in range(len(self.begin), -1, -1) if text.endswith(self.begin[:n]))
+
+
+class FreeText:
+    """A ``Constraint``: any text, and from BEGIN on a call. call: makes what holds from there; None where no call may begin."""
+
+    def __init__(self, marks: Marks, call: Callable[[], Constraint] | None) -> None:
+        self._marks, self._call, self._there = marks, call, 0
+        self._calling: Constraint | None = None
+
+    def mask(self, scores: Scores) -> Scores:
+        if self._calling is not None:
+            return self._calling.mask(scores)
+        masked: Scores = scores.copy()
+        barred = self._marks.barred(self._there, calls=self._call is not None)
+        masked[barred[barred < scores.size]] = -np.inf
+        return masked
+
+    def accept(self, token: int) -> None:
+        if self._calling is not None:
+            self._calling.accept(token)
+            return
+        self._there = self._marks.after(self._there, token)
+        if self._there == len(self._marks.begin) and self._call is not None:
+            self._calling = self._call()
+
+
 def _guarded(work: Callable[[], Any], what: str) -> Any:
     """The library's result. Its errors and panics, which are no Exceptions, become Unmet."""
     try:
@@ -131,8 +212,30 @@ def _guarded(work: Callable[[], Any], what: str) -> Any:
 # ---- what a schema may be --------------------------------------------------------------------------------------------
 
 
-def check_schema(schema: Any) -> str:
-    """The schema as JSON text. Raises Unmet naming what is wrong, too much, or not supported."""
+def call_grammar(tools: Sequence[Tool], *, begins: bool, form: Any = None) -> str:
+    """A call of one of the tools as a grammar for llguidance, each schema for itself, since references begin at its root. Raises Unmet.
+
+    begins: whether BEGIN is to come first. form: a schema of JSON that may stand in the call's place.
+    """
+    parameters = [tool.parameters or NO_ARGUMENTS for tool in tools]
+    _measure(parameters)
+    schemas = [check_schema(schema, tool.name) for tool, schema in zip(tools, parameters, strict=True)]
+    if (count := sum(map(len, schemas))) > MOST_CHARACTERS:
+        raise Unmet(f"the schemas of the tools have {count} characters together; at most {MOST_CHARACTERS} are possible.")
+    rules = [f"start: {'' if form is None else 'form | '}{json.dumps(BEGIN) if begins else ''} call"]
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
+    for i, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
+        rules.append(f"call_{i}: {json.dumps(head(tool.name))} arguments_{i} {json.dumps('}' + END)}")
+        rules.append(f"arguments_{i}: {_inline(schema, COMPACT_CALL)}")
+    return "\n".join([*rules, *([] if form is None else [f"form: {_inline(check_schema(form), COMPACT)}"])])
+
+
+def _inline(schema: str, options: dict[str, Any]) -> str:
+    return "%json " + json.dumps({"x-guidance": options} | json.loads(schema))
+
+
+def check_schema(schema: Any, where: str = "schema") -> str:
+    """The schema as JSON text. Raises Unmet naming what is wrong, too much, or not supported. where: its name in what is said."""
     _measure(schema)
     if not isinstance(schema, dict):
         raise Unmet(f"the schema is {brief(repr(schema))}; an object is needed.")
@@ -142,7 +245,7 @@ def check_schema(schema: Any) -> str:
         raise Unmet(f"the schema is no JSON ({brief(str(error))}).") from None
     if len(text) > MOST_CHARACTERS:
         raise Unmet(f"the schema has {len(text)} characters; at most {MOST_CHARACTERS} are possible.")
-    _Checker(schema).choices(schema, "schema", 0)
+    _Checker(schema).choices(schema, where, 0)
     return text
 
 

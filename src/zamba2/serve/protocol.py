@@ -7,14 +7,15 @@ refused; what is taken and not used (``user``, ``metadata``, ``store``, ...) cha
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
-from pydantic_core import CoreSchema, core_schema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic_core import CoreSchema, core_schema, from_json
 
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Request, TokenLogprob
@@ -22,16 +23,18 @@ from zamba2.language.messages import brief
 from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer, _piece_bytes
 from zamba2.serve.grammar import Unmet
 from zamba2.serve.scheduler import Busy, Prompt, TimeIsUp
+from zamba2.serve.tools import NO_ARGUMENTS, Call, CallReader, Calls, Result, Tool, Toolbox, Turn, compact, conversation, stray_result
 
 __all__ = [
     "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "DetokenizeBody", "Event", "MessageStream", "MessagesBody",
     "Problem", "Reply", "ResponseBody", "ResponseFormat", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody",
-    "anthropic_error", "openai_error", "problem_of", "role_of", "sampling_options", "sse", "validation_problem",
+    "anthropic_error", "openai_error", "problem_of", "sampling_options", "sse", "validation_problem",
 ]  # fmt: skip
 
 Json = dict[str, Any]
 Event = tuple["str | None", "Json | str"]  # of a stream: its name, where the API names events, and its data
 
+MOST_TOOLS = 64
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
@@ -58,7 +61,7 @@ def problem_of(error: Zamba2Error) -> Problem:
     if isinstance(error, TimeIsUp):
         return Problem(str(error), status=504, kind="timeout_error", code="timeout")
     if isinstance(error, Unmet):
-        return Problem(str(error), param="response_format")
+        return Problem(str(error))
     return Problem(str(error), status=503, kind="server_error", code="unavailable")
 
 
@@ -80,7 +83,7 @@ def anthropic_error(problem: Problem) -> Json:
 def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """The first of pydantic's errors as one sentence that names the field and what is needed."""
     first = errors[0]
-    names = list(first["loc"])[1:]  # behind "body"
+    names = [name for name in first["loc"][1:] if not str(name).endswith(TAG)]  # behind "body"
     where = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".").removesuffix(".[key]")
     kind, found = first["type"], first.get("input")
     if kind == "json_invalid":
@@ -107,6 +110,9 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
+TAG = "#"  # at the end of the name of one of several models, which is no field's
+
+
 class Only:
     """A field that is documented elsewhere and not supported here: null and the values that mean nothing are taken, others refused."""
 
@@ -131,19 +137,54 @@ def joined(value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"it is {brief(repr(value))}; a text or a list of text parts is needed.")
         return value
-    texts = []
-    for i, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text"):
-            what = f"is of type {brief(repr(kind))}" if isinstance(part, dict) else "is no object"
-            raise ValueError(f"part {i} {what}; this model reads text alone, {{type: text, text}}.")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"part {i} has no text.")
-        stray = set(part) - {"type", "text", "annotations", "logprobs", "cache_control", "citations", "prompt_cache_breakpoint"}
-        if stray:
-            raise ValueError(f"part {i} has a field {brief(repr(sorted(stray)[0]))}, which this server does not know; leave it out.")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    return "\n".join(part_text(part, i) for i, part in enumerate(value))
+
+
+def part_text(part: Any, i: int) -> str:
+    """The text of a content's i-th part."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "output_text"):
+        what = f"is of type {brief(repr(kind))}" if isinstance(part, dict) else "is no object"
+        raise ValueError(f"part {i} {what}; this model reads text alone, {{type: text, text}}.")
+    without(part, i, "type", "text", "annotations", "logprobs", "cache_control", "citations", "prompt_cache_breakpoint")
+    return the_text(part, i, "text")
+
+
+def without(part: dict[str, Any], i: int, *known: str) -> None:
+    """Raises ValueError for other fields."""
+    if stray := sorted(set(part) - set(known)):
+        raise ValueError(f"part {i} has a field {brief(repr(stray[0]))}, which this server does not know; leave it out.")
+
+
+def the_text(part: dict[str, Any], i: int, name: str) -> str:
+    found = part.get(name)
+    if not isinstance(found, str):
+        raise ValueError(f"part {i} has no {name}.")
+    return found
+
+
+def blocks(value: Any) -> Any:
+    """Anthropic's content: texts, calls and results."""
+    if not isinstance(value, list):
+        return [joined(value)]
+    return [one_block(block, i) for i, block in enumerate(value)] or [""]
+
+
+def one_block(block: Any, i: int) -> str | Call | Result:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "tool_use":
+        without(block, i, "type", "id", "name", "input", "cache_control", "caller")
+        name, given = the_text(block, i, "name"), block.get("input")
+        if re.fullmatch(NAME, name) is None or not isinstance(given, dict):
+            raise ValueError(f"part {i} is no call; a name of letters, digits, _ and -, at most 64, and an object as input are needed.")
+        try:
+            return Call(the_text(block, i, "id"), name, compact(given))
+        except Zamba2Error as error:
+            raise ValueError(f"part {i}: {error}") from None
+    if kind == "tool_result":
+        without(block, i, "type", "tool_use_id", "content", "is_error", "cache_control")
+        return Result(the_text(block, i, "tool_use_id"), ("error: " if block.get("is_error") else "") + joined(block.get("content", "")))
+    return part_text(block, i)
 
 
 def several(value: Any) -> Any:
@@ -199,10 +240,22 @@ Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 Bias = dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Unused = Annotated[Any, Field(description="Taken and not used.")]
 
+NAME = "^[a-zA-Z0-9_-]{1,64}$"
+
+
+def arguments_schema(value: dict[str, Any] | None) -> dict[str, Any]:
+    """Of a tool; what is checked further is checked where it is compiled."""
+    if not value:
+        return NO_ARGUMENTS
+    if value.get("type") != "object":
+        raise ValueError(f"its type is {brief(repr(value.get('type')))}; the schema of an object of arguments is needed, type: object.")
+    return value
+
+
+Name = Annotated[str, Field(pattern=NAME)]
+Parameters = Annotated[dict[str, Any] | None, AfterValidator(arguments_schema)]
 NO_REASONING = ["none", {"type": "disabled"}, {}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}]
-Tools = Annotated[Any, Only("tools are not supported yet; leave this out.", [])]
-ToolChoice = Annotated[Any, Only("tools are not supported yet; leave this out.", "none", "auto", {"type": "none"}, {"type": "auto"})]
-TextFormat = Annotated[Any, Only("response formats other than text are not supported yet; leave this out.", {"type": "text"})]
+OldTools = Annotated[Any, Only("functions are given as tools here; use tools and tool_choice.", [], "none", "auto")]
 TextAlone = Annotated[Any, Only("this model writes text alone; leave this out.", ["text"])]
 NoReasoning = Annotated[Any, Only("this model does not reason apart from its answer; leave this out.", *NO_REASONING)]
 NoState = Annotated[Any, Only("this server keeps no responses; send the whole conversation and leave this out.", False)]
@@ -256,20 +309,190 @@ class OpenAIBody(Sampled):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
+# ---- tools
+
+
+class Function(Body):
+    name: Name
+    description: str | None = None
+    parameters: Parameters = Field(None, validate_default=True)
+    strict: Unused = None  # the schema is always obeyed
+
+    @property
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description, self.parameters)
+
+
+class ChatTool(Body):
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def tool(self) -> Tool:
+        return self.function.tool
+
+
+class ResponseTool(Function):
+    type: Literal["function"]
+    allowed_callers: Annotated[Any, Only("functions are called directly here; leave this out.", ["direct"])] = None
+    defer_loading: NotHere = None
+    output_schema: NotHere = None
+
+
+class AnthropicTool(Body):
+    name: Name
+    description: str | None = None
+    input_schema: Parameters
+    type: Literal["custom"] | None = None
+    allowed_callers: Annotated[Any, Only("tools are called directly here; leave this out.", ["direct"])] = None
+    cache_control: Unused = None
+    defer_loading: NotHere = None
+    eager_input_streaming: Unused = None
+    input_examples: NotHere = None
+    strict: Unused = None
+
+    @property
+    def tool(self) -> Tool:
+        return Tool(self.name, self.description, self.input_schema)
+
+
+def distinct(tools: list[Any] | None) -> list[Any] | None:
+    names = [tool.tool.name for tool in tools or ()]
+    if len(names) > MOST_TOOLS:
+        raise ValueError(f"{len(names)} were given; at most {MOST_TOOLS} are possible.")
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"two are called {twice[0]!r}; each needs a name of its own.")
+    return tools
+
+
+ChatTools = Annotated[list[ChatTool] | None, AfterValidator(distinct)]
+ResponseTools = Annotated[list[ResponseTool] | None, AfterValidator(distinct)]
+AnthropicTools = Annotated[list[AnthropicTool] | None, AfterValidator(distinct)]
+
+
+class Choice(Body):
+    """What a request wants of its tools, in one layout for all APIs. named: the tool that must be called."""
+
+    mode: Literal["none", "auto", "required"]
+    named: str | None = None
+
+
+def chat_choice(value: Any) -> Any:
+    inner = value.get("function") if isinstance(value, dict) and set(value) == {"type", "function"} else None
+    name = inner.get("name") if isinstance(inner, dict) and set(inner) == {"name"} else None
+    return one_choice(value, name, "{type: function, function: {name: NAME}}")
+
+
+def response_choice(value: Any) -> Any:
+    name = value.get("name") if isinstance(value, dict) and set(value) == {"type", "name"} else None
+    return one_choice(value, name, "{type: function, name: NAME}")
+
+
+def one_choice(value: Any, name: Any, layout: str) -> Any:
+    """What OpenAI's two layouts have in common."""
+    if value is None or value in ("none", "auto", "required"):
+        return None if value is None else Choice(mode=value)
+    if isinstance(value, dict) and value.get("type") == "function" and isinstance(name, str):
+        return Choice(mode="required", named=name)
+    raise ValueError(f"it is {brief(repr(value))}; none, auto, required or {layout} is needed.")
+
+
+def anthropic_choice(value: Any) -> Any:
+    modes: dict[Any, Any] = {"none": "none", "auto": "auto", "any": "required", "tool": "required"}
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    known = {"type", "disable_parallel_tool_use"} | ({"name"} if kind == "tool" else set())
+    if not isinstance(kind, str) or kind not in modes or set(value) - known or isinstance(value.get("name"), str) != (kind == "tool"):
+        raise ValueError(f"it is {brief(repr(value))}; {{type: auto, any or none}} or {{type: tool, name: NAME}} is needed.")
+    return Choice(mode=modes[kind], named=value.get("name"))
+
+
+MODES = {"enum": ["none", "auto", "required"]}
+ChatChoice = Annotated[
+    Choice | None, BeforeValidator(chat_choice),
+    WithJsonSchema({"anyOf": [MODES, {"type": "object", "required": ["type", "function"]}, {"type": "null"}]}),
+]  # fmt: skip
+ResponseChoice = Annotated[
+    Choice | None, BeforeValidator(response_choice),
+    WithJsonSchema({"anyOf": [MODES, {"type": "object", "required": ["type", "name"]}, {"type": "null"}]}),
+]  # fmt: skip
+AnthropicChoice = Annotated[
+    Choice | None, BeforeValidator(anthropic_choice),
+    WithJsonSchema({"anyOf": [{"type": "object", "required": ["type"]}, {"type": "null"}]}),
+]  # fmt: skip
+Parallel = Annotated[bool | None, Field(description="Taken either way: a reply makes one call at most.")]
+
+
+def toolbox(tools: Sequence[ChatTool | ResponseTool | AnthropicTool] | None, choice: Choice | None) -> Toolbox | None:
+    """The tools of a request. Raises ValueError for a choice that they do not have."""
+    if not tools:
+        if choice is not None and choice.mode == "required":
+            raise ValueError("tool_choice asks for a call, but there are no tools; give tools, or leave it out.")
+        return None
+    box = Toolbox(tuple(tool.tool for tool in tools), *(() if choice is None else (choice.mode, choice.named)))
+    if not box.callable and box.choice != "none":
+        names = ", ".join(tool.name for tool in box.tools)
+        raise ValueError(f"tool_choice names {brief(repr(box.named))}, which is none of the tools; there is {names}.")
+    return box
+
+
+def checked(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Raises ValueError where a result belongs to no call."""
+    if (stray := stray_result(turns)) is not None:
+        raise ValueError(f"the result of {brief(repr(stray))} belongs to no call before it; send the conversation with its calls.")
+    return turns
+
+
+# ---- chat completions
+
+
+class ChatFunction(Body):
+    name: Name
+    arguments: str
+
+
+class ChatCall(Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: ChatFunction
+    index: Unused = None
+
+
 class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    """content: needed but for an assistant's calls. tool_call_id: of role tool alone."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = None
     name: NoName = None
-    tool_calls: Tools = None
-    function_call: Tools = None
-    tool_call_id: Tools = None
+    tool_calls: list[ChatCall] | None = None
+    function_call: OldTools = None
+    tool_call_id: str | None = None
     refusal: NoName = None
     audio: TextAlone = None
     annotations: Unused = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, not of role {self.role}.")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing; a text is needed.")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id is needed with role tool, and with no other.")
+        return self
+
+    @property
+    def turn(self) -> Turn:
+        if self.tool_call_id is not None:
+            return Turn("tool", (Result(self.tool_call_id, self.content or ""),))
+        calls = (Call(call.id, call.function.name, call.function.arguments) for call in self.tool_calls or ())
+        said = () if self.content is None else (self.content,)
+        return Turn("system" if self.role == "developer" else self.role, (*said, *calls))
+
 
 class JsonSchema(Body):
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    name: Name
     description: Unused = None
     wanted: dict[str, Any] | None = Field(None, alias="schema", description="None is any JSON object.")
     strict: Unused = None  # the schema is always obeyed
@@ -285,6 +508,12 @@ class ResponseFormat(Body):
             raise ValueError("json_schema is needed with type json_schema, and with no other.")
         return self
 
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """The schema of the reply; None for text."""
+        wanted = None if self.json_schema is None else self.json_schema.wanted
+        return None if self.type == "text" else {"type": "object"} if wanted is None else wanted
+
 
 class ChatBody(OpenAIBody):
     """``/v1/chat/completions``."""
@@ -297,16 +526,16 @@ class ChatBody(OpenAIBody):
     metadata: Unused = None
     store: Unused = None
     service_tier: Unused = None
-    parallel_tool_calls: Unused = None
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
     prompt_cache_options: Unused = None
     prompt_cache_retention: Unused = None
     prediction: Unused = None
-    tools: Tools = None
-    tool_choice: ToolChoice = None
-    functions: Tools = None
-    function_call: ToolChoice = None
+    tools: ChatTools = None
+    tool_choice: ChatChoice = None
+    parallel_tool_calls: Parallel = None
+    functions: OldTools = None
+    function_call: OldTools = None
     response_format: ResponseFormat | None = None
     modalities: TextAlone = None
     audio: TextAlone = None
@@ -323,15 +552,22 @@ class ChatBody(OpenAIBody):
             raise ValueError("top_logprobs was given without logprobs: true; add that, or leave it out.")
         if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
             raise ValueError("ignore_eos goes on after the end of the JSON that response_format asks for; leave one of them out.")
+        if self.ignore_eos and self.tools:
+            raise ValueError("ignore_eos goes on after the end of a call of the tools; leave one of them out.")
+        self.toolbox()
+        checked(self.turns)
         return self
 
     @property
     def most_tokens(self) -> int | None:
         return self.max_tokens or self.max_completion_tokens
 
+    def toolbox(self) -> Toolbox | None:
+        return toolbox(self.tools, self.tool_choice)
+
     @property
-    def conversation(self) -> list[dict[str, str]]:
-        return [{"role": role_of(m.role), "content": m.content} for m in self.messages]
+    def turns(self) -> list[Turn]:
+        return [message.turn for message in self.messages]
 
 
 class CompletionBody(OpenAIBody):
@@ -354,16 +590,81 @@ class CompletionBody(OpenAIBody):
 
 
 class ResponseMessage(Body):
+    type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
-    type: Literal["message"] = "message"
     id: Unused = None
     status: Unused = None
     phase: Unused = None
 
+    @property
+    def turn(self) -> Turn:
+        return Turn("system" if self.role == "developer" else self.role, (self.content,))
+
+
+class ResponseCall(Body):
+    type: Literal["function_call"]
+    call_id: str
+    name: Name
+    arguments: str
+    id: Unused = None
+    status: Unused = None
+    caller: Unused = None
+    namespace: NoName = None
+
+    @property
+    def turn(self) -> Turn:
+        return Turn("assistant", (Call(self.call_id, self.name, self.arguments),))
+
+
+class ResponseResult(Body):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: Text
+    id: Unused = None
+    status: Unused = None
+    caller: Unused = None
+    name: Unused = None
+    namespace: NoName = None
+
+    @property
+    def turn(self) -> Turn:
+        return Turn("tool", (Result(self.call_id, self.output),))
+
+
+def item_kind(value: Any) -> str:
+    """Which model an item of the input is; one that says nothing is a message."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return (kind if isinstance(kind, str) and kind in ("function_call", "function_call_output") else "message") + TAG
+
+
+Item = Annotated[
+    Annotated[ResponseMessage, Tag("message" + TAG)] | Annotated[ResponseCall, Tag("function_call" + TAG)]
+    | Annotated[ResponseResult, Tag("function_call_output" + TAG)],
+    Discriminator(item_kind),
+]  # fmt: skip
+
+
+class ResponseTextFormat(JsonSchema):
+    """As ``ResponseFormat``, all on one level."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _fits(self) -> ResponseTextFormat:
+        if (self.type == "json_schema") != (self.name is not None) or (self.type != "json_schema" and self.wanted is not None):
+            raise ValueError("name, and with it schema, is needed with type json_schema, and with no other.")
+        return self
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """The schema of the reply; None for text."""
+        return None if self.type == "text" else {"type": "object"} if self.wanted is None else self.wanted
+
 
 class ResponseText(Body):
-    format: TextFormat = None
+    format: ResponseTextFormat | None = None
     verbosity: Verbosity = None
 
 
@@ -375,7 +676,9 @@ class ResponseBody(Sampled):
     """``/v1/responses``: text in, text out, nothing stored."""
 
     model: str = "default"
-    input: Annotated[list[ResponseMessage], Field(min_length=1), BeforeValidator(one_message)] = Field(description="A text, or messages.")
+    input: Annotated[list[Item], Field(min_length=1), BeforeValidator(one_message)] = Field(
+        description="A text, or messages, calls and their results."
+    )
     instructions: str | None = None
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -387,14 +690,14 @@ class ResponseBody(Sampled):
     store: Unused = None
     user: Unused = None
     service_tier: Unused = None
-    parallel_tool_calls: Unused = None
-    max_tool_calls: Unused = None
+    max_tool_calls: Unused = None  # of tools that the server runs itself
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
     prompt_cache_options: Unused = None
     prompt_cache_retention: Unused = None
-    tools: Tools = None
-    tool_choice: ToolChoice = None
+    tools: ResponseTools = None
+    tool_choice: ResponseChoice = None
+    parallel_tool_calls: Parallel = None
     reasoning: NoReasoning = None
     previous_response_id: NoState = None
     conversation: NoState = None
@@ -413,15 +716,44 @@ class ResponseBody(Sampled):
         wanted = self.top_logprobs is not None or "message.output_text.logprobs" in (self.include or ())
         return (self.top_logprobs or 0) if wanted else None
 
+    @model_validator(mode="after")
+    def _fits(self) -> ResponseBody:
+        self.toolbox()
+        checked(self.turns)
+        return self
+
+    def toolbox(self) -> Toolbox | None:
+        return toolbox(self.tools, self.tool_choice)
+
     @property
-    def messages(self) -> list[dict[str, str]]:
-        first = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        return [*first, *({"role": role_of(m.role), "content": m.content} for m in self.input)]
+    def form(self) -> dict[str, Any] | None:
+        """The schema of the reply; None for text."""
+        return None if self.text is None or self.text.format is None else self.text.format.form
+
+    @property
+    def turns(self) -> list[Turn]:
+        first = [] if self.instructions is None else [Turn("system", (self.instructions,))]
+        return [*first, *(item.turn for item in self.input)]
+
+
+BLOCK = {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["text", "tool_use", "tool_result"]}}}
+Blocks = Annotated[Any, BeforeValidator(blocks), WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": BLOCK}]})]
 
 
 class AnthropicMessage(Body):
     role: Literal["user", "assistant"]
-    content: Text
+    content: Blocks
+
+    @model_validator(mode="after")
+    def _fits(self) -> AnthropicMessage:
+        other, name = (Call, "tool_use") if self.role == "user" else (Result, "tool_result")
+        if any(isinstance(part, other) for part in self.content):
+            raise ValueError(f"a part of type {name} is not of role {self.role}; it belongs to the other.")
+        return self
+
+    @property
+    def turn(self) -> Turn:
+        return Turn(self.role, tuple(self.content))
 
 
 class MessagesBody(Body):
@@ -444,17 +776,33 @@ class MessagesBody(Body):
     workspace_id: Unused = None
     diagnostics: Unused = None
     speed: Unused = None
-    tools: Tools = None
-    tool_choice: ToolChoice = None
+    tools: AnthropicTools = None
+    tool_choice: AnthropicChoice = None
     thinking: NoReasoning = None
     output_config: NotHere = None
     container: NotHere = None
     mcp_servers: NotHere = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> MessagesBody:
+        box = self.toolbox()
+        checked(self.turns)
+        if self.messages[-1].role == "assistant":
+            if len(self.messages) == 1:
+                raise ValueError("messages has no message before the beginning of the reply; a user's is needed.")
+            if any(not isinstance(part, str) for part in self.messages[-1].content):
+                raise ValueError("the last message calls a tool; the tool's result is needed behind it.")
+            if box is not None and box.choice == "required":
+                raise ValueError("tool_choice asks for a call, but the last message begins the reply with a text; leave one of them out.")
+        return self
+
+    def toolbox(self) -> Toolbox | None:
+        return toolbox(self.tools, self.tool_choice)
+
     @property
-    def conversation(self) -> list[dict[str, str]]:
-        first = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*first, *({"role": m.role, "content": m.content} for m in self.messages)]
+    def turns(self) -> list[Turn]:
+        first = [] if self.system is None else [Turn("system", (self.system,))]
+        return [*first, *(message.turn for message in self.messages)]
 
 
 class TokenizeBody(Body):
@@ -463,6 +811,7 @@ class TokenizeBody(Body):
     model: str = "default"
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: ChatTools = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -470,7 +819,13 @@ class TokenizeBody(Body):
     def _one(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("one of prompt and messages is needed.")
+        if self.tools and self.messages is None:
+            raise ValueError("tools was given without messages, which it belongs to; leave it out.")
         return self
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        return conversation([message.turn for message in self.messages or ()], [tool.tool for tool in self.tools or ()])
 
 
 class DetokenizeBody(Body):
@@ -478,10 +833,6 @@ class DetokenizeBody(Body):
 
     model: str = "default"
     tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
-
-
-def role_of(role: str) -> str:
-    return "system" if role == "developer" else role
 
 
 def sampling_options(body: Sampled | MessagesBody) -> Json:
@@ -499,7 +850,8 @@ def sampling_options(body: Sampled | MessagesBody) -> Json:
 
 @dataclass(frozen=True)
 class Ask:
-    """One reply that is wanted. text: the prompt's; number: of the prompt it answers; silent: the prompt is all that is of interest."""
+    """One reply that is wanted. text: the prompt's; number: of the prompt it answers; silent: the prompt is all that is of interest;
+    calls: whether the reply may call a tool."""
 
     request: Request
     prompt: Prompt
@@ -507,19 +859,26 @@ class Ask:
     number: int = 0
     added_bos: bool = False
     silent: bool = False
+    calls: Calls = "none"
 
 
 @dataclass(frozen=True)
 class Said:
-    """One step of a reply, as ``generate.Piece`` without its state. time: by time.monotonic()."""
+    """One step of a reply, as ``generate.Piece`` without its state. time: by time.monotonic().
+
+    logprobs: of the tokens whose text is certain, and of none of a call. name: of the tool, in the step that tells it. arguments: what is
+    added to them.
+    """
 
     index: int
     text: str
     token: int
-    logprob: TokenLogprob | None
+    logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
     stop: str | None
     time: float
+    name: str | None = None
+    arguments: str = ""
 
 
 @dataclass
@@ -533,17 +892,43 @@ class Reply:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     tokens: int = 0
     cached_tokens: int = 0
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # "tool_calls" where a call came to its end
     stop: str | None = None
 
-    def add(self, said: Said) -> None:
+    def __post_init__(self) -> None:
+        self.reader = None if self.ask.calls == "none" else CallReader(self.ask.calls)
+        self.call_id = uuid.uuid4().hex
+        self._held: list[TokenLogprob] = []  # of text that may become a call
+
+    def add(self, said: Said) -> Said:
+        """Take a step; returns it as what it makes certain."""
+        said = said if self.reader is None else self._read(said, self.reader)
         self.finish_reason, self.stop = said.finish_reason, said.stop
-        if self.ask.silent:
-            return
-        self.parts.append(said.text)
-        self.tokens += 1
-        if said.logprob is not None:
-            self.logprobs.append(said.logprob)
+        if not self.ask.silent:
+            self.parts.append(said.text)
+            self.tokens += 1
+            self.logprobs += said.logprobs
+        return said
+
+    def _read(self, said: Said, reader: CallReader) -> Said:
+        named, reason = reader.name is not None, said.finish_reason
+        text, arguments = reader.push(said.text, last=reason is not None)
+        self._held += said.logprobs
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if reader.is_calling or not reader.held:
+            logprobs = () if reader.is_calling else tuple(self._held)
+            self._held = []
+        return replace(
+            said, text=text, logprobs=logprobs, name=None if named else reader.name, arguments=arguments,
+            finish_reason="tool_calls" if reason is not None and reader.is_whole else reason,
+        )  # fmt: skip
+
+    @property
+    def call(self) -> Call | None:
+        """A call, as far as it has come; None until its tool is known."""
+        if self.reader is None or self.reader.name is None:
+            return None
+        return Call(self.call_id, self.reader.name, self.reader.arguments)
 
     @property
     def text(self) -> str:
@@ -717,11 +1102,20 @@ class ChatStream(Stream):
             return None
         return {"content": [chat_logprob(self.texts, entry) for entry in entries], "refusal": None}
 
+    def _message(self, reply: Reply) -> Json:
+        message = {"role": "assistant", "content": reply.text, "refusal": None}
+        if (call := reply.call) is None:
+            return message
+        return message | {"content": reply.text or None, "tool_calls": [self._call(call.id, call.name, call.arguments)]}
+
+    def _call(self, number: str, name: str, arguments: str) -> Json:
+        return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
     def whole(self) -> Json:
         choices = [
             {
-                "index": reply.index, "message": {"role": "assistant", "content": reply.text, "refusal": None},
-                "logprobs": self._logprobs(reply, reply.logprobs), "finish_reason": reply.finish_reason,
+                "index": reply.index, "message": self._message(reply), "logprobs": self._logprobs(reply, reply.logprobs),
+                "finish_reason": reply.finish_reason,
             }
             for reply in self.replies
         ]  # fmt: skip
@@ -739,12 +1133,16 @@ class ChatStream(Stream):
 
     def begin(self) -> Iterator[Event]:
         for reply in self.replies:
-            yield self._delta(reply.index, {"role": "assistant", "content": ""})
+            yield self._delta(reply.index, {"role": "assistant", "content": "" if reply.reader is None else None})
 
     def said(self, said: Said) -> Iterator[Event]:
-        if said.text or said.logprob is not None:
-            entries = () if said.logprob is None else (said.logprob,)
-            yield self._delta(said.index, {"content": said.text}, logprobs=self._logprobs(self.replies[said.index], entries))
+        reply = self.replies[said.index]
+        if said.text or said.logprobs:
+            yield self._delta(said.index, {"content": said.text}, logprobs=self._logprobs(reply, said.logprobs))
+        if said.name is not None:
+            yield self._delta(said.index, {"tool_calls": [{"index": 0} | self._call(reply.call_id, said.name, "")]})
+        if said.arguments:
+            yield self._delta(said.index, {"tool_calls": [{"index": 0, "function": {"arguments": said.arguments}}]})
         if said.finish_reason is not None:
             yield self._delta(said.index, {}, said.finish_reason)
 
@@ -790,7 +1188,7 @@ class CompletionStream(Stream):
     def said(self, said: Said) -> Iterator[Event]:
         reply = self.replies[said.index]
         silent = reply.ask.silent
-        entries = () if said.logprob is None or silent else (said.logprob,)
+        entries = () if silent else said.logprobs
         prompt = self.echo and not self._begun[said.index]
         self._begun[said.index] = True
         if said.text or entries or prompt or said.finish_reason is not None:
@@ -804,16 +1202,30 @@ class CompletionStream(Stream):
 
 
 class ResponseStream(Stream):
-    """``/v1/responses``; always one reply."""
+    """``/v1/responses``; always one reply: a message, a call, or a message and a call."""
 
     def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts, *, body: ResponseBody) -> None:
         super().__init__(model, replies, texts)
         self.id, self.item_id, self.body = new_id("resp_"), new_id("msg_"), body
-        self._number = -1
+        self._number = self._index = -1  # of the last event, and of the last item
+        self._open: Literal["message", "call"] | None = None
         (self.reply,) = replies
 
     def _item(self, status: str, content: list[Json]) -> Json:
         return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _call_item(self, call: Call, status: str) -> Json:
+        names = {"id": f"fc_{call.id}", "type": "function_call", "status": status, "call_id": f"call_{call.id}", "name": call.name}
+        return names | {"arguments": call.arguments}
+
+    def _message_item(self, status: str) -> Json:
+        return self._item(status, [self._part(self.reply.text, self._logprobs(self.reply.logprobs))])
+
+    def _items(self, status: str) -> list[Json]:
+        """status: of the last one."""
+        if (call := self.reply.call) is None:
+            return [self._message_item(status)]
+        return [*([self._message_item("completed")] if self.reply.text else ()), self._call_item(call, status)]
 
     def _part(self, text: str, logprobs: list[Json]) -> Json:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
@@ -830,11 +1242,27 @@ class ResponseStream(Stream):
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "background": False, "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.model, "output": output,
-            "parallel_tool_calls": True, "previous_response_id": None, "reasoning": {"effort": None, "summary": None}, "store": False,
-            "temperature": options.temperature, "text": {"format": {"type": "text"}}, "tool_choice": "none", "tools": [],
+            "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": options.temperature,
+            "text": {"format": self._format()}, "tool_choice": self._choice(), "tools": [self._tool(tool) for tool in body.tools or ()],
             "top_logprobs": body.top_logprobs or 0, "top_p": options.top_p, "truncation": "disabled", "usage": counts,
             "metadata": body.metadata or {},
         }  # fmt: skip
+
+    def _format(self) -> Json:
+        wanted = None if self.body.text is None else self.body.text.format
+        if wanted is None or wanted.type != "json_schema":
+            return {"type": "text" if wanted is None else wanted.type}
+        return {"type": "json_schema", "name": wanted.name, "schema": wanted.form, "strict": True}
+
+    def _choice(self) -> str | Json:
+        choice = self.body.tool_choice
+        if choice is not None and choice.named is not None:
+            return {"type": "function", "name": choice.named}
+        return choice.mode if choice is not None else "auto" if self.body.tools else "none"
+
+    def _tool(self, tool: ResponseTool) -> Json:
+        return {"type": "function", "strict": True, "name": tool.name, "description": tool.description, "parameters": tool.parameters}
 
     def _logprobs(self, entries: Iterable[TokenLogprob]) -> list[Json]:
         return [chat_logprob(self.texts, entry) for entry in entries]
@@ -844,40 +1272,69 @@ class ResponseStream(Stream):
         return "incomplete" if self.reply.finish_reason == "length" else "completed"
 
     def whole(self) -> Json:
-        part = self._part(self.reply.text, self._logprobs(self.reply.logprobs))
-        return self._response(self._status, [self._item(self._status, [part])])
+        return self._response(self._status, self._items(self._status))
 
     def _event(self, kind: str, **data: Any) -> Event:
         self._number += 1
         return kind, {"type": kind, "sequence_number": self._number} | data
 
     def _place(self) -> Json:
-        return {"item_id": self.item_id, "output_index": 0, "content_index": 0}
+        return {"item_id": self.item_id, "output_index": self._index, "content_index": 0}
+
+    def _begin_message(self) -> Iterator[Event]:
+        self._index, self._open = self._index + 1, "message"
+        yield self._event("response.output_item.added", output_index=self._index, item=self._item("in_progress", []))
+        yield self._event("response.content_part.added", **self._place(), part=self._part("", []))
+
+    def _begin_call(self, call: Call) -> Iterator[Event]:
+        self._index, self._open = self._index + 1, "call"
+        item = self._call_item(Call(call.id, call.name, ""), "in_progress")
+        yield self._event("response.output_item.added", output_index=self._index, item=item)
+
+    def _end_item(self, status: str) -> Iterator[Event]:
+        """Close what is open."""
+        if self._open == "message":
+            item = self._message_item(status)
+            part = item["content"][0]
+            yield self._event("response.output_text.done", **self._place(), text=part["text"], logprobs=part["logprobs"])
+            yield self._event("response.content_part.done", **self._place(), part=part)
+        elif (call := self.reply.call) is not None and self._open == "call":
+            item = self._call_item(call, status)
+            done = {"item_id": item["id"], "output_index": self._index, "name": call.name, "arguments": call.arguments}
+            yield self._event("response.function_call_arguments.done", **done)
+        else:
+            return
+        self._open = None
+        yield self._event("response.output_item.done", output_index=self._index, item=item)
 
     def begin(self) -> Iterator[Event]:
         yield self._event("response.created", response=self._response("in_progress", []))
         yield self._event("response.in_progress", response=self._response("in_progress", []))
-        yield self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
-        yield self._event("response.content_part.added", **self._place(), part=self._part("", []))
+        if self.reply.reader is None:
+            yield from self._begin_message()
 
     def said(self, said: Said) -> Iterator[Event]:
-        if said.text or said.logprob is not None:
-            entries = () if said.logprob is None else (said.logprob,)
-            yield self._event("response.output_text.delta", **self._place(), delta=said.text, logprobs=self._logprobs(entries))
+        if said.text or (said.logprobs and self._open == "message"):
+            if self._open is None:
+                yield from self._begin_message()
+            yield self._event("response.output_text.delta", **self._place(), delta=said.text, logprobs=self._logprobs(said.logprobs))
+        call = self.reply.call
+        if said.name is not None and call is not None:
+            yield from self._end_item("completed")
+            yield from self._begin_call(call)
+        if said.arguments:
+            place = {"item_id": f"fc_{self.reply.call_id}", "output_index": self._index}
+            yield self._event("response.function_call_arguments.delta", **place, delta=said.arguments)
 
     def end(self) -> Iterator[Event]:
-        text, logprobs = self.reply.text, self._logprobs(self.reply.logprobs)
-        part = self._part(text, logprobs)
-        yield self._event("response.output_text.done", **self._place(), text=text, logprobs=logprobs)
-        yield self._event("response.content_part.done", **self._place(), part=part)
-        item = self._item(self._status, [part])
-        yield self._event("response.output_item.done", output_index=0, item=item)
-        yield self._event(f"response.{self._status}", response=self._response(self._status, [item]))
+        if self._index < 0:  # an empty reply is an empty message
+            yield from self._begin_message()
+        yield from self._end_item(self._status)
+        yield self._event(f"response.{self._status}", response=self._response(self._status, self._items(self._status)))
 
     def failed(self, problem: Problem) -> Iterator[Event]:
         error = {"code": "server_error", "message": str(problem)}
-        item = self._item("incomplete", [self._part(self.reply.text, self._logprobs(self.reply.logprobs))])
-        yield self._event("response.failed", response=self._response("failed", [item], error))
+        yield self._event("response.failed", response=self._response("failed", self._items("incomplete"), error))
 
 
 class MessageStream(Stream):
@@ -887,7 +1344,8 @@ class MessageStream(Stream):
 
     def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts) -> None:
         super().__init__(model, replies, texts)
-        self.id = new_id("msg_")
+        self.id, self._index = new_id("msg_"), -1  # of the last block
+        self._open: Literal["text", "tool_use"] | None = None
         (self.reply,) = replies
 
     def _usage(self, output: int) -> Json:
@@ -899,30 +1357,63 @@ class MessageStream(Stream):
 
     def _stop(self) -> Json:
         reply = self.reply
-        reason = "stop_sequence" if reply.stop is not None else "max_tokens" if reply.finish_reason == "length" else "end_turn"
-        return {"stop_reason": reason, "stop_sequence": reply.stop}
+        reason = {"length": "max_tokens", "tool_calls": "tool_use"}.get(reply.finish_reason or "", "end_turn")
+        return {"stop_reason": "stop_sequence" if reply.stop is not None else reason, "stop_sequence": reply.stop}
 
     def _message(self, content: list[Json], stop: Json, output: int) -> Json:
         message = {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": content}
         return message | stop | {"usage": self._usage(output)}
 
     def whole(self) -> Json:
-        return self._message([{"type": "text", "text": self.reply.text}], self._stop(), self.reply.tokens)
+        call, text = self.reply.call, {"type": "text", "text": self.reply.text}
+        content = [text] if self.reply.text or call is None else []
+        if call is not None:  # one that was cut off as far as it came, which is what the clients make of a stream
+            arguments = from_json(call.arguments, allow_partial=True) if call.arguments else {}
+            content.append(self._use(call.name) | {"input": arguments})
+        return self._message(content, self._stop(), self.reply.tokens)
+
+    def _use(self, name: str) -> Json:
+        return {"type": "tool_use", "id": f"toolu_{self.reply.call_id}", "name": name, "input": {}}
 
     def _event(self, kind: str, **data: Any) -> Event:
         return kind, {"type": kind} | data
 
+    def _begin_block(self, kind: Literal["text", "tool_use"], block: Json) -> Iterator[Event]:
+        self._index, self._open = self._index + 1, kind
+        yield self._event("content_block_start", index=self._index, content_block=block)
+
+    def _begin_text(self) -> Iterator[Event]:
+        yield from self._begin_block("text", {"type": "text", "text": ""})
+
+    def _end_block(self) -> Iterator[Event]:
+        if self._open is not None:
+            self._open = None
+            yield self._event("content_block_stop", index=self._index)
+
+    def _added(self, **delta: str) -> Event:
+        return self._event("content_block_delta", index=self._index, delta=delta)
+
     def begin(self) -> Iterator[Event]:
         yield self._event("message_start", message=self._message([], {"stop_reason": None, "stop_sequence": None}, 0))
-        yield self._event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+        if self.reply.reader is None:
+            yield from self._begin_text()
         yield self._event("ping")
 
     def said(self, said: Said) -> Iterator[Event]:
         if said.text:
-            yield self._event("content_block_delta", index=0, delta={"type": "text_delta", "text": said.text})
+            if self._open is None:
+                yield from self._begin_text()
+            yield self._added(type="text_delta", text=said.text)
+        if said.name is not None:
+            yield from self._end_block()
+            yield from self._begin_block("tool_use", self._use(said.name))
+        if said.arguments:
+            yield self._added(type="input_json_delta", partial_json=said.arguments)
 
     def end(self) -> Iterator[Event]:
-        yield self._event("content_block_stop", index=0)
+        if self._index < 0:  # an empty reply is an empty text
+            yield from self._begin_text()
+        yield from self._end_block()
         yield self._event("message_delta", delta=self._stop(), usage=self._usage(self.reply.tokens))
         yield self._event("message_stop")
 

@@ -1,0 +1,626 @@
+"""Tools: what a call may be, how it comes out of a reply, and how the official clients see it and send it back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import zamba2
+from zamba2.errors import Zamba2Error
+from zamba2.language.generate import Constraint, collect
+from zamba2.language.model import LanguageModel
+from zamba2.language.sampling import Sampler
+from zamba2.serve.tools import BEGIN, END, Call, CallReader, Calls, Result, Tool, Toolbox, Turn, compact, conversation
+
+pytest.importorskip("anthropic", reason="clients come with the extra [test]")
+pytest.importorskip("openai", reason="clients come with the extra [test]")
+pytest.importorskip("llguidance", reason="calls need the extra [serve]")
+pytest.importorskip("uvicorn", reason="the server needs the extra [serve]")
+
+from pydantic_core import from_json
+from test_grammar import COLOR, HOSTILE, POINT, array, record, valid
+from test_serve import CHAT, HELLO, MESSAGE, RESPONSE, Live, check_error
+
+from zamba2.serve.grammar import Grammars
+
+NOTE = {"type": "string", "maxLength": 12}
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "weather": record(city={"enum": ["Paris", "Rome", "São Paulo"]}, days={"type": "integer", "minimum": 1, "maximum": 9}),
+    "weather_2": record(at=POINT),
+    "take-note": record(text=NOTE, tags=array(COLOR, 2)),
+    "draw": {"$defs": {"p": POINT}, **record(line=array({"$ref": "#/$defs/p"}, 2, 1))},
+    "now": record(),
+}
+LIST = tuple(Tool(name, f"About {name}.", schema) for name, schema in SCHEMAS.items())
+CHAT_TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters}} for tool in LIST
+]
+RESPONSE_TOOLS: list[Any] = [{"type": "function"} | tool["function"] for tool in CHAT_TOOLS]
+ANTHROPIC_TOOLS: list[Any] = [{"name": t.name, "description": t.description, "input_schema": t.parameters} for t in LIST]
+TOOLS = {CHAT: CHAT_TOOLS, RESPONSE: RESPONSE_TOOLS, MESSAGE: ANTHROPIC_TOOLS}
+ASKED: dict[str, dict[str, Any]] = {CHAT: {"messages": HELLO}, RESPONSE: {"input": HELLO}, MESSAGE: {"messages": HELLO, "max_tokens": 9}}
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return zamba2.load("random", threads=1)
+
+
+@pytest.fixture(scope="module")
+def demo() -> LanguageModel:
+    return zamba2.load("demo", threads=1)
+
+
+@pytest.fixture(scope="module")
+def grammars(model: LanguageModel) -> Grammars:
+    return Grammars(model.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def live(model: LanguageModel) -> Iterator[Live]:
+    """Random weights, with a cache."""
+    with Live(model, cached=True) as made:
+        yield made
+
+
+def check_call(name: str, arguments: str) -> None:
+    """A call is of a tool that there is, and its arguments satisfy the tool's schema."""
+    assert valid(json.loads(arguments), SCHEMAS[name], SCHEMAS[name]), (name, arguments)
+
+
+def read(text: str, calls: Calls, sizes: Sequence[int] = (1,)) -> tuple[str, CallReader]:
+    """What is said in a text that comes in parts of the sizes given, again and again, and the reader behind it."""
+    reader, said, arguments, place, turn = CallReader(calls), "", "", 0, 0
+    while place < len(text):
+        size = sizes[turn % len(sizes)]
+        more = reader.push(text[place : place + size])
+        said, arguments, place, turn = said + more[0], arguments + more[1], place + size, turn + 1
+    said += reader.push("", last=True)[0]
+    assert arguments == reader.arguments
+    return said, reader
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_form() -> None:
+    """Tools stand behind the system's text, a call behind what was said before it, results in one message of the user's."""
+    turns = [
+        Turn("system", ("Be brief.",)), Turn("user", ("Hi",)), Turn("assistant", ("Well: ",)),
+        Turn("assistant", (Call("1", "f", '{"a":1}'),)), Turn("assistant", (Call("2", "f", "{}"),)), Turn("tool", (Result("1", "x"),)),
+        Turn("tool", (Result("2", "y"),)), Turn("assistant", ("Yes.",)), Turn("assistant", ("No.",)),
+    ]  # fmt: skip
+    assert conversation(turns, [Tool("f", "Does é.", None)]) == [
+        {
+            "role": "system", "content": "Be brief.\n\nYou can call the functions below; each line is one, with the JSON schema of its "
+            'arguments.\n{"name":"f","description":"Does é.","parameters":{"type":"object","properties":{},"additionalProperties":false}}\n'
+            'To call one, end with this line, its name and arguments filled in:\n<tool_call>{"name":"NAME","arguments":{}}</tool_call>\n'
+            "What it returns follows as <tool_response>RESULT</tool_response>. Answer in words where no call is needed.",
+        },
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant", "content": 'Well: <tool_call>{"name":"f","arguments":{"a":1}}</tool_call>\n'
+            '<tool_call>{"name":"f","arguments":{}}</tool_call>',
+        },
+        {"role": "user", "content": "<tool_response>x</tool_response>\n<tool_response>y</tool_response>"},
+        {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."},
+    ]  # fmt: skip
+    assert conversation(turns[1:2], LIST)[0]["role"] == "system" and conversation(turns[1:2]) == [{"role": "user", "content": "Hi"}]
+    assert conversation([Turn("user", ("a", "", "b"))]) == [{"role": "user", "content": "a\n\nb"}]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["", '"', "\\", '\\"', "}", BEGIN, END, "}" + END, "é☃", "[{"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "}", '"']), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@example(before="<tool_", arguments={"a": "}" + END}, sizes=[1])
+@given(
+    before=st.text("<tol_ca>x", max_size=20), arguments=st.dictionaries(st.text(max_size=3), VALUES, max_size=3),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+)  # fmt: skip
+def test_reading_calls(before: str, arguments: dict[str, Any], sizes: list[int]) -> None:
+    """However a reply is cut into pieces, its text and its call come out whole, whatever stands in the arguments."""
+    before = before.replace(BEGIN, "")
+    call = Call("", "some-name_1", compact(arguments))
+    said, reader = read(before + str(call), "may", sizes)
+    assert (said, reader.name, reader.arguments, reader.is_whole) == (before, call.name, call.arguments, True)
+    said, reader = read(str(call), "must", sizes)
+    assert (said, reader.name, reader.arguments, reader.is_whole) == ("", call.name, call.arguments, True)
+    assert read(before, "may", sizes)[0] == before
+    assert read("{" + before + str(call), "first", sizes)[0] == "{" + before + str(call)
+
+
+def test_calls_that_are_cut() -> None:
+    """Of a call that is cut anywhere the name is known from its end on, no part is taken for text, and what came of it is an object."""
+    text = str(Call("", "f", '{"a":[1.5,-2e+10,{"b":"é\\n\\""}],"c":true,"d":null}'))
+    for end in range(len(text)):
+        for calls in ("may", "must"):
+            said, reader = read(text[:end], calls)
+            assert said == ("" if calls == "must" or end >= len(BEGIN) else text[:end])
+            assert (reader.name == "f") == (end >= len('<tool_call>{"name":"f","arguments":'))
+            assert isinstance(from_json(reader.arguments or "{}", allow_partial=True), dict)
+
+
+# ---- constraints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_required_calls_satisfy_their_schemas(model: LanguageModel, grammars: Grammars, temperature: float) -> None:
+    """Of random weights every reply that must call is one call whose arguments satisfy the schema, written as the history is."""
+    choices = [Toolbox(LIST, "required"), *(Toolbox(LIST, "required", tool.name) for tool in LIST)]
+    boxes = choices * (1 if temperature == 0 else 6)
+    requests = [
+        model.request("Call.", max_tokens=300, temperature=temperature, seed=i, constraint=grammars.compile_calls(box)())
+        for i, box in enumerate(boxes)
+    ]
+    names = set()
+    for box, reply in zip(boxes, collect(model.backend, requests, model.tokenizer), strict=True):
+        said, reader = read(reply.text, "must", [3])
+        assert said == "" and reader.name is not None and reader.is_whole and reply.finish_reason == "stop"
+        check_call(reader.name, reader.arguments)
+        assert box.named in (None, reader.name) and str(Call("", reader.name, compact(json.loads(reader.arguments)))) == reply.text
+        names |= {reader.name} if box.named is None else set()
+    assert temperature == 0 or len(names) > 1
+
+
+def walked(model: LanguageModel, constraint: Constraint, wanted: str, seed: int, most: int = 300) -> str:
+    """A text of tokens that a constraint allows, up to an end token: those of a wanted text as long as they are allowed, then any."""
+    draw, tokens, ids = np.random.default_rng(seed), list[int](), model.tokenizer.encode("a" + wanted, add_special_tokens=False)[1:]
+    for _ in range(most):
+        scores = constraint.mask(draw.normal(size=model.backend.config.vocab_size).astype(np.float32))
+        allowed = ids and scores[ids[0]] > -np.inf
+        token = ids.pop(0) if allowed else int(scores.argmax())
+        ids = ids if allowed else []
+        constraint.accept(token)
+        if token in model.tokenizer.eos_token_ids:
+            break
+        tokens.append(token)
+    return model.tokenizer.decode([*model.tokenizer.encode("a", add_special_tokens=False), *tokens])[1:]
+
+
+@settings(max_examples=25)
+@example(before="x", seed=0)
+@example(before="<<tool_call", seed=1)
+@given(before=st.text("<tol_ca> x{", max_size=12), seed=st.integers(0, 1000))
+def test_free_texts_call_rightly(model: LanguageModel, grammars: Grammars, before: str, seed: int) -> None:
+    """Where a reply may call, BEGIN in a text is followed by one call that satisfies its schema, and by nothing; where it must not,
+    BEGIN does not come, though it is wanted."""
+    box = Toolbox(LIST)
+    text = walked(model, grammars.compile_calls(box)(), before + BEGIN, seed)
+    assert BEGIN in text
+    said, reader = read(text, "may")
+    assert reader.name is not None and text == said + str(Call("", reader.name, reader.arguments))
+    check_call(reader.name, reader.arguments)
+    assert BEGIN not in walked(model, grammars.compile_calls(Toolbox(LIST, "none"))(), before + BEGIN, seed, 60)
+
+
+def test_tokens_that_reach_beyond(model: LanguageModel, grammars: Grammars) -> None:
+    """No token may complete BEGIN and go on, in whatever way BEGIN is cut into tokens; tokens of bytes spell no letter of it."""
+    marks, begin = grammars.marks, BEGIN.encode()
+    unused = {model.tokenizer._backend.token_to_id(f"<0x{letter:02X}>") for letter in begin}
+    assert unused and unused <= set(marks.barred(0, calls=True).tolist())
+    for there in range(len(begin)):
+        beyond, complete = (set(marks.barred(there, calls=calls).tolist()) - unused for calls in (True, False))
+        wholes = [begin[:there] + text for text in marks.texts]
+        assert complete == {token for token, whole in enumerate(wholes) if begin in whole}
+        assert beyond == {token for token in complete if not wholes[token].endswith(begin)}
+
+
+def test_texts_are_as_without_tools(demo: LanguageModel) -> None:
+    """A reply that may call and does not is word for word that of the same prompt without the constraint."""
+    grammars = Grammars(demo.tokenizer)
+    for text in ("One day a little", "The cat <b>"):
+        plain = demo.generate(text, max_tokens=40)
+        for choice in ("auto", "none"):
+            made = grammars.compile_calls(Toolbox(LIST, choice))()
+            assert demo.generate(text, max_tokens=40, constraint=made).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_formats_and_calls(model: LanguageModel, grammars: Grammars, seed: int) -> None:
+    """With a format for texts, a reply that may call is JSON of the format or a call, and one that must call is a call."""
+    form = record(a={"enum": [BEGIN, "é"]})
+    said, reader = read(walked(model, grammars.compile_calls(Toolbox(LIST), form)(), f'{{"a":"{BEGIN}', seed), "first")
+    assert json.loads(said) == {"a": BEGIN} and not reader.is_calling
+    for choice in ("auto", "required"):
+        said, reader = read(walked(model, grammars.compile_calls(Toolbox(LIST, choice), form)(), BEGIN, seed), "first")
+        assert said == "" and reader.name is not None
+        check_call(reader.name, reader.arguments)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_schemas(grammars: Grammars, name: str) -> None:
+    """A schema that is refused for a format is refused in a tool beside good ones."""
+    schema, _ = HOSTILE[name]
+    with pytest.raises(Zamba2Error) as caught:
+        grammars.compile_calls(Toolbox((*LIST, Tool("bad", None, record(a=schema)))))
+    assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+def test_many_tools(grammars: Grammars) -> None:
+    """What all schemas have together is limited as one schema is."""
+    wide = record(**{f"p{i}": NOTE for i in range(100)})
+    grammars.compile_calls(Toolbox(tuple(Tool(f"t{i}", None, SCHEMAS["draw"]) for i in range(64))))
+    with pytest.raises(Zamba2Error, match="more than 2000 values"):
+        grammars.compile_calls(Toolbox(tuple(Tool(f"t{i}", None, wide) for i in range(20))))
+    with pytest.raises(Zamba2Error, match="characters together"):
+        grammars.compile_calls(Toolbox(tuple(Tool(f"t{i}", None, record() | {"description": "x" * 40_000}) for i in range(2))))
+
+
+# ---- the clients -----------------------------------------------------------------------------------------------------
+
+
+def heard_chat(live: Live, **asked: Any) -> tuple[list[tuple[str | None, list[Any], str]], Any]:
+    """Content, calls and reason to end of each choice of a streamed reply, and the usage."""
+    said: dict[int, tuple[list[str], list[dict[str, Any]], list[str]]] = {}
+    with live.openai.chat.completions.create(stream=True, stream_options={"include_usage": True}, **asked) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                content, calls, reasons = said.setdefault(choice.index, ([], [], []))
+                content += [] if choice.delta.content is None else [choice.delta.content]
+                for part in choice.delta.tool_calls or ():
+                    if part.index == len(calls):
+                        assert part.function.arguments == "" and part.type == "function"
+                        calls.append({"id": part.id, "name": part.function.name, "arguments": ""})
+                    calls[part.index]["arguments"] += part.function.arguments
+                reasons += [choice.finish_reason] if choice.finish_reason else []
+    return [("".join(content) or None, calls, *reasons) for content, calls, reasons in said.values()], chunk.usage
+
+
+def test_chat_calls(live: Live) -> None:
+    """Through OpenAI's client each of n replies that must call is a call, the same streamed and whole but for its id."""
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=CHAT_TOOLS, n=3, seed=5, max_tokens=200, parallel_tool_calls=False)
+    for choice in ("required", {"type": "function", "function": {"name": "take-note"}}):
+        whole = live.openai.chat.completions.create(**asked, tool_choice=choice)
+        heard, usage = heard_chat(live, **asked, tool_choice=choice)
+        assert usage.completion_tokens == whole.usage.completion_tokens
+        for own, (content, calls, reason) in zip(whole.choices, heard, strict=True):
+            (call,), (streamed,) = own.message.tool_calls, calls
+            check_call(call.function.name, call.function.arguments)
+            assert (own.finish_reason, own.message.content) == (reason, content) == ("tool_calls", None)
+            assert (call.function.name, call.function.arguments) == (streamed["name"], streamed["arguments"])
+            assert call.id.startswith("call_") and streamed["id"] != call.id and (choice == "required" or call.function.name == "take-note")
+        assert len({own.message.tool_calls[0].id for own in whole.choices}) == 3
+
+
+def test_responses_calls(live: Live) -> None:
+    """The newer API gives a call as an item of its own, whole and as events of the official names in their order."""
+    asked: dict[str, Any] = dict(model="demo", input=HELLO, tools=RESPONSE_TOOLS, tool_choice="required", temperature=0)
+    whole = live.openai.responses.create(**asked)
+    (item,) = whole.output
+    assert (whole.status, item.type, item.status, whole.output_text) == ("completed", "function_call", "completed", "")
+    check_call(item.name, item.arguments)
+    assert whole.tool_choice == "required" and [tool.name for tool in whole.tools] == list(SCHEMAS) and whole.parallel_tool_calls
+    with live.openai.responses.create(**asked, stream=True) as stream:
+        seen = list(stream)
+    kinds = [event.type for event in seen]
+    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
+    assert set(kinds[3:-3]) == {"response.function_call_arguments.delta"}
+    assert kinds[-3:] == ["response.function_call_arguments.done", "response.output_item.done", "response.completed"]
+    assert "".join(event.delta for event in seen[3:-3]) == seen[-3].arguments == seen[-2].item.arguments == item.arguments
+    assert [event.sequence_number for event in seen] == list(range(len(seen)))
+    (final,) = seen[-1].response.output
+    assert (final.name, final.arguments, final.id) == (item.name, item.arguments, seen[2].item.id)
+    named = live.openai.responses.create(**asked | {"tool_choice": {"type": "function", "name": "weather"}})
+    assert named.output[0].name == "weather" and named.tool_choice.name == "weather"
+
+
+def test_messages_calls(live: Live) -> None:
+    """Anthropic's client gets a call as a block of its own, whole and streamed."""
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=ANTHROPIC_TOOLS, max_tokens=200, extra_body=GREEDY)
+    for choice in ({"type": "any"}, {"type": "tool", "name": "draw", "disable_parallel_tool_use": True}):
+        whole = live.anthropic.messages.create(**asked, tool_choice=choice)
+        (block,) = whole.content
+        assert (whole.stop_reason, block.type) == ("tool_use", "tool_use") and block.id.startswith("toolu_")
+        check_call(block.name, json.dumps(block.input))
+        assert block.name == choice.get("name", block.name)
+        with live.anthropic.messages.stream(**asked, tool_choice=choice) as stream:
+            final = stream.get_final_message()
+        assert [(b.type, b.name, b.input) for b in final.content] == [("tool_use", block.name, block.input)]
+        assert (final.stop_reason, final.usage.output_tokens) == ("tool_use", whole.usage.output_tokens)
+
+
+# ---- what a model says by itself ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def puppet(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes every reply say a text, token by token, and then end; a token that is not allowed fails."""
+    said: dict[int, tuple[Sampler, int]] = {}
+    script: list[int] = []
+
+    def sample(self: Sampler, scores: np.ndarray) -> int:
+        place = said.get(id(self), (self, 0))[1]
+        said[id(self)] = self, place + 1  # kept, so that the id stays its own
+        assert scores[script[place]] > -np.inf
+        return script[place]
+
+    def say(text: str) -> None:
+        script[:] = [*model.tokenizer.encode("a" + text, add_special_tokens=False)[1:], model.tokenizer.eos_token_ids[0]]
+        assert model.tokenizer.decode(script[:-1]).strip() == text.strip()
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    return say
+
+
+SPOKEN = "\nWell <tool: "
+CALLED = {"text": 'a "b}', "tags": ["red"]}
+
+
+def test_text_and_a_call(live: Live, puppet: Callable[[str], None]) -> None:
+    """What a model says before it calls is its text, in all three layouts, whole and streamed; no piece of the call is."""
+    puppet(SPOKEN + str(Call("", "take-note", compact(CALLED))))
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=300)
+    (choice,) = live.openai.chat.completions.create(**asked, tools=CHAT_TOOLS, logprobs=True).choices
+    (call,) = choice.message.tool_calls
+    assert (choice.message.content, choice.finish_reason) == (SPOKEN, "tool_calls")
+    assert (call.function.name, json.loads(call.function.arguments)) == ("take-note", CALLED)
+    assert "".join(entry.token for entry in choice.logprobs.content) == SPOKEN
+    heard, _ = heard_chat(live, **asked, tools=CHAT_TOOLS)
+    assert [(content, [c["arguments"] for c in calls], reason) for content, calls, reason in heard] == [
+        (SPOKEN, [call.function.arguments], "tool_calls")
+    ]
+    answer: dict[str, Any] = dict(model="demo", input=HELLO, tools=RESPONSE_TOOLS)
+    message, item = live.openai.responses.create(**answer).output
+    assert (message.content[0].text, message.status, json.loads(item.arguments)) == (SPOKEN, "completed", CALLED)
+    with live.openai.responses.create(**answer, stream=True) as stream:
+        seen = list(stream)
+    assert [event.item.type for event in seen if event.type == "response.output_item.done"] == ["message", "function_call"]
+    assert [event.output_index for event in seen if event.type == "response.output_item.added"] == [0, 1]
+    assert "".join(event.delta for event in seen if event.type == "response.output_text.delta") == SPOKEN
+    assert [i.type for i in seen[-1].response.output] == ["message", "function_call"] and seen[-1].response.output_text == SPOKEN
+    text, use = live.anthropic.messages.create(**asked, tools=ANTHROPIC_TOOLS).content
+    with live.anthropic.messages.stream(**asked, tools=ANTHROPIC_TOOLS) as stream:
+        final = stream.get_final_message().content
+    assert (text.text, use.input, use.name) == (SPOKEN, CALLED, "take-note") == (final[0].text, final[1].input, final[1].name)
+
+
+def test_text_alone(live: Live, puppet: Callable[[str], None]) -> None:
+    """A reply that may call and does not is a text, to its last character, in all three layouts, whole and streamed."""
+    for text in ("\nYes <tool_", "\n<tool_calls>", ""):
+        puppet(text)
+        asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=300)
+        (choice,) = live.openai.chat.completions.create(**asked, tools=CHAT_TOOLS).choices
+        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
+        assert heard_chat(live, **asked, tools=CHAT_TOOLS)[0] == [(text or None, [], "stop")]
+        answer: dict[str, Any] = dict(model="demo", input=HELLO, tools=RESPONSE_TOOLS)
+        with live.openai.responses.create(**answer, stream=True) as stream:
+            assert [event.response.output_text for event in stream if event.type == "response.completed"] == [text]
+        assert live.openai.responses.create(**answer).output_text == text
+        whole = live.anthropic.messages.create(**asked, tools=ANTHROPIC_TOOLS)
+        with live.anthropic.messages.stream(**asked, tools=ANTHROPIC_TOOLS) as stream:
+            final = stream.get_final_message()
+        assert [b.text for b in whole.content] == [b.text for b in final.content] == [text] and whole.stop_reason == "end_turn"
+
+
+def test_cut_by_the_length(live: Live, puppet: Callable[[str], None], model: LanguageModel) -> None:
+    """A call that the length cuts comes as far as it came, says so, and is the same streamed and whole."""
+    head = f'{BEGIN}{{"name":"take-note","arguments":{{"text":"a'
+    puppet(str(Call("", "take-note", compact(CALLED))))
+    for most in (3, len(model.tokenizer.encode("a" + head, add_special_tokens=False)) - 1):
+        asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=most)
+        (choice,) = live.openai.chat.completions.create(**asked, tools=CHAT_TOOLS, tool_choice="required").choices
+        (heard,), _ = heard_chat(live, **asked, tools=CHAT_TOOLS, tool_choice="required")
+        calls = [call.function.arguments for call in choice.message.tool_calls or ()]
+        assert choice.finish_reason == "length" and heard[1:] == ([{**c, "arguments": calls[0]} for c in heard[1]], "length")
+        assert calls == ([] if most == 3 else ['{"text":"a'])
+        answer = live.openai.responses.create(
+            model="demo", input=HELLO, tools=RESPONSE_TOOLS, tool_choice="required", max_output_tokens=most
+        )  # fmt: skip
+        assert (answer.status, answer.output[0].status) == ("incomplete", "incomplete")
+        whole = live.anthropic.messages.create(**asked, tools=ANTHROPIC_TOOLS, tool_choice={"type": "any"})
+        with live.anthropic.messages.stream(**asked, tools=ANTHROPIC_TOOLS, tool_choice={"type": "any"}) as stream:
+            final = stream.get_final_message()
+        assert whole.stop_reason == final.stop_reason == "max_tokens"
+        assert [block.to_dict() | {"id": ""} for block in whole.content] == [block.to_dict() | {"id": ""} for block in final.content]
+
+
+# ---- second turns ----------------------------------------------------------------------------------------------------
+
+
+def test_second_turns_are_cached(model: LanguageModel) -> None:
+    """A call and its result sent back are read from behind the call alone, in all three layouts, whatever the next turn wants."""
+    closing = len(model.tokenizer.encode("<|im_end|>\n", add_special_tokens=False))
+    with Live(model, cached=True) as live:
+        asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=CHAT_TOOLS, seed=1, max_tokens=300)
+        first = live.openai.chat.completions.create(**asked, tool_choice="required")
+        own = first.choices[0].message
+        more = [*HELLO, own.model_dump(), {"role": "tool", "tool_call_id": own.tool_calls[0].id, "content": "42"}]
+        for choice in ("auto", "none", "required"):
+            second = live.openai.chat.completions.create(**asked | {"messages": more, "max_tokens": 4}, tool_choice=choice)
+            cached = second.usage.prompt_tokens_details.cached_tokens
+            assert cached == first.usage.prompt_tokens + first.usage.completion_tokens - 1 + closing
+
+        said: dict[str, Any] = dict(model="demo", tools=RESPONSE_TOOLS, instructions="Hm.")
+        call = live.openai.responses.create(**said, input=HELLO, tool_choice="required", temperature=0)
+        items = [*HELLO, *call.output, {"type": "function_call_output", "call_id": call.output[0].call_id, "output": "42"}]
+        answer = live.openai.responses.create(**said, input=items, max_output_tokens=16)
+        assert answer.usage.input_tokens_details.cached_tokens == call.usage.input_tokens + call.usage.output_tokens - 1 + closing
+
+        kept: dict[str, Any] = dict(model="demo", tools=ANTHROPIC_TOOLS, system="Well.", extra_body=GREEDY)
+        use = live.anthropic.messages.create(**kept, messages=HELLO, max_tokens=300, tool_choice={"type": "any"})
+        result = {"type": "tool_result", "tool_use_id": use.content[0].id, "content": [{"type": "text", "text": "42"}], "is_error": True}
+        messages = [*HELLO, {"role": "assistant", "content": use.content}, {"role": "user", "content": [result]}]
+        reply = live.anthropic.messages.create(**kept, messages=messages, max_tokens=4)
+        total = use.usage.input_tokens + use.usage.cache_read_input_tokens + use.usage.output_tokens
+        assert reply.usage.cache_read_input_tokens == total - 1 + closing
+
+
+def test_tokens_of_a_conversation_with_tools(live: Live, model: LanguageModel) -> None:
+    """A conversation's tokens count its tools and calls as the model reads them, in every layout the same."""
+    call, number = Call("c", "now", "{}"), {"tool_call_id": "c"}
+    function = {"id": "c", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [function]}, {"role": "tool", "content": "noon", **number}]
+    turns = [Turn("user", (HELLO[0]["content"],)), Turn("assistant", (call,)), Turn("tool", (Result("c", "noon"),))]
+    ids = model.tokenizer.encode_chat(conversation(turns, LIST))
+    assert live.post("/tokenize", messages=messages, tools=CHAT_TOOLS).json()["tokens"] == ids
+    items = [*HELLO, {"type": "function_call", "call_id": "c", "name": "now", "arguments": "{}"}]
+    items.append({"type": "function_call_output", "call_id": "c", "output": "noon"})
+    blocks = [
+        *HELLO, {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "now", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c", "content": "noon"}]},
+    ]  # fmt: skip
+    counts = [
+        live.post(CHAT, messages=messages, tools=CHAT_TOOLS, max_tokens=1).json()["usage"]["prompt_tokens"],
+        live.post(RESPONSE, input=items, tools=RESPONSE_TOOLS, max_output_tokens=1).json()["usage"]["input_tokens"],
+    ]
+    usage = live.post(MESSAGE, messages=blocks, tools=ANTHROPIC_TOOLS, max_tokens=1).json()["usage"]
+    assert [*counts, usage["input_tokens"] + usage["cache_read_input_tokens"]] == [len(ids)] * 3
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def tools(path: str, name: Any = "f", schema: Any = None, count: int = 1) -> list[Any]:
+    """Tools in an API's layout."""
+    parameters = {"type": "object"} if schema is None else schema
+    if path == MESSAGE:
+        return [{"name": name, "input_schema": parameters}] * count
+    function = {"name": name, "parameters": parameters}
+    return [{"type": "function", "function": function} if path == CHAT else {"type": "function"} | function] * count
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSE, MESSAGE])
+def test_bad_tools(live: Live, path: str) -> None:
+    """Tools that are none are 400, in the layout of the API, and so are choices that they do not have."""
+    named = {CHAT: {"type": "function", "function": {"name": "g"}}, RESPONSE: {"type": "function", "name": "g"}}
+    wants = named.get(path, {"type": "tool", "name": "g"})
+    numbered = [{**t, "name": f"t{i}"} for i, t in enumerate(tools(RESPONSE, count=65))]
+    many = [{"type": "function", "function": {"name": t["name"]}} for t in numbered] if path == CHAT else numbered
+    many = [{"name": t["name"], "input_schema": {"type": "object"}} for t in numbered] if path == MESSAGE else many
+    for listed, choice, sentence in (
+        (tools(path, None), None, r"name is None"),
+        (tools(path, ""), None, "name is ''"),
+        (tools(path, "a b"), None, "name is 'a b'"),
+        (tools(path, "a\n"), None, "name is"),
+        (tools(path, "x" * 65), None, "name is 'x"),
+        (tools(path, count=2), None, "tools: two are called 'f'; each needs a name of its own"),
+        (many, None, "tools: 65 were given; at most 64"),
+        (tools(path, schema={"type": "array"}), None, "its type is 'array'; the schema of an object"),
+        (tools(path, schema={"anyOf": []}), None, "its type is None"),
+        (tools(path, schema=[1]), None, "is \\[1\\]"),
+        (tools(path, schema={"type": "object", "not": {}}), None, "tools: f.not is no keyword"),
+        (tools(path, schema={"type": "object", "$ref": "#"}), None, "tools: f"),
+        (tools(path), wants, "tool_choice names 'g', which is none of the tools; there is f"),
+        (tools(path), "often", "tool_choice: it is 'often'"),
+        (tools(path), {"type": "function"}, "tool_choice: it is"),
+        ([], wants, "tool_choice asks for a call, but there are no tools"),
+        ([{"type": "web_search"}], None, "tools"),
+        ("x", None, "tools is 'x'"),
+    ):  # fmt: skip
+        response = live.post(path, **ASKED[path], tools=listed, **({} if choice is None else {"tool_choice": choice}))
+        check_error(response, 400, sentence, path)
+
+
+CALLING = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+USE = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a result of nothing": (CHAT, {"messages": [*HELLO, {"role": "tool", "tool_call_id": "x", "content": "1"}]}, "'x' belongs to no call"),
+    "a result without its call's id": (CHAT, {"messages": [{"role": "tool", "content": "1"}]}, "tool_call_id is needed with role tool"),
+    "the user's call": (CHAT, {"messages": [{"role": "user", "content": "a", "tool_calls": [CALLING]}]}, "the assistant's"),
+    "an answer of nothing": (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "content is missing"),
+    "going on": (CHAT, {"tools": tools(CHAT), "ignore_eos": True}, "ignore_eos goes on after the end of a call"),
+    "functions": (CHAT, {"functions": [{"name": "f"}]}, "use tools and tool_choice"),
+    "a stray output": (RESPONSE, {"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]}, "'x' belongs to no call"),
+    "a call without a name": (RESPONSE, {"input": [{"type": "function_call", "call_id": "x", "arguments": ""}]}, r"input\[0\]\.name is"),
+    "another item": (RESPONSE, {"input": [{"type": "reasoning"}]}, r"input\[0\]\.type is 'reasoning'"),
+    "a stray result": (MESSAGE, {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "belongs to"),
+    "the user's use": (MESSAGE, {"messages": [{"role": "user", "content": [USE]}]}, "tool_use is not of role user"),
+    "a use at the end": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE]}]}, "the tool's result is needed"),
+    "a use of text": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE | {"input": "x"}]}]}, "part 0 is no call"),
+    "a use without an id": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE | {"id": 1}]}]}, "part 0 has no id"),
+    "a beginning and a call": (MESSAGE, {
+        "messages": [*HELLO, {"role": "assistant", "content": "x"}], "tools": tools(MESSAGE), "tool_choice": {"type": "any"},
+    }, "begins the reply with a text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "change", "sentence"), BAD.values(), ids=BAD)
+def test_bad_calls(live: Live, path: str, change: dict[str, Any], sentence: str) -> None:
+    """Calls and results that belong to nothing are 400 with a sentence."""
+    check_error(live.post(path, **ASKED[path] | change), 400, sentence, path)
+
+
+def test_tools_without_use(live: Live) -> None:
+    """No tools are as if none were named, and what is null or neutral changes nothing."""
+    plain = live.post(CHAT, messages=HELLO, **GREEDY, max_tokens=8).json()["choices"]
+    for change in ({"tools": []}, {"tools": None, "tool_choice": "auto"}, {"tool_choice": "none", "parallel_tool_calls": True}):
+        assert live.post(CHAT, messages=HELLO, **GREEDY, max_tokens=8, **change).json()["choices"] == plain
+    bare = [{"type": "function", "function": {"name": "f"}}]
+    message = live.post(CHAT, messages=HELLO, tools=bare, tool_choice="required").json()["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+
+
+# ---- formats of the newer API ------------------------------------------------------------------------------------------
+
+
+def test_formats_of_responses(live: Live) -> None:
+    """The newer API's text.format gives JSON of a schema or any object, whole and streamed, and says in the answer what was asked for."""
+    schema = record(color=COLOR, at=POINT)
+    form = {"type": "json_schema", "name": "place", "schema": schema, "strict": True}
+    asked: dict[str, Any] = dict(model="demo", input=HELLO, text={"format": form})
+    for _ in range(3):
+        whole = live.openai.responses.create(**asked)
+        assert whole.status == "completed" and valid(json.loads(whole.output_text), schema, schema)
+    assert whole.text.format.type == "json_schema" and whole.text.format.schema_ == schema and whole.text.format.name == "place"
+    with live.openai.responses.create(**asked, stream=True) as stream:
+        assert valid(json.loads(list(stream)[-1].response.output_text), schema, schema)
+    free = live.openai.responses.create(**asked | {"text": {"format": {"type": "json_object"}}}, max_output_tokens=16)
+    assert free.output_text.startswith("{") and free.text.format.type == "json_object"
+    neutral = {"text": {"format": {"type": "text"}}}
+    plain, text = (live.post(RESPONSE, input="a", max_output_tokens=8, **GREEDY, **change).json() for change in ({}, neutral))
+    assert plain["output"][0]["content"] == text["output"][0]["content"] and text["text"] == {"format": {"type": "text"}}
+    for bad, sentence in (
+        ({"type": "xml"}, r"text\.format\.type is 'xml'"), ({"type": "json_schema"}, "is needed with type json_schema"),
+        ({"type": "json_object", "name": "a"}, "with no other"), (form | {"name": "a b"}, r"text\.format\.name is 'a b'"),
+        (form | {"schema": {"not": {}}}, r"text\.format: schema\.not is no keyword"),
+    ):  # fmt: skip
+        check_error(live.post(RESPONSE, input="a", text={"format": bad}), 400, sentence, RESPONSE)
+
+
+# ---- any bytes -------------------------------------------------------------------------------------------------------
+
+PARTS = st.sampled_from(["type", "function", "name", "parameters", "object", "f", "tool_use", "tool_result", "id", "input", "content", "c"])
+SHAPES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | PARTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(PARTS, inner), max_leaves=8,
+)  # fmt: skip
+FIELDS = st.sampled_from(["tools", "tool_choice", "messages", "input", "parallel_tool_calls", "text"])
+
+
+@settings(max_examples=60)
+@example(path=MESSAGE, change={"messages": [{"role": "assistant", "content": []}, *HELLO]}, valid_tools=True)
+@example(path=CHAT, change={"messages": [*HELLO, {"role": "assistant", "tool_calls": [CALLING]}] * 2}, valid_tools=True)
+@given(
+    path=st.sampled_from([CHAT, RESPONSE, MESSAGE]), valid_tools=st.booleans(),
+    change=st.dictionaries(FIELDS, SHAPES, max_size=3),
+)  # fmt: skip
+def test_malformed_bodies(live: Live, path: str, change: dict[str, Any], valid_tools: bool) -> None:
+    """Whatever the fields of tools hold, the answer is the model's or an error of the client's."""
+    most = "max_output_tokens" if path == RESPONSE else "max_tokens"
+    body = {**ASKED[path], **({"tools": tools(path)} if valid_tools else {}), **change, most: 2}
+    response = live.post(path, **body)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code != 200:
+        check_error(response, 400, ".", path)
+
+
+def test_company(model: LanguageModel, grammars: Grammars) -> None:
+    """Replies with tools and without have the same tokens together as alone."""
+
+    def requests() -> list[Any]:
+        made = [None, *(grammars.compile_calls(Toolbox(LIST, choice))() for choice in ("required", "auto", "none"))]
+        return [model.request("Call.", max_tokens=60, temperature=1.0, seed=9, constraint=one) for one in made]
+
+    together = collect(model.backend, requests(), model.tokenizer)
+    assert [reply.tokens for reply in together] == [collect(model.backend, [one], model.tokenizer)[0].tokens for one in requests()]
