@@ -34,7 +34,7 @@ openai = pytest.importorskip("openai", reason="clients come with the extra [test
 uvicorn = pytest.importorskip("uvicorn", reason="the server needs the extra [serve]")
 pytest.importorskip("fastapi", reason="the server needs the extra [serve]")
 
-from zamba2.commands.serve import bind, main, read_keys  # noqa: E402
+from zamba2.commands.serve import bind, load_adapters, main, read_adapters, read_keys  # noqa: E402
 from zamba2.serve.app import Settings, create_app  # noqa: E402
 from zamba2.serve.protocol import TokenTexts  # noqa: E402
 
@@ -332,6 +332,98 @@ def test_second_turns_are_cached(model: LanguageModel, chats: list[list[dict[str
         assert again.usage.input_tokens_details.cached_tokens == len(model.tokenizer.encode(head, add_special_tokens=False))
         text = live.http.get("/metrics").text
         assert live.cache is not None and f"zamba2_cached_tokens_total {live.cache.cached_tokens}\n" in text
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of two random adapters over the random model, by name."""
+    pytest.importorskip("peft", reason="adapters are made with the extra [train]")
+    import torch
+
+    import zamba2.hf
+    from zamba2.train.adapters import add_lora
+    from zamba2.train.recipe import Lora
+    from zamba2.weights.hub import RANDOM
+
+    made = {}
+    for seed, name in enumerate(("first", "second")):
+        made[name] = tmp_path_factory.mktemp(name)
+        base = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(RANDOM), dtype="float32")
+        tuned, generator = add_lora(base, Lora(rank=4)), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for weights_name, weights in tuned.named_parameters():
+                if "lora_" in weights_name:
+                    weights.copy_(0.1 * torch.randn(weights.shape, generator=generator))
+        tuned.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_adapters(adapters: dict[str, Path], chats: list[list[dict[str, str]]]) -> None:
+    """Adapters are models by their names: side by side, in every API, each reply is that of a model loaded with that adapter alone, the
+    base's is as without adapters, and a second turn finds the state of its own adapter."""
+    served = zamba2.load("random", threads=1)
+    load_adapters(served.backend, adapters)
+    alone = {"demo": zamba2.load("random", threads=1)}  # the server's name for the model itself
+    alone |= {name: zamba2.load("random", threads=1, adapter=folder) for name, folder in adapters.items()}
+    options: dict[str, Any] = dict(max_tokens=24, ignore_eos=True)
+    own = {(name, i): one.chat(chats[i], **options).text for name, one in alone.items() for i in range(4)}
+    said: dict[tuple[str, int], str] = {}
+    assert len({own[name, 0] for name in alone}) == 3
+    with Live(served, allow={"adapters": tuple(adapters)}) as live:
+
+        def ask(name: str, i: int) -> None:
+            body = dict(model=name, messages=chats[i], temperature=0, max_tokens=24, ignore_eos=True)
+            said[name, i] = live.post(CHAT, **body).json()["choices"][0]["message"]["content"]
+
+        threads = [threading.Thread(target=ask, args=place) for place in own]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert said == own
+        assert [m.id for m in live.openai.models.list()] == ["demo", *adapters] == [m.id for m in live.anthropic.models.list()]
+        assert live.openai.models.retrieve("second").id == "second"
+        with pytest.raises(openai.NotFoundError, match="no model 'third' here; there is 'demo', 'first', 'second'"):
+            live.openai.models.retrieve("third")
+        for name, one in alone.items():
+            wanted = one.generate("One day", max_tokens=12, ignore_eos=True).text
+            body = dict(model=name, prompt="One day", temperature=0, max_tokens=12, ignore_eos=True)
+            answer = live.post(TEXT, **body).json()
+            assert (answer["model"], answer["choices"][0]["text"]) == (name, wanted)
+            wanted = one.chat(HELLO, max_tokens=8).text
+            assert live.openai.responses.create(model=name, input=HELLO, temperature=0, max_output_tokens=8).output_text == wanted
+            reply = live.anthropic.messages.create(model=name, max_tokens=8, messages=HELLO, extra_body={"temperature": 0})
+            assert (reply.model, reply.content[0].text) == (name, wanted)
+    with Live(served, cached=True, allow={"adapters": tuple(adapters)}) as live:
+        for name in ("demo", *adapters):
+            asked: dict[str, Any] = dict(model=name, temperature=0, max_tokens=8)
+            first = live.openai.chat.completions.create(messages=HELLO, **asked)
+            more = [*HELLO, first.choices[0].message.model_dump(), *HELLO]
+            second = live.openai.chat.completions.create(messages=more, **asked)
+            assert first.usage.prompt_tokens_details.cached_tokens == 0 < second.usage.prompt_tokens_details.cached_tokens
+
+
+def test_names_of_adapters(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is the model's, or given twice, or none at all, is one sentence and exit code 2, and so is another backend."""
+    from zamba2.cli import run
+
+    for values, sentence in (
+        (["demo=a"], "--adapter demo=a: demo is the model without an adapter; give the adapter another name"),
+        (["default=a"], "default is the model without an adapter"),
+        (["a=b", "a=c"], "--adapter a=c: a was given before, for b; each adapter needs a name of its own"),
+        (["a"], "--adapter is 'a'; NAME=FOLDER is needed"), (["=a"], "NAME=FOLDER is needed"), (["a="], "NAME=FOLDER is needed"),
+        (["a=/none"], "/none"),
+    ):  # fmt: skip
+        assert run(["serve", "--port", "0", *(word for value in values for word in ("--adapter", value))]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("zamba2: ") and sentence in line
+    assert read_adapters(["demo=a", "b=c=d"], "mine") == {"demo": Path("a"), "b": Path("c=d")}
+    with pytest.raises(Zamba2Error, match="adapters are for the native engine; leave --device and --dtype out"):
+        load_adapters(object(), {"a": Path("a")})  # type: ignore[arg-type]
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -332,7 +332,10 @@ def serve(
     dtype: Dtype = None,
     format: FormatName = None,
     kv_format: KVFormatName = None,
-    adapter: Adapter = None,
+    adapter: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME=FOLDER", help="NAME=FOLDER of a LoRA adapter (peft): requests to model NAME use it; repeatable."),
+    ] = None,
     threads: Threads = None,
     pin: Pin = None,
     revision: Revision = None,
@@ -348,18 +351,20 @@ def serve(
 
         zamba2 serve --port 9000 --cache-folder states
 
+        zamba2 serve --model 1.2b-instruct --adapter polite=adapters/polite --adapter short=adapters/short
+
         ZAMBA2_API_KEYS=secret zamba2 serve --host 0.0.0.0
     """
     from zamba2.commands.serve import main
 
     where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
-        "revision": revision, "offline": offline,
+        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "threads": threads, "pin": pin, "revision": revision,
+        "offline": offline,
     }  # fmt: skip
     main(
         model, where, host=host, port=port, name=name, api_keys=api_keys, open_to_all=open_to_all, origins=cors or (),
         max_tokens=max_tokens, batch=batch, queue=queue, seconds=timeout, grace=grace, cache_mb=cache_mb, cache_folder=cache_folder,
-        disk_mb=disk_mb, body_mb=body_mb, log_prompts=log_prompts, quiet=quiet,
+        disk_mb=disk_mb, body_mb=body_mb, log_prompts=log_prompts, quiet=quiet, adapters=adapter or (),
     )  # fmt: skip
 
 

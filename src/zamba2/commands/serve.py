@@ -13,9 +13,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zamba2.errors import Zamba2Error, notice
+
+if TYPE_CHECKING:
+    from zamba2.runtime.backend import Backend
 
 __all__ = ["main"]
 
@@ -27,7 +30,7 @@ def main(
     model: str, where: Mapping[str, Any], *, host: str = "127.0.0.1", port: int = 8000, name: str | None = None,
     api_keys: Path | None = None, open_to_all: bool = False, origins: Sequence[str] = (), max_tokens: int = 1024, batch: int = 8,
     queue: int = 64, seconds: float = 600.0, grace: float = 10.0, cache_mb: int = 1024, cache_folder: Path | None = None,
-    disk_mb: int = 8192, body_mb: int = 4, log_prompts: bool = False, quiet: bool = False,
+    disk_mb: int = 8192, body_mb: int = 4, log_prompts: bool = False, quiet: bool = False, adapters: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Load a model and serve it until a signal comes. Raises Zamba2Error before the first request only."""
     missing = [module for module in ("fastapi", "uvicorn") if find_spec(module) is None]
@@ -36,13 +39,13 @@ def main(
     for option, value in (("--timeout", seconds), ("--grace", grace)):
         if not math.isfinite(value):
             raise Zamba2Error(f"{option} is {value}; a number of seconds is needed.")
-    keys = read_keys(api_keys)
+    keys, folders = read_keys(api_keys), read_adapters(adapters, name or model)
     bound = bind(host, port, protected=bool(keys) or open_to_all)
     try:
         serve(
             bound, model, where, host=host, keys=keys, name=name, origins=origins, max_tokens=max_tokens, batch=batch, queue=queue,
             seconds=seconds, grace=grace, cache_mb=cache_mb, cache_folder=cache_folder, disk_mb=disk_mb, body_mb=body_mb,
-            log_prompts=log_prompts, quiet=quiet,
+            log_prompts=log_prompts, quiet=quiet, adapters=folders,
         )  # fmt: skip
     finally:
         bound.close()
@@ -51,7 +54,7 @@ def main(
 def serve(
     bound: socket.socket, model: str, where: Mapping[str, Any], *, host: str, keys: tuple[str, ...], name: str | None,
     origins: Sequence[str], max_tokens: int, batch: int, queue: int, seconds: float, grace: float, cache_mb: int,
-    cache_folder: Path | None, disk_mb: int, body_mb: int, log_prompts: bool, quiet: bool,
+    cache_folder: Path | None, disk_mb: int, body_mb: int, log_prompts: bool, quiet: bool, adapters: Mapping[str, Path],
 ) -> None:  # fmt: skip
     import uvicorn
 
@@ -63,6 +66,7 @@ def serve(
     loaded = load_with_status(model, where)
     loaded.tokenizer  # noqa: B018 - raises where there is none, before anything is started
     backend, cache = loaded.backend, None
+    load_adapters(backend, adapters)
     if cache_mb:
         try:
             cache = StateCache(
@@ -76,8 +80,8 @@ def serve(
     # A web page whose own name resolves to this machine could otherwise call a server that has no keys.
     hosts = ("localhost", "127.0.0.1", "[::1]", shown, host.lower()) if ipaddress.ip_address(address[0]).is_loopback and not keys else ()
     settings = Settings(
-        model_name=name or loaded.name, api_keys=keys, hosts=hosts, origins=tuple(origins), max_tokens=max_tokens, seconds=seconds,
-        most_body_bytes=body_mb * MEBI, log=not quiet, log_prompts=log_prompts,
+        model_name=name or loaded.name, adapters=tuple(adapters), api_keys=keys, hosts=hosts, origins=tuple(origins),
+        max_tokens=max_tokens, seconds=seconds, most_body_bytes=body_mb * MEBI, log=not quiet, log_prompts=log_prompts,
     )  # fmt: skip
     scheduler = Scheduler(backend, loaded.tokenizer, cache=cache, most_running=batch, most_waiting=queue)
     app = create_app(loaded, scheduler, cache, settings)
@@ -120,6 +124,30 @@ def serve(
         if cache is not None:
             cache.flush()
         print("zamba2: stopped" + (f"; {dropped} requests were dropped." if dropped else "."), file=sys.stderr, flush=True)
+
+
+def read_adapters(given: Sequence[str], model: str) -> dict[str, Path]:
+    """Folders of adapters by the names that clients choose them by. model: the name of the model alone. Raises Zamba2Error."""
+    found: dict[str, Path] = {}
+    for value in given:
+        name, _, folder = value.partition("=")
+        if not name or not folder:
+            raise Zamba2Error(f"--adapter is {value!r}; NAME=FOLDER is needed, a name for clients and the folder of a LoRA adapter (peft).")
+        if name in (model, "default"):
+            raise Zamba2Error(f"--adapter {value}: {name} is the model without an adapter; give the adapter another name.")
+        if name in found:
+            raise Zamba2Error(f"--adapter {value}: {name} was given before, for {found[name]}; each adapter needs a name of its own.")
+        found[name] = Path(folder)
+    return found
+
+
+def load_adapters(backend: Backend, adapters: Mapping[str, Path]) -> None:
+    """Raises Zamba2Error for a bad one, and where the backend takes none."""
+    load = getattr(backend, "load_adapter", None)  # the native engine's
+    for name, folder in adapters.items():
+        if load is None:
+            raise Zamba2Error(f"--adapter {name}={folder}: adapters are for the native engine; leave --device and --dtype out.")
+        load(folder, name)
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
