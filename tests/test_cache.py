@@ -175,6 +175,22 @@ def test_a_conversations_turns_share_its_keys_and_values(model: LanguageModel) -
     assert cache.nbytes == 0 and not cache._memory._pieces
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_memory_adds_up_to_a_states_bytes(model: LanguageModel, record: bool) -> None:
+    """The pieces that a state of the native engine names are all that it holds, a recorded call's included; a copy names the same, and
+    after it went on shares what neither of the two changed."""
+    state = model.backend.new_state()
+    for length in (1, 63, 200, 5):
+        last = record and length == 5
+        model.backend.forward([Row(np.full(length, 300, np.int32), state, logits=0, record=last)])
+        assert sum(state.memory().values()) == state.nbytes
+    copy = state.copy()
+    assert copy.memory() == state.memory()
+    model.backend.forward([Row(np.full(100, 300, np.int32), copy, logits=0)])
+    shared = copy.memory().keys() & state.memory().keys()
+    assert len(shared) == 5 * len(model.backend.config.hybrid_layer_ids) and sum(copy.memory().values()) == copy.nbytes
+
+
 def test_putting_again_holds_the_new_state_alone(model: LanguageModel) -> None:
     """A state for tokens that are known takes the place of the old one, whose memory no longer counts; a text that was known stays."""
     (tokens, first), (_, second) = (states(model, [100])[0] for _ in range(2))
