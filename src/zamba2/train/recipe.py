@@ -76,7 +76,7 @@ class Recipe(Strict):
 
     precision: Literal["fp32", "bf16", "bf16-mixed"] = Field("bf16-mixed", description="weights / products: fp32, bf16, or fp32 / bf16")
     rounding: Literal["none", "q8", "q4"] = Field(
-        "none", description="train through weights rounded as this format packs them, so that a packed model loses less; for all weights"
+        "none", description="every second step through weights rounded as this format packs them, so that a packed model loses less"
     )
     checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile")

@@ -17,8 +17,9 @@ __all__ = ["RoundWeights", "rounded_weights"]
 
 
 class RoundWeights(TrainerCallback):
-    """Each step's loss is that of weights rounded as they are packed; its gradients change the full weights, as if nothing had been rounded
-    (straight-through: Bengio et al. 2013, section 3). Evaluations and checkpoints see the full weights.
+    """Every second step's loss is that of weights rounded as they are packed; its gradients change the full weights, as if nothing had been
+    rounded (straight-through: Bengio et al. 2013, section 3). The steps between keep the full weights good: without them these become
+    the worse of the two (docs/log.md). Evaluations and checkpoints see the full weights.
 
     model: a Zamba2ForCausalLM, whose matrices are whole.
     """
@@ -36,14 +37,18 @@ class RoundWeights(TrainerCallback):
 
     @torch.no_grad()
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step % 2:
+            return
         self.full = [weight.detach().clone() for weight, _, _ in self.matrices]
         for weight, format, pieces in self.matrices:
             weight.copy_(torch.cat([rounded_weights(piece, format) for piece in weight.chunk(pieces, dim=1)], dim=1))
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        for (weight, _, _), full in zip(self.matrices, self.full, strict=True):
-            weight.copy_(full)
+        if self.full:
+            for (weight, _, _), full in zip(self.matrices, self.full, strict=True):
+                weight.copy_(full)
+        self.full = []
 
 
 def rounded_weights(weight: Tensor, format: Format) -> Tensor:
