@@ -32,9 +32,9 @@ import zamba2
 from zamba2.commands.bench import config_of, synthetic
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Request, collect
+from zamba2.language.speculate import Guesses
 from zamba2.runtime.backend import Backend, Logits, Row
 from zamba2.runtime.processors import machine
-from zamba2.runtime.speculate import Guesses
 from zamba2.train.instructions import documents, tasks
 from zamba2.weights.files import replacing
 from zamba2.weights.hub import RANDOM

@@ -21,8 +21,8 @@ import zamba2
 from zamba2.language import generate
 from zamba2.language.generate import Generation, Request, collect, run
 from zamba2.language.model import LanguageModel, make_request
+from zamba2.language.speculate import ALLOWED, MOST_SAVED, NGRAMS, SHARE, Guesses, Prices
 from zamba2.runtime.backend import Row
-from zamba2.runtime.speculate import ALLOWED, MOST_SAVED, NGRAMS, SHARE, Guesses, Prices
 from zamba2.serve.scheduler import Scheduler
 from zamba2.train.instructions import tasks
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.sampling import Sampler, Sampling, log_softmax, top_logprobs
+from zamba2.language.speculate import Guesses, Prices
 from zamba2.language.tokenizer import IncrementalDecoder, Tokenizer
 from zamba2.runtime.backend import Backend, Row, State
-from zamba2.runtime.speculate import Guesses, Prices
 
 __all__ = ["Constraint", "Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "guess_all", "judge", "next_row", "run"]
 
@@ -84,7 +84,7 @@ class Piece:
 
     The last piece of a request has a finish_reason ("stop": end token or stop text, "length": max_tokens).
     ``state`` has read everything but ``token``, until the next piece is asked for; where several pieces came of one call (see
-    ``runtime.speculate``), everything but the last one's.
+    ``language.speculate``), everything but the last one's.
     """
 
     index: int

@@ -18,9 +18,9 @@ import numpy as np
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Piece, Request, Running, TokenLogprob, guess_all, judge, next_row
 from zamba2.language.sampling import log_softmax, top_logprobs
+from zamba2.language.speculate import Prices
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend, Logits, Row
-from zamba2.runtime.speculate import Prices
 from zamba2.serve.cache import StateCache
 
 __all__ = ["Busy", "Job", "Prompt", "Scheduler", "TimeIsUp"]
@@ -90,7 +90,7 @@ class Job:
 
 class Scheduler:
     """See the module. most_running: replies in a batch. most_waiting: requests beside them. step: tokens of a prompt read in one call
-    while others decode. speculate: guess what comes next, while that pays (``runtime.speculate``)."""
+    while others decode. speculate: guess what comes next, while that pays (``language.speculate``)."""
 
     def __init__(
         self, backend: Backend, tokenizer: Tokenizer | None, *, cache: StateCache | None = None, most_running: int = 8,
