@@ -611,9 +611,9 @@ def second_turn(arguments: argparse.Namespace) -> Json:
     """A question behind a long conversation: with its state in memory, on disk, and without."""
     if arguments.small:
         arguments.rounds = 2
-    times: dict[str, list[float]] = {
-        name: [] for base in ("first_turn", "second_turn", "question_alone", "from_nothing") for name in (base, f"{base}_tokens")
-    } | {"second_turn_from_disk": [], "reading_the_file": [], "state_bytes": []}
+    asked = ("first_turn", "second_turn", "question_alone", "from_nothing")
+    names = (*asked, *(f"{name}_tokens" for name in asked), "second_turn_from_disk", "reading_the_file", "state_bytes")
+    times: dict[str, list[float]] = {name: [] for name in names}
     home = arguments.states or cache_folder()
     home.mkdir(parents=True, exist_ok=True)
     with measured_model(arguments) as folder, tempfile.TemporaryDirectory(prefix="serve-states-", dir=home) as name:
@@ -627,9 +627,9 @@ def second_turn(arguments: argparse.Namespace) -> Json:
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "time_to_first_token_seconds": {
-            name: medians[name] for name in ("from_nothing", "first_turn", "second_turn", "question_alone", "second_turn_from_disk")
+            name: medians[name] for name in (*asked, "second_turn_from_disk")
         },
-        "prompt_tokens": {name: medians[f"{name}_tokens"] for name in ("from_nothing", "first_turn", "second_turn", "question_alone")},
+        "prompt_tokens": {name: medians[f"{name}_tokens"] for name in asked},
         "cached_share_of_reusable": 1.0,  # or check_cached had raised
         "state_bytes": medians["state_bytes"], "disk_bytes_per_second": medians["state_bytes"] / medians["reading_the_file"],
         "ratios": {
