@@ -111,7 +111,8 @@ def test_lm_eval(live: Live, model: LanguageModel, task_folder: Path, tmp_path: 
         own = {sample["doc_id"]: sample["filtered_resps"] for sample in ours["samples"][task]}
         assert found.keys() == own.keys() == set(range(len(QUESTIONS)))
         if task == "go_on":
-            assert found == own and len({text for (text,) in own.values()}) > 1
+            said = {number: [text.removeprefix(" ")] for number, (text,) in found.items()}  # decoded alone, a first word has no space
+            assert said == own and len({text for (text,) in own.values()}) > 1
             continue
         for number, (question, choices, _) in enumerate(QUESTIONS):
             for (total, greedy), (_, also), text in zip(found[number], own[number], choices, strict=True):
