@@ -56,20 +56,14 @@ def test_as_good_as_its_card(model: LanguageModel) -> None:
 
 
 def test_the_card_tells_of_every_kind() -> None:
-    """The table has a row for each kind of task, for three stages and two formats; SFT knows each kind, DPO is better, q8 lies within a
-    point of bf16; ten conversations follow."""
+    """The table has a row for each kind of task, for three stages and two formats; SFT knows each kind, DPO is better, q8 and q4 lie within
+    a point of bf16; ten conversations follow."""
     assert all(0 <= claimed(kind, column) <= 1 for kind in KINDS for column in ("pretrain", "sft", "dpo", "dpo q8", "dpo q4"))
     assert all(claimed(kind, "sft") >= 0.3 for kind in KINDS) and claimed("**all**", "sft") >= 0.7
     low = re.search(r"DPO against SFT: \S+ \((\S+)% to", CARD)
     assert low is not None and float(low[1]) > 0
-    assert abs(claimed("**all**", "dpo q8") - claimed("**all**", "dpo")) <= 0.01
+    assert all(abs(claimed("**all**", format) - claimed("**all**", "dpo")) <= 0.01 for format in ("dpo q8", "dpo q4"))
     assert CARD.count("**model:**") == 10 and "minutes" in CARD
-
-
-@pytest.mark.xfail(strict=True, reason="the shipped model loses 2.6 points in q4: what is learned by heart (docs/log.md)")
-def test_q4_within_a_point() -> None:
-    """q4 lies within a point of bf16."""
-    assert abs(claimed("**all**", "dpo q4") - claimed("**all**", "dpo")) <= 0.01
 
 
 def test_the_cards_conversations_are_its_own(model: LanguageModel) -> None:
