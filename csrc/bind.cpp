@@ -114,18 +114,18 @@ nb::dict export_state(const State& state, const Engine& engine) {
   return d;
 }
 
-State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const std::vector<Bytes>& parts, int adapter) {
+// parts: bytes of each part, in the order of export_state; asked for one by one, so that all may lie in the same memory.
+State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const nb::iterable& parts, int adapter) {
   const Config& c = engine.config;
   const PageLayout& layout = engine.layout;
   State state = engine.new_state(adapter);
   const size_t layers = static_cast<size_t>(c.num_hidden_layers);
-  if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state ||
-      parts.size() != layout.parts.size() * state.caches.size())
+  if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state)
     throw std::invalid_argument("the saved state does not fit the model");
   state.position = position;
   state.conv = std::make_shared<std::vector<float>>(conv.data(), conv.data() + conv.size());
   state.ssm = std::make_shared<std::vector<float>>(ssm.data(), ssm.data() + ssm.size());
-  size_t next = 0;
+  nb::iterator next = nb::iter(parts);
   for (Cache& cache : state.caches) {
     cache.length = position;
     for (int t = 0; t < position; t += kPage) {
@@ -133,9 +133,11 @@ State import_state(const Engine& engine, int position, Floats conv, Floats ssm, 
       cache.pages.back()->used = std::min(kPage, position - t);
     }
     for (const PageLayout::Part& part : layout.parts) {
-      const Bytes& from = parts[next++];
+      if (next == nb::iterator::sentinel()) throw std::invalid_argument("the saved state does not fit the model");
+      const Bytes from = nb::cast<Bytes>(*next);
       if (from.size() != static_cast<size_t>(layout.heads) * static_cast<size_t>(position) * part.row) throw std::invalid_argument("the saved state does not fit the model");
-      visit_rows(layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(rows, from.data() + at, bytes); });
+      without_the_interpreter([&] { visit_rows(layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(rows, from.data() + at, bytes); }); });
+      ++next;
     }
   }
   return state;

@@ -162,11 +162,11 @@ def cost(wanted: float, repeats: int, shape: str, texts: Sequence[Sequence[int]]
     for name, pairs in cases.items():
         ratios, rates = [], []
         for i, (prompt, forced) in enumerate(pairs):
-            seconds = {}
-            for speculate in ((True, False) if i % 2 else (False, True)):
-                seconds[speculate], count = timed(backend, prompt, forced, speculate)
-            ratios.append(seconds[False] / seconds[True])
-            rates.append([count / seconds[False], count / seconds[True]])
+            # with guesses between two without: a machine's mood that changes halves its mark on the ratio
+            before, with_guesses, after = (timed(backend, prompt, forced, speculate) for speculate in (False, True, False))
+            seconds, count = (before[0] + after[0]) / 2, before[1]
+            ratios.append(seconds / with_guesses[0])
+            rates.append([count / seconds, count / with_guesses[0]])
             said = f"{rates[-1][0]:.1f} and {rates[-1][1]:.1f} tokens/s, {ratios[-1]:.2f} x"
             print(f"{name} {i + 1} of {len(pairs)}: {said}", file=sys.stderr, flush=True)
         found[name] = {"ratio": statistics.median(ratios), "ratios": ratios, "tokens_per_second": rates}

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class Engine:
     def keep(self, state: State, n: int) -> None: ...
     def export_state(self, state: State) -> dict[str, Any]: ...
     def import_state(
-        self, position: int, conv: npt.NDArray[np.float32], ssm: npt.NDArray[np.float32], parts: Sequence[npt.NDArray[np.uint8]],
+        self, position: int, conv: npt.NDArray[np.float32], ssm: npt.NDArray[np.float32], parts: Iterable[npt.NDArray[np.uint8]],
         adapter: int = -1,
     ) -> State: ...  # fmt: skip
 

@@ -14,8 +14,8 @@ __all__ = ["Guesses", "Prices"]
 
 NGRAMS = (4, 3, 2, 1)  # lengths of ends that are looked up, the most telling first
 FIRST = 4  # tokens of a first guess
-ALLOWED = 0.4  # tokens that an account's guesses may cost a reply before they have won any ...
-SHARE = 0.01  # ... and of each token that came
+ALLOWED = 0.3  # tokens that an account's guesses may cost a reply before they have won any ...
+SHARE = 0.005  # ... and of each token that came
 MOST_SAVED = 4.0  # tokens won that may be lost again
 UNKNOWN = 0.1  # of a call of one, that each further token takes until it was measured
 RECENT = 0.2  # weight of the newest measurement

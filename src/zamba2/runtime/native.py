@@ -27,6 +27,8 @@ __all__ = ["NativeBackend", "NativeState"]
 
 PREFILL_CHUNK = 256  # tokens; borders lie at multiples of it in the sequence
 SHORT = 8  # tokens of a call up to which each one's arithmetic is that of a call of its own, and together about as long (kMostRows)
+STORED: dict[str, Any] = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8}  # dtypes of a saved state, in numpy
+AT_ONCE = 1 << 17  # values of a saved state that are looked at
 ENGINE_KEYS = (
     "hidden_size", "num_hidden_layers", "vocab_size", "num_mem_blocks", "mamba_d_state", "n_mamba_heads", "mamba_headdim",
     "mamba_ngroups", "mamba_d_conv", "d_inner", "conv_dim", "in_proj_dim", "num_attention_heads", "num_key_value_heads",
@@ -107,21 +109,24 @@ class NativeState:
         sizes = [("conv", "F32", config.conv_state_bytes() // 4), ("ssm", "F32", config.ssm_state_bytes // 4), *caches]
         if set(file.entries) != {name for name, _, _ in sizes}:
             raise Zamba2Error(f"{path} does not hold the tensors of a state of this model.")
-        arrays: dict[str, npt.NDArray[Any]] = {}
         for name, dtype, size in sizes:
             entry = file.entries[name]
             if (entry.dtype, entry.shape) != (dtype, (size,)):
                 raise Zamba2Error(f"{path}: {name} is {entry.dtype} {list(entry.shape)}; {dtype} [{size}] is needed.")
-            array = np.frombuffer(file.read(name), dtype={"F32": np.float32, "BF16": np.uint16, "I8": np.int8}[dtype])
-            finite = np.isfinite((array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array).all()
-            if not finite:
+
+        def values(name: str, into: memoryview | None = None) -> npt.NDArray[Any]:
+            array = np.frombuffer(file.read(name, into), dtype=STORED[file.entries[name].dtype])
+            if not all_finite(array):
                 raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
-            arrays[name] = array
+            return array
+
         try:
-            parts = [arrays[name].view(np.uint8) for name, _, _ in caches]
-            return engine.import_state(position, arrays["conv"], arrays["ssm"], parts, number)
+            # one after the other through the same room: memory that was never touched is slower than a disk
+            room = memoryview(np.empty(max((file.entries[name].nbytes for name, _, _ in caches), default=0), np.uint8))
+            parts = (values(name, room).view(np.uint8) for name, _, _ in caches)
+            return engine.import_state(position, values("conv"), values("ssm"), parts, number)
         except MemoryError:
-            needed = sum(array.nbytes for array in arrays.values())
+            needed = sum(file.entries[name].nbytes for name, _, _ in sizes)
             raise Zamba2Error(f"{path}: there is not enough memory for the state; {needed} bytes are needed.") from None
         except ValueError as error:
             raise Zamba2Error(f"{path}: {error}.") from None
@@ -265,6 +270,15 @@ class NativeBackend:
         if not isinstance(state, NativeState) or state.backend is not self:
             raise ValueError("the state belongs to another backend")
         return state
+
+
+def all_finite(array: npt.NDArray[Any]) -> bool:
+    """Whether no value of float32, bf16 (as uint16) or int8 is NaN or infinite; piece by piece, since states are large."""
+    if array.dtype == np.int8:
+        return True
+    bits, exponent = (array, 0x7F80) if array.dtype == np.uint16 else (array.view(np.uint32), 0x7F800000)
+    pieces = (bits[start : start + AT_ONCE] & bits.dtype.type(exponent) for start in range(0, bits.size, AT_ONCE))
+    return all(bool((piece != exponent).all()) for piece in pieces)
 
 
 def behind(module: str, config: Config) -> tuple[str, int]:

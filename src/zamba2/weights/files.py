@@ -114,17 +114,19 @@ class TensorFile:
         if size < self._size:
             raise Zamba2Error(f"{self.path} shrank from {self._size} to {size} bytes while in use; write or download it again.")
 
-    def read(self, name: str) -> bytearray:
-        """A copy of one tensor's bytes."""
+    def read(self, name: str, into: memoryview | None = None) -> memoryview:
+        """A copy of one tensor's bytes, one's own to write to; at the beginning of ``into``, if there is room given."""
+        import numpy as np  # here, so that `zamba2 --help` does without
+
         entry = self.entries[name]
         try:
-            target = bytearray(entry.nbytes)
+            target = memoryview(np.empty(entry.nbytes, np.uint8)) if into is None else into[: entry.nbytes]  # not filled with zeros
         except MemoryError:
             raise Zamba2Error(f"{self.path}: there is not enough memory for tensor {name}; {entry.nbytes} bytes are needed.") from None
-        view, done = memoryview(target), 0
+        done = 0
         while done < entry.nbytes:
             try:
-                got = os.preadv(self._fd, [view[done : done + (1 << 30)]], entry.start + done)
+                got = os.preadv(self._fd, [target[done : done + (1 << 30)]], entry.start + done)
             except OSError as error:
                 raise Zamba2Error(f"{self.path} cannot be read ({error.strerror}).") from None
             if got == 0:

@@ -46,7 +46,7 @@ class HubFiles:
         """A tensor's bytes, mapped: copied by the system only if written to."""
         return self._files[stored].map(stored)
 
-    def read(self, stored: str) -> bytearray:
+    def read(self, stored: str) -> memoryview:
         """A copy of a tensor's bytes."""
         return self._files[stored].read(stored)
 
