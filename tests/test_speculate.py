@@ -228,7 +228,7 @@ def test_a_guess_follows_the_longest_end_seen_before(tokens: list[int], most: in
 
 @given(st.lists(st.tuples(st.integers(1, 7), st.floats(0, 1), st.floats(0, 3)), max_size=200))
 def test_guessing_costs_little(calls: list[tuple[int, float, float]]) -> None:
-    """Whatever calls cost and however few guesses are right: the loss is at most the allowance, a hundredth of the tokens, and two calls."""
+    """Whatever calls cost and however few guesses are right: at most the allowance, a hundredth of the tokens, and two calls are lost."""
     guesses, lost, came = Guesses([1, 2, 3, 1, 2, 3]), 0.0, 0
     for guessed, luck, extra in calls:
         right = 0
