@@ -122,7 +122,7 @@ class NativeState:
 
         try:
             # one after the other through the same room: memory that was never touched is slower than a disk
-            room = memoryview(np.empty(max((file.entries[name].nbytes for name, _, _ in caches), default=0), np.uint8))
+            room = np.empty(max((file.entries[name].nbytes for name, _, _ in caches), default=0), np.uint8).data
             parts = (values(name, room).view(np.uint8) for name, _, _ in caches)
             return engine.import_state(position, values("conv"), values("ssm"), parts, number)
         except MemoryError:

@@ -120,7 +120,7 @@ class TensorFile:
 
         entry = self.entries[name]
         try:
-            target = memoryview(np.empty(entry.nbytes, np.uint8)) if into is None else into[: entry.nbytes]  # not filled with zeros
+            target = np.empty(entry.nbytes, np.uint8).data if into is None else into[: entry.nbytes]  # not filled with zeros
         except MemoryError:
             raise Zamba2Error(f"{self.path}: there is not enough memory for tensor {name}; {entry.nbytes} bytes are needed.") from None
         done = 0
