@@ -516,9 +516,12 @@ def test_values_that_are_not_finite(tmp_path: Path, format: str) -> None:
         state.save(tmp_path / "state")
     assert not list(tmp_path.iterdir())
     logits_of(backend, [1, 2], copy, logits=0)
-    with pytest.raises(Zamba2Error, match="not finite"):  # read in a copy: the state before it is wanted
+    with pytest.raises(Zamba2Error, match="not finite"):
         logits_of(backend, [1, 2], copy, record=True)
-    assert copy.position == 2
+    with pytest.raises(ValueError, match="failed midway"):
+        copy.keep(1)
+    with pytest.raises(Zamba2Error, match="failed midway"):
+        logits_of(backend, [1], copy, logits=0)
 
 
 @every

@@ -288,8 +288,8 @@ class Scheduler:
             self._tell(entry[0], entry[0].last)
 
     def _forward(self, rows: list[Row]) -> Sequence[Logits | Zamba2Error]:
-        """The backend's call; where it fails, one for each row, so that a request's own fault ends it alone. A call that fails leaves
-        every state as it was."""
+        """The backend's call; where it fails, one for each row, so that a request's own fault ends it alone. Of a call that
+        failed midway the states are lost, and each row's own says so."""
         try:
             return self.backend.forward(rows)
         except Zamba2Error:
