@@ -94,7 +94,7 @@ void without_the_interpreter(F&& f) {
 nb::dict export_state(const State& state, const Engine& engine) {
   if (state.broken) throw std::invalid_argument("an earlier call on this state failed midway; there is nothing to save");
   nb::dict d;
-  auto floats = [](const std::vector<float>& v) {
+  auto floats = [](const Values& v) {
     auto data = std::make_unique<float[]>(v.size());
     without_the_interpreter([&] { std::copy(v.begin(), v.end(), data.get()); });
     return owned(std::move(data), 1, v.size());
@@ -123,13 +123,15 @@ State import_state(const Engine& engine, int position, Floats conv, Floats ssm, 
   if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state)
     throw std::invalid_argument("the saved state does not fit the model");
   state.position = position;
-  state.conv = std::make_shared<std::vector<float>>(conv.data(), conv.data() + conv.size());
-  state.ssm = std::make_shared<std::vector<float>>(ssm.data(), ssm.data() + ssm.size());
+  state.conv = std::make_shared<Values>(engine.convs);
+  state.ssm = std::make_shared<Values>(engine.ssms);
+  std::copy(conv.data(), conv.data() + conv.size(), state.conv->begin());
+  std::copy(ssm.data(), ssm.data() + ssm.size(), state.ssm->begin());
   nb::iterator next = nb::iter(parts);
   for (Cache& cache : state.caches) {
     cache.length = position;
     for (int t = 0; t < position; t += kPage) {
-      cache.pages.push_back(std::make_shared<Page>(layout.bytes));
+      cache.pages.push_back(std::make_shared<Page>(engine.pages));
       cache.pages.back()->used = std::min(kPage, position - t);
     }
     for (const PageLayout::Part& part : layout.parts) {

@@ -107,7 +107,10 @@ KeysValues PageLayout::head(int h, const uint8_t* const* pages) const {
 }
 
 Engine::Engine(const Config& c, int threads, const Kernels& k, KVFormat kv, const std::vector<int>& processors)
-    : config(checked(c)), layout(kv, c.num_key_value_heads, c.attention_head_dim), kernels(k), pool_(threads, processors), b_(std::make_unique<Buffers>()) {
+    : config(checked(c)), layout(kv, c.num_key_value_heads, c.attention_head_dim),
+      pages(std::make_shared<Blocks>(layout.bytes)),
+      convs(std::make_shared<Blocks>(sizeof(float) * static_cast<size_t>(c.num_hidden_layers) * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim)),
+      ssms(std::make_shared<Blocks>(sizeof(float) * static_cast<size_t>(c.num_hidden_layers) * static_cast<size_t>(c.d_inner) * c.mamba_d_state)), kernels(k), pool_(threads, processors), b_(std::make_unique<Buffers>()) {
   panels_.resize(static_cast<size_t>(pool_.size()));
   scratch_.assign(static_cast<size_t>(pool_.size()), std::vector<float>(chunk_scratch(c.mamba_headdim, c.mamba_d_state)));
   const int hidden = c.hidden_size, wide = 2 * hidden, positions = static_cast<int>(c.hybrid_layer_ids.size());
@@ -243,14 +246,15 @@ State Engine::new_state(int adapter) const {
 }
 
 void Engine::own(State& state) {
-  const size_t layers = static_cast<size_t>(config.num_hidden_layers);
-  auto make = [&](std::shared_ptr<std::vector<float>>& p, size_t count) {
-    if (!p) p = std::make_shared<std::vector<float>>(count, 0.0f);
-    else if (p.use_count() > 1) p = std::make_shared<std::vector<float>>(*p);
-    else std::atomic_thread_fence(std::memory_order_acquire);  // another thread may have read it until just now, to save it
+  auto make = [](std::shared_ptr<Values>& p, const std::shared_ptr<Blocks>& blocks) {
+    if (p && p.use_count() == 1) return std::atomic_thread_fence(std::memory_order_acquire);  // another thread may have read it until just now, to save it
+    const auto made = std::make_shared<Values>(blocks);
+    if (p) std::copy(p->begin(), p->end(), made->begin());
+    else std::fill(made->begin(), made->end(), 0.0f);
+    p = made;
   };
-  make(state.conv, layers * static_cast<size_t>(config.mamba_d_conv - 1) * config.conv_dim);
-  make(state.ssm, layers * static_cast<size_t>(config.d_inner) * config.mamba_d_state);
+  make(state.conv, convs);
+  make(state.ssm, ssms);
 }
 
 void Engine::observe(const std::string& name, const float* data, int rows, int cols) {
@@ -644,7 +648,7 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
 void Engine::append(Cache& cache, int length, const float* kv, size_t stride) {
   const int end = cache.length + length, rest = cache.length % kPage, heads = layout.heads, d = config.attention_head_dim;
   if (rest && cache.pages.back()->used != rest) {  // another state went on in this page
-    const auto own = std::make_shared<Page>(layout.bytes);
+    const auto own = std::make_shared<Page>(pages);
     for (const PageLayout::Part& part : layout.parts)
       for (int h = 0; h < heads; ++h) {
         const size_t at = part.offset + static_cast<size_t>(h) * kPage * part.row;
@@ -652,7 +656,7 @@ void Engine::append(Cache& cache, int length, const float* kv, size_t stride) {
       }
     cache.pages.back() = own;
   }
-  while (static_cast<int>(cache.pages.size()) * kPage < end) cache.pages.push_back(std::make_shared<Page>(layout.bytes));
+  while (static_cast<int>(cache.pages.size()) * kPage < end) cache.pages.push_back(std::make_shared<Page>(pages));
   auto store = [&](int first, int last, int) {
     for (int t = first; t < last; ++t) {
       uint8_t* page = cache.pages[static_cast<size_t>((cache.length + t) / kPage)]->data;

@@ -1,5 +1,6 @@
 // The model on a CPU: mirrors model/model.py block by block. Weights are packed matrices in memory that the caller owns.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -39,14 +40,69 @@ struct PageLayout {
   KeysValues head(int h, const uint8_t* const* pages) const;
 };
 
+// Blocks of one size that nobody holds, for those who need one next: a server's states come and go by the thousand, and an allocator
+// that serves them among all else keeps twice what is in use.
+class Blocks {
+ public:
+  explicit Blocks(size_t bytes) : bytes(bytes), most_(std::clamp<size_t>(kKept / bytes, 1, 4096)) { free_.reserve(most_); }
+  ~Blocks() {
+    for (void* block : free_) ::operator delete(block, std::align_val_t{64});
+  }
+  Blocks(const Blocks&) = delete;
+  Blocks& operator=(const Blocks&) = delete;
+  void* take() {
+    {
+      const std::lock_guard<std::mutex> alone(mutex_);
+      if (!free_.empty()) {
+        void* block = free_.back();
+        free_.pop_back();
+        return block;
+      }
+    }
+    return ::operator new(bytes, std::align_val_t{64});  // not initialized, so that the system backs only what is used
+  }
+  void give(void* block) noexcept {
+    {
+      const std::lock_guard<std::mutex> alone(mutex_);
+      if (free_.size() < most_) return free_.push_back(block);
+    }
+    ::operator delete(block, std::align_val_t{64});
+  }
+  const size_t bytes;
+
+ private:
+  static constexpr size_t kKept = size_t{256} << 20;  // bytes that are kept at most
+  const size_t most_;
+  std::mutex mutex_;
+  std::vector<void*> free_;
+};
+
+// Floats in a block.
+struct Values {
+  explicit Values(std::shared_ptr<Blocks> from) : blocks(std::move(from)), values(static_cast<float*>(blocks->take())) {}
+  ~Values() { blocks->give(values); }
+  Values(const Values&) = delete;
+  Values& operator=(const Values&) = delete;
+  size_t size() const { return blocks->bytes / sizeof(float); }
+  float* data() { return values; }
+  const float* data() const { return values; }
+  float* begin() { return values; }
+  float* end() { return values + size(); }
+  const float* begin() const { return values; }
+  const float* end() const { return values + size(); }
+  const std::shared_ptr<Blocks> blocks;
+  float* const values;
+};
+
 // kPage tokens, written front to back. Several states may share a page, and its first `used` tokens never change.
 struct Page {
-  explicit Page(size_t bytes) : bytes(bytes), data(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64}))) {}
-  ~Page() { ::operator delete(data, std::align_val_t{64}); }
+  explicit Page(std::shared_ptr<Blocks> from) : blocks(std::move(from)), bytes(blocks->bytes), data(static_cast<uint8_t*>(blocks->take())) {}
+  ~Page() { blocks->give(data); }
   Page(const Page&) = delete;
   Page& operator=(const Page&) = delete;
+  const std::shared_ptr<Blocks> blocks;
   const size_t bytes;
-  uint8_t* const data;  // not initialized, so that the system backs only what is used
+  uint8_t* const data;
   int used = 0;
 };
 
@@ -75,8 +131,8 @@ struct Record {
 struct State {
   int position = 0;
   std::shared_ptr<const Lora> lora;  // of the engine that made the state, or none
-  std::shared_ptr<std::vector<float>> conv;  // (layers, taps - 1, conv_dim)
-  std::shared_ptr<std::vector<float>> ssm;   // (layers, heads, P, N)
+  std::shared_ptr<Values> conv;  // (layers, taps - 1, conv_dim)
+  std::shared_ptr<Values> ssm;   // (layers, heads, P, N)
   std::vector<Cache> caches;
   std::shared_ptr<Record> record;  // of the last call, whose tokens position and caches count already; or none
   bool broken = false;  // a call on it failed midway; it was being updated in place
@@ -134,6 +190,7 @@ class Engine {
 
   const Config config;
   const PageLayout layout;
+  const std::shared_ptr<Blocks> pages, convs, ssms;  // the memory of states, which may outlive the engine
   Observer observer;        // every block's output under its name
   Observer input_observer;  // every product's input rows, as they are before rounding, under its matrix's name
   const Kernels& kernels;
