@@ -142,6 +142,7 @@ State import_state(const Engine& engine, int position, Floats conv, Floats ssm, 
       ++next;
     }
   }
+  if (next != nb::iterator::sentinel()) throw std::invalid_argument("the saved state does not fit the model");
   return state;
 }
 

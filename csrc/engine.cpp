@@ -401,7 +401,7 @@ void Engine::go_on(State& state, int n) {
   own(state);
   Buffers& b = *b_;
   const int heads = c.n_mamba_heads, P = c.mamba_headdim, N = c.mamba_d_state, taps = c.mamba_d_conv, per_group = heads / c.mamba_ngroups;
-  const size_t conv_dim = static_cast<size_t>(c.conv_dim), inner = static_cast<size_t>(c.d_inner), length = static_cast<size_t>(record->length), kept = static_cast<size_t>(n);
+  const size_t conv_dim = static_cast<size_t>(c.conv_dim), length = static_cast<size_t>(record->length), kept = static_cast<size_t>(n);
   b.xbc.resize(static_cast<size_t>(c.num_hidden_layers) * kept * conv_dim);
   b.mixed.resize(static_cast<size_t>(pool_.size()) * static_cast<size_t>(P));  // the scan's outputs, which nobody needs
   pool_.take(c.num_hidden_layers, [&](int index, int) {
@@ -413,16 +413,20 @@ void Engine::go_on(State& state, int n) {
   pool_.take(c.num_hidden_layers * c.mamba_ngroups, [&](int item, int thread) {
     const size_t layer = static_cast<size_t>(item / c.mamba_ngroups);
     const int group = item % c.mamba_ngroups;
-    const Mixer& m = layers_[layer].mamba;
-    for (int h = group * per_group; h < (group + 1) * per_group; ++h)
-      for (size_t t = 0; t < kept; ++t) {
-        const float* xbc = b.xbc.data() + (layer * kept + t) * conv_dim;
-        const float* B = xbc + inner + static_cast<size_t>(group) * N;
-        const float dt = record->dt[(layer * length + t) * static_cast<size_t>(heads) + static_cast<size_t>(h)];
-        kernels.step(xbc + static_cast<size_t>(h) * P, dt, std::exp(dt * m.A[static_cast<size_t>(h)]), B, B + static_cast<size_t>(c.mamba_ngroups) * N, m.D[static_cast<size_t>(h)], P, N,
-                     state.ssm->data() + (layer * static_cast<size_t>(heads) + static_cast<size_t>(h)) * static_cast<size_t>(P) * N, b.mixed.data() + static_cast<size_t>(thread) * P);
-      }
+    for (int h = group * per_group; h < (group + 1) * per_group; ++h) {
+      float* S = state.ssm->data() + (layer * static_cast<size_t>(heads) + static_cast<size_t>(h)) * static_cast<size_t>(P) * N;
+      for (size_t t = 0; t < kept; ++t)
+        step(layers_[layer].mamba, h, b.xbc.data() + (layer * kept + t) * conv_dim, record->dt[(layer * length + t) * static_cast<size_t>(heads) + static_cast<size_t>(h)], S,
+             b.mixed.data() + static_cast<size_t>(thread) * P);
+    }
   });
+}
+
+// One token of one head. xbc: behind the convolution; S: (P, N); y: (P).
+void Engine::step(const Mixer& m, int h, const float* xbc, float dt, float* S, float* y) const {
+  const size_t head = static_cast<size_t>(h), P = static_cast<size_t>(config.mamba_headdim), N = static_cast<size_t>(config.mamba_d_state);
+  const float* B = xbc + config.d_inner + static_cast<size_t>(h / (config.n_mamba_heads / config.mamba_ngroups)) * N;
+  kernels.step(xbc + head * P, dt, std::exp(dt * m.A[head]), B, B + static_cast<size_t>(config.mamba_ngroups) * N, m.D[head], config.mamba_headdim, config.mamba_d_state, S, y);
 }
 
 uint16_t* Engine::panel(int thread, size_t values) {
@@ -770,13 +774,8 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
             std::memcpy(scratch, S, sizeof(float) * static_cast<size_t>(P) * static_cast<size_t>(N));
             S = scratch;
           }
-          for (size_t r = start; r < start + length; ++r) {
-            const float* xbc = b.xbc.data() + r * conv_dim;
-            const float* B = xbc + inner + static_cast<size_t>(h / per_group) * N;
-            const float dt = b.dt[r * static_cast<size_t>(heads) + static_cast<size_t>(h)];
-            kernels.step(xbc + static_cast<size_t>(h) * P, dt, std::exp(dt * m.A[static_cast<size_t>(h)]), B, B + static_cast<size_t>(c.mamba_ngroups) * N, m.D[static_cast<size_t>(h)], P, N,
-                         S, b.mixed.data() + r * inner + static_cast<size_t>(h) * P);
-          }
+          for (size_t r = start; r < start + length; ++r)
+            step(m, h, b.xbc.data() + r * conv_dim, b.dt[r * static_cast<size_t>(heads) + static_cast<size_t>(h)], S, b.mixed.data() + r * inner + static_cast<size_t>(h) * P);
         }
       });
       continue;

@@ -40,8 +40,8 @@ struct PageLayout {
   KeysValues head(int h, const uint8_t* const* pages) const;
 };
 
-// Blocks of one size that nobody holds, for those who need one next: a server's states come and go by the thousand, and an allocator
-// that serves them among all else keeps twice what is in use.
+// Blocks of one size that nobody holds, for those who need one next: a server's states come and go by the thousand, memory that was never
+// touched is slow, and among all else that is allocated they leave gaps.
 class Blocks {
  public:
   explicit Blocks(size_t bytes) : bytes(bytes), most_(std::clamp<size_t>(kKept / bytes, 1, 4096)) { free_.reserve(most_); }
@@ -247,6 +247,7 @@ class Engine {
   void observe_input(const Matrix& w, const float* x, size_t stride, int rows);
   void own(State& state);
   void go_on(State& state, int n);
+  void step(const Mixer& m, int h, const float* xbc, float dt, float* S, float* y) const;
   uint16_t* panel(int thread, size_t values);
 
   Matrix embeddings_, head_;
