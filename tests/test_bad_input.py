@@ -541,7 +541,8 @@ Writer = Callable[[Path], object]
 def writers(model: Any) -> dict[str, Writer]:
     conversation = model.conversation()
     list(conversation.say("hi", max_tokens=2))
-    return {"conversation": conversation.save, "checkpoint": lambda path: save_checkpoint(load_model(RANDOM), path)}
+    loaded = load_model(RANDOM)  # before a test takes away what may be read
+    return {"conversation": conversation.save, "checkpoint": lambda path: save_checkpoint(loaded, path)}
 
 
 @contextmanager
