@@ -57,7 +57,7 @@ MORE = (*["arithmetic"] * 3, *["spell"] * 2, "follow_up", "words", "sentences", 
 # What DPO is for: kinds with many right answers, which the checkers tell apart. Sums, counts and spelling have one, learned by heart, and
 # moving others away from it only shakes it (docs/log.md).
 CHOOSING = ("words", "sentences", "combined", "compare", "sort", "bullets", "story", "pick")
-AVERAGE = 0.4  # of DPO's weights in the result, the rest are SFT's: most of what it gains, and little of what it forgets
+AVERAGE = 0.3  # of DPO's weights in the result, the rest are SFT's: most of what it gains, and little of what it forgets
 SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
@@ -74,7 +74,7 @@ class Sizes:
     documents: int = 40_000
     conversations: int = 300_000
     practice: int = 150_000
-    prompts: int = 20_000
+    prompts: int = 50_000
     held_out: int = 2_000
     texts: int = 200
 
