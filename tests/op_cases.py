@@ -1,4 +1,4 @@
-"""The cases that every implementation of the five ops passes, and every tolerance of the numerical tests.
+"""The cases that every implementation of the six ops passes, and every tolerance of the numerical tests.
 
 A case is an op, its sizes and a dtype; ``inputs`` makes its arguments from a seed. The truth is ``ops.reference`` in fp64 on
 the same (rounded) arguments. A new implementation adds its name to ``implementations`` and nothing else.
@@ -45,7 +45,7 @@ SMALLEST = 1e-30  # what fp32 may flush to zero
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, infinite if anything is not finite; norms below SMALLEST count as it."""
-    found, expected = found.detach().double(), expected.detach().double()
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     assert found.shape == expected.shape, f"shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
     difference, size = float((found - expected).norm()), float(expected.norm())
     if not math.isfinite(difference) or not math.isfinite(size):
@@ -64,8 +64,33 @@ def logits_error(found: Tensor, expected: Tensor) -> float:
 
 
 def implementations() -> list[str]:
-    """Names for ``ops.select`` that can run here; the reference too, whose fp32 is held to its fp64."""
-    return ["reference", "torch"]
+    """Names for ``ops.select`` that can run here; the reference too, whose fp32 is held to its fp64. Triton's run on a GPU, or,
+    slowly, in its interpreter."""
+    return ["reference", "torch", *(["triton"] if _ops.has_triton() else [])]
+
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def device_for(name: str) -> str:
+    """Where an implementation is tested."""
+    return "cuda" if name == "triton" and HAS_GPU else "cpu"
+
+
+def is_quick(case: Case, name: str) -> bool:
+    """Whether the case belongs to the normal test run: all of PyTorch's and a GPU's, few of the interpreter's."""
+    if name != "triton" or HAS_GPU:
+        return True
+    sizes = case.sizes
+    long = sizes.get("T", 0) > 64 or math.prod(sizes.get("shape", (1,))) > 1000
+    return not long and case.seed == 0 and sizes.get("scale", 1.0) == 1.0 and sizes.get("dt", "usual") == "usual" and "A" not in sizes
+
+
+def poison(device: torch.device) -> None:
+    """Leave memory full of NaN for the next allocations on a GPU: what is not written shows."""
+    if device.type == "cuda":
+        held = [torch.full((size,), torch.nan, device=device) for size in (1 << 25, *[1 << 16] * 8, *[1 << 10] * 64)]
+        del held
 
 
 @dataclass(frozen=True)
@@ -156,12 +181,18 @@ def _geglu(g: torch.Generator, shape: tuple[int, ...], scale: float = 1.0) -> di
     return {"projected": _normal(g, *wide, scale=scale), "adapted": _normal(g, *wide, scale=0.1 * scale)}
 
 
+def _add_hoisted(g: torch.Generator, shape: tuple[int, ...], scale: float = 1.0) -> dict[str, Any]:
+    factor = torch.rand(*shape[:-1], 1, generator=g, dtype=torch.float64) * scale
+    return {"projected": _normal(g, *shape), "hoisted": _normal(g, *shape), "scale": factor}
+
+
 GENERATORS = {
     "rms_norm": _rms_norm,
     "concat_rms_norm": _concat_rms_norm,
     "causal_conv": _causal_conv,
     "ssd_scan": _ssd_scan,
     "geglu": _geglu,
+    "add_hoisted": _add_hoisted,
 }
 OUTPUTS = {
     "rms_norm": ("y",),
@@ -169,9 +200,10 @@ OUTPUTS = {
     "causal_conv": ("y", "state"),
     "ssd_scan": ("y", "state"),
     "geglu": ("y",),
+    "add_hoisted": ("y",),
 }
-FP32 = {"weight", "bias", "dt", "A", "D", "state"}  # stay fp32 beside bf16 activations, as in the model
-POSITIONAL = {"x", "x0", "weight", "eps", "bias", "dt", "A", "B", "C", "D", "projected", "adapted"}
+FP32 = {"weight", "bias", "dt", "A", "D", "state", "scale"}  # stay fp32 beside bf16 activations, as in the model
+POSITIONAL = {"x", "x0", "weight", "eps", "bias", "dt", "A", "B", "C", "D", "projected", "adapted", "hoisted", "scale"}
 
 
 def inputs(case: Case, *, device: str = "cpu") -> dict[str, Any]:
@@ -191,6 +223,7 @@ def call(ops: Any, op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """The op's outputs as a tuple, arguments passed as the model passes them."""
     first = [value for name, value in arguments.items() if name in POSITIONAL]
     rest = {name: value for name, value in arguments.items() if name not in POSITIONAL}
+    poison(first[0].device)
     outputs = getattr(ops, op)(*first, **rest)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -245,6 +278,8 @@ CASES = [
     *(Case("concat_rms_norm", F32, {"shape": (2, 5, 12), "scale": s}) for s in (1e-4, 1e4)),
     *(Case("geglu", d, {"shape": s}) for d in (F32, BF16) for s in ((1, 1), (2, 3, 7), (1, 257, 48))),
     *(Case("geglu", F32, {"shape": (2, 3, 12), "scale": s}) for s in (1e-3, 1e2)),
+    *(Case("add_hoisted", d, {"shape": s}) for d in (F32, BF16) for s in ((1, 1), (2, 3, 7), (1, 257, 48))),
+    *(Case("add_hoisted", F32, {"shape": (2, 3, 12), "scale": s}) for s in (1e-3, 1e3)),
     # convolution: lengths below and above the taps, every combination of state and documents
     *(Case("causal_conv", F32, {"T": T, "state": s, "seq_idx": q}) for T in (1, 2, 3, 64) for s in (False, True) for q in (False, True)),
     *(Case("causal_conv", F32, {"T": T, "b": 1, "C": 3, "state": True}) for T in (255, 256, 257, 513, 701)),
@@ -267,6 +302,7 @@ CASES = [
     Case("rms_norm", F64, {"shape": (2, 5, 12), "gate": True, "groups": 2}),
     Case("concat_rms_norm", F64, {"shape": (2, 5, 12)}),
     Case("geglu", F64, {"shape": (2, 5, 12)}),
+    Case("add_hoisted", F64, {"shape": (2, 5, 12)}),
     *(Case("causal_conv", F64, {"T": 9, "state": s}) for s in (False, True)),
     *(Case("ssd_scan", F64, {"T": T, "state": s, "chunk": 4}) for T in (1, 9) for s in (False, True)),
     # the shapes of a real head: P = 64 with the N of 2.7B and of 1.2B

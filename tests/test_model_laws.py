@@ -22,7 +22,7 @@ from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Attention, Linear, Zamba2
 from zamba2.runtime.backend import Backend, Row
-from zamba2.runtime.torch import PREFILL_CHUNK, TorchBackend, TorchState
+from zamba2.runtime.torch import TorchBackend, TorchState
 
 FP32 = torch.float32
 reuses_folder = settings(suppress_health_check=[*settings().suppress_health_check, HealthCheck.function_scoped_fixture])
@@ -423,12 +423,13 @@ def test_backend_row_is_alone(reading: Reading) -> None:
 def test_backend_chunks_lie_at_fixed_places(name: str) -> None:
     """Cutting a long prompt at multiples of the backend's chunk changes no bit, behind any first cut, which stays in bounds."""
     backend = backend_of(LONG[name])
-    tokens = random_tokens(backend.config, 1, 2 * PREFILL_CHUNK + 40)
+    chunk = backend.chunk
+    tokens = random_tokens(backend.config, 1, 2 * chunk + 40)
     with torch.no_grad():
         expected = LONG[name].model()(tokens[None], logits_to_keep=1)[0]
     for first in ([], [100]):
         found = []
-        for more in ([], [PREFILL_CHUNK], [2 * PREFILL_CHUNK], [PREFILL_CHUNK, 2 * PREFILL_CHUNK]):
+        for more in ([], [chunk], [2 * chunk], [chunk, 2 * chunk]):
             state = backend.new_state()
             *parts, last = tokens.tensor_split(first + more)
             for part in parts:

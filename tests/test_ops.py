@@ -1,4 +1,4 @@
-"""The five ops: every implementation against its definition, and the laws that the definition itself obeys."""
+"""The six ops: every implementation against its definition, and the laws that the definition itself obeys."""
 
 from __future__ import annotations
 
@@ -7,16 +7,42 @@ import math
 import numpy as np
 import pytest
 import torch
+import triton_interpreter  # noqa: F401
 from hypothesis import given
 from hypothesis import strategies as st
-from op_cases import CASES, OPS, OUTPUTS, Case, call, implementations, inputs, relative_error, results, select, truth
+from op_cases import (
+    CASES,
+    HAS_GPU,
+    OPS,
+    OUTPUTS,
+    Case,
+    call,
+    device_for,
+    implementations,
+    inputs,
+    is_quick,
+    relative_error,
+    results,
+    select,
+    truth,
+)  # fmt: skip
 from torch import Tensor
 from torch.nn import functional as F
 
 from zamba2.model import ops
 from zamba2.model.ops import reference
 
-every_implementation = pytest.mark.parametrize("name", implementations())
+# Triton's interpreter is slow: without a GPU only some cases run there as a rule, and the rest with -m slow.
+every_implementation = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "triton" and not HAS_GPU else []) for name in implementations()]
+)
+every_case = pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(case, name, marks=[] if is_quick(case, name) else [pytest.mark.slow], id=f"{case}-{name}")
+        for name in implementations() for case in CASES
+    ],
+)  # fmt: skip
 
 
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, what: str = "result") -> None:
@@ -24,40 +50,39 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, w
     assert error <= bound, f"{what}: relative error {error:.2e}, at most {bound:.0e} is allowed"
 
 
-@every_implementation
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 def test_agrees_with_the_definition(case: Case, name: str) -> None:
     """Outputs, states and gradients are those of the reference in fp64."""
     expected, tolerance = truth(case), OPS[case.dtype]
-    for what, found in results(select(name), case, inputs(case)):
+    for what, found in results(select(name), case, inputs(case, device=device_for(name))):
         bound = tolerance.gradient if what.startswith("gradient") else tolerance.output
         error = relative_error(found, expected[what])
         assert error <= bound, f"{what}: relative error {error:.2e}, at most {bound:.0e} is allowed"
 
 
-@every_implementation
-@pytest.mark.parametrize("case", CASES, ids=str)
+@every_case
 @torch.inference_mode()
 def test_agrees_without_gradients(case: Case, name: str) -> None:
     """The same where no gradients are recorded: implementations may take another way then."""
     expected = truth(case)
-    for what, found in zip(OUTPUTS[case.op], call(select(name), case.op, inputs(case)), strict=True):
+    for what, found in zip(OUTPUTS[case.op], call(select(name), case.op, inputs(case, device=device_for(name))), strict=True):
         close(found, expected[what], case.dtype, what)
 
 
 @every_implementation
-@pytest.mark.parametrize("op", ["rms_norm", "concat_rms_norm", "causal_conv", "ssd_scan", "geglu"])
+@pytest.mark.parametrize("op", ["rms_norm", "concat_rms_norm", "causal_conv", "ssd_scan", "geglu", "add_hoisted"])
 def test_dtypes(op: str, name: str) -> None:
-    """Outputs have the dtype of the activations; the scan's, its state and the norm's scale are fp32."""
+    """Outputs have the dtype of the activations; the scan's (but Triton's), its state and the norm's scale are fp32."""
     case = next(case for case in CASES if case.op == op and case.dtype == torch.bfloat16)
-    expected = {"ssd_scan": [torch.float32] * 2, "concat_rms_norm": [torch.bfloat16, torch.float32]}
-    found = [output.dtype for output in call(select(name), op, inputs(case))]
+    scanned = torch.bfloat16 if name == "triton" else torch.float32
+    expected = {"ssd_scan": [scanned, torch.float32], "concat_rms_norm": [torch.bfloat16, torch.float32]}
+    found = [output.dtype for output in call(select(name), op, inputs(case, device=device_for(name)))]
     assert found == expected.get(op, [torch.bfloat16] * len(found))
 
 
 def test_the_table_covers_what_it_promises() -> None:
     """Each op has fp32 and bf16 cases; the recurrent ones every length around a chunk, with and without state and documents."""
-    for op in ("rms_norm", "concat_rms_norm", "causal_conv", "ssd_scan", "geglu"):
+    for op in ("rms_norm", "concat_rms_norm", "causal_conv", "ssd_scan", "geglu", "add_hoisted"):
         assert {case.dtype for case in CASES if case.op == op} >= {torch.float32, torch.bfloat16}
     for op in ("causal_conv", "ssd_scan"):
         sizes = [case.sizes for case in CASES if case.op == op]
@@ -69,8 +94,8 @@ def test_the_table_covers_what_it_promises() -> None:
 
 def test_unknown_implementation() -> None:
     """A wrong name is refused with the names there are."""
-    with pytest.raises(ValueError, match="'torch' and 'reference'"):
-        ops.select("cuda")
+    with pytest.raises(ValueError, match="'triton' and 'reference'"):
+        ops.select("fast")
 
 
 # ---- the definitions against formulas written another way -----------------------------------------------------------------
@@ -172,7 +197,7 @@ def test_split_is_whole(name: str, op: str, data: st.DataObject) -> None:
     """Reading a prefix and then, from its state, the rest is reading the whole; within documents too."""
     case = recurrent(data, op, seq_idx=data.draw(st.booleans(), "seq_idx"))
     at = data.draw(st.integers(1, case.sizes["T"] - 1), "at")
-    arguments = inputs(case)
+    arguments = inputs(case, device=device_for(name))
     if "seq_idx" in arguments:  # a state belongs to the first document of what follows, so cut inside one
         arguments["seq_idx"][:, at] = arguments["seq_idx"][:, at - 1]
         arguments["seq_idx"] = arguments["seq_idx"].cummax(1).values
@@ -188,7 +213,7 @@ def test_split_is_whole(name: str, op: str, data: st.DataObject) -> None:
 def test_chunk_size_is_irrelevant(name: str, data: st.DataObject) -> None:
     """The chunk size of a scan never changes its result."""
     case = recurrent(data, "ssd_scan", seq_idx=data.draw(st.booleans(), "seq_idx"))
-    arguments = inputs(case)
+    arguments = inputs(case, device=device_for(name))
     one = call(select(name), "ssd_scan", arguments)
     other = call(select(name), "ssd_scan", arguments | {"chunk_size": data.draw(st.integers(1, 600), "other chunk")})
     for found, expected in zip(other, one, strict=True):
@@ -201,7 +226,7 @@ def test_chunk_size_is_irrelevant(name: str, data: st.DataObject) -> None:
 def test_packed_is_separate(name: str, op: str, data: st.DataObject) -> None:
     """Documents of a packed row see nothing of each other; the given state belongs to the first, the returned one to the last."""
     case = recurrent(data, op, seq_idx=True)
-    arguments = inputs(case)
+    arguments = inputs(case, device=device_for(name))
     y, state = call(select(name), op, arguments)
     for row in range(case.sizes["b"]):
         numbers = arguments["seq_idx"][row]
@@ -220,7 +245,7 @@ def test_packed_is_separate(name: str, op: str, data: st.DataObject) -> None:
 def test_row_is_alone(name: str, op: str, data: st.DataObject) -> None:
     """A row of a batch is the same row alone."""
     case = recurrent(data, op, b=3, seq_idx=data.draw(st.booleans(), "seq_idx"))
-    arguments = inputs(case)
+    arguments = inputs(case, device=device_for(name))
     both = call(select(name), op, arguments)
     row = slice(1, 2)
     for found, expected in zip(call(select(name), op, part(arguments, slice(None), row)), both, strict=True):
@@ -233,7 +258,7 @@ def test_row_is_alone(name: str, op: str, data: st.DataObject) -> None:
 def test_leaves_its_arguments_alone(name: str, op: str, data: st.DataObject) -> None:
     """Nothing is written into an argument (states are shared by copies), and the new state keeps no other tensor alive."""
     case = recurrent(data, op, seq_idx=data.draw(st.booleans(), "seq_idx"))
-    arguments = inputs(case)
+    arguments = inputs(case, device=device_for(name))
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     _, state = call(select(name), op, arguments)
     for key, value in before.items():
@@ -243,11 +268,11 @@ def test_leaves_its_arguments_alone(name: str, op: str, data: st.DataObject) -> 
 
 
 @every_implementation
-@pytest.mark.parametrize("op", ["rms_norm", "concat_rms_norm", "geglu"])
+@pytest.mark.parametrize("op", ["rms_norm", "concat_rms_norm", "geglu", "add_hoisted"])
 @given(seed=seeds, rows=st.integers(1, 300), width=st.integers(1, 20), scale=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_rows_are_independent(name: str, op: str, seed: int, rows: int, width: int, scale: float) -> None:
     """An elementwise op treats each vector alike, whatever stands beside it."""
-    arguments = inputs(Case(op, torch.float32, {"shape": (rows, width), "scale": scale}, seed))
+    arguments = inputs(Case(op, torch.float32, {"shape": (rows, width), "scale": scale}, seed), device=device_for(name))
     both = call(select(name), op, arguments)
     row = seed % rows
     alone = {key: value[row] if isinstance(value, Tensor) and key != "weight" else value for key, value in arguments.items()}
@@ -259,7 +284,8 @@ def test_rows_are_independent(name: str, op: str, seed: int, rows: int, width: i
 @given(seed=seeds, groups=st.integers(1, 4), width=st.integers(1, 9))
 def test_groups_are_separate_norms(name: str, seed: int, groups: int, width: int) -> None:
     """A norm in groups is the norms of the groups side by side, gated or not."""
-    arguments = inputs(Case("rms_norm", torch.float32, {"shape": (4, groups * width), "gate": seed % 2 == 0, "groups": groups}, seed))
+    case = Case("rms_norm", torch.float32, {"shape": (4, groups * width), "gate": seed % 2 == 0, "groups": groups}, seed)
+    arguments = inputs(case, device=device_for(name))
     (y,) = call(select(name), "rms_norm", arguments)
     for group in range(groups):
         place = slice(group * width, (group + 1) * width)

@@ -395,8 +395,8 @@ def test_bad_settings(
 def test_load_refuses(packed: Path) -> None:
     """Options that a packed checkpoint cannot follow raise Zamba2Error, and nothing is packed for them."""
     for message, options in {
-        "leave it out": {"device": "cuda"}, "has its format": {"dtype": "float32"}, "packed as q4, not q8": {"format": "q8"},
-        "packed for the native engine": {"backend": "torch"}, "there is no backend": {"backend": "other"},
+        "cannot be used": {"device": "cuda"}, "has its format": {"dtype": "float32"}, "packed as q4, not q8": {"format": "q8"},
+        "PyTorch reads no packed checkpoint": {"backend": "torch"}, "there is no backend": {"backend": "other"},
         "no format 'q3' of keys and values": {"kv": "q3"},
     }.items():  # fmt: skip
         with pytest.raises(Zamba2Error, match=message):
@@ -413,6 +413,6 @@ def test_load_refuses(packed: Path) -> None:
 def test_what_packing_cannot_serve_is_refused_first(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that the native engine has not is refused before anything is packed."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(Zamba2Error, match=next(iter(options.values())) if "backend" not in options else "format"):
+    with pytest.raises(Zamba2Error, match=next(iter(options.values())) if "backend" not in options else "packed"):
         zamba2.load("random", format="q4", **options)
     assert list(tmp_path.iterdir()) == []

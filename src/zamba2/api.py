@@ -21,7 +21,7 @@ from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format, format_named, kv_format_named
 from zamba2.weights.hub import cache_folder, resolve
 from zamba2.weights.hub_files import HubFiles
-from zamba2.weights.packed import VERSION, is_packed, quantize
+from zamba2.weights.packed import VERSION, is_packed, open_packed, quantize
 
 if TYPE_CHECKING:
     from zamba2.runtime.native import NativeBackend
@@ -54,22 +54,21 @@ def load(
         refuse_torch_options(device, dtype)
         kv_format_named(kv or "bf16")
         with packed_folder(path, config, format) as packed:
-            chosen = native_backend(packed, config, format, kv, threads, pin)
+            chosen = native_backend(packed, config, kv, threads, pin)
         if adapter is not None:
             chosen.load_adapter(Path(adapter), str(adapter))
             chosen.default_adapter = str(adapter)
     else:
         if adapter is not None:
             raise Zamba2Error(f"adapter is {str(adapter)!r}; run-time adapters are for the native engine: leave device and dtype out.")
-        if is_packed(path):
-            raise Zamba2Error(f"{path} is packed for the native engine; load the original checkpoint with PyTorch.")
-        if format is not None:
-            raise Zamba2Error(f"format is {format!r}; PyTorch runs the checkpoint as it is: leave the format or the backend out.")
         if kv is not None:
             raise Zamba2Error(f"kv is {kv!r}; PyTorch keeps keys and values in its dtype: leave kv, or device and dtype, out.")
         if threads is not None or pin:
             raise Zamba2Error("threads and pin are for the native engine; for PyTorch set OMP_NUM_THREADS, or leave device and dtype out.")
-        chosen = torch_backend()(path, config=config, device=device, dtype=dtype)
+        kind, packed_wanted = torch_backend(), format is not None or is_packed(path)
+        kind.device_for(device, dtype, packed=packed_wanted)  # before anything is packed
+        with packed_folder(path, config, format) if packed_wanted else nullcontext(path) as place:
+            chosen = kind.load(place, config=config, device=device, dtype=dtype)
     model = LanguageModel(chosen, tokenizer, name=str(source), is_random=random)
     if model.is_random:
         notice("this model has random weights: its words are noise (load a real one with --model, such as 2.7b-instruct).")
@@ -81,8 +80,10 @@ def backend_for(path: Path | None, *, device: str | None = None, dtype: str | No
 
     The native engine for packed checkpoints, for a format, and on machines without a GPU that PyTorch can use; PyTorch
     where there is one, for a device or dtype, and for standalone files, which it alone reads. path: None for any checkpoint
-    that is not packed.
+    that is not packed. On a GPU that is asked for by name PyTorch runs packed ones too.
     """
+    if device is not None and device.startswith("cuda"):
+        return "torch"
     if format is not None or (path is not None and is_packed(path)):
         return "native"
     standalone = path is not None and path.is_file()
@@ -106,7 +107,7 @@ def default_format(config: Config) -> str:
 def refuse_torch_options(device: str | None, dtype: str | None) -> None:
     """Before anything is packed: the native engine has no devices and no dtypes. Raises Zamba2Error."""
     if device not in (None, "cpu"):
-        raise Zamba2Error(f"device is {device!r}; packed checkpoints run on the CPU: leave it out.")
+        raise Zamba2Error(f"device is {device!r}; the native engine runs on the CPU: leave it out, or say device='cuda'.")
     if dtype is not None:
         raise Zamba2Error(f"dtype is {dtype!r}; a packed checkpoint has its format: leave it out.")
 
@@ -114,9 +115,12 @@ def refuse_torch_options(device: str | None, dtype: str | None) -> None:
 def packed_folder(path: Path, config: Config, format: str | None) -> AbstractContextManager[Path]:
     """The checkpoint packed: itself, a small model's own for this run alone, or a copy in the user's cache. Raises Zamba2Error."""
     if is_packed(path):
+        found = open_packed(path, config)[1].format.name
+        if format not in (None, found):
+            raise Zamba2Error(f"{path} is packed as {found}, not {format}; quantize the original checkpoint.")
         return nullcontext(path)
     if path.is_file():
-        raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it for the native engine.")
+        raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it.")
     if format is None and default_format(config) == "bf16":
         return packed_for_now(path)
     chosen = format_named(format or default_format(config))
@@ -132,18 +136,13 @@ def packed_for_now(path: Path) -> Iterator[Path]:
         yield Path(folder) / "packed"
 
 
-def native_backend(
-    path: Path, config: Config, format: str | None, kv: str | None, threads: int | None, pin: bool | None
-) -> NativeBackend:
+def native_backend(path: Path, config: Config, kv: str | None, threads: int | None, pin: bool | None) -> NativeBackend:
     """The native engine over a packed checkpoint. Raises Zamba2Error for what it cannot do."""
     try:
         from zamba2.runtime.native import NativeBackend
     except ImportError as error:
         raise Zamba2Error(f"the native engine is not installed ({error}); install the package with a C++ compiler present.") from None
-    native = NativeBackend(path, config, threads=threads, pin=pin, kv=kv or "bf16")
-    if format is not None and native.format.name != format:
-        raise Zamba2Error(f"{path} is packed as {native.format.name}, not {format}; quantize the original checkpoint.")
-    return native
+    return NativeBackend(path, config, threads=threads, pin=pin, kv=kv or "bf16")
 
 
 def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
@@ -164,7 +163,7 @@ def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
 
 
 def torch_backend() -> Any:
-    """``TorchBackend.load``. Raises Zamba2Error if PyTorch is missing or too old."""
+    """``TorchBackend``. Raises Zamba2Error if PyTorch is missing or too old."""
     try:
         import torch
     except ImportError as error:
@@ -173,7 +172,7 @@ def torch_backend() -> Any:
         raise Zamba2Error(f"PyTorch {torch.__version__} is installed; 2.8 or newer is needed: pip install 'zamba2[torch]'")
     from zamba2.runtime.torch import TorchBackend
 
-    return TorchBackend.load
+    return TorchBackend
 
 
 def checkpoint_in(path: Path) -> Path:

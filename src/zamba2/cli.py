@@ -234,8 +234,11 @@ def bench(
         Optional[str], typer.Option(help="Random weights of 1.2b, 2.7b (the default), 7b, or a folder with a config.json.")
     ] = None,
     model: Annotated[Optional[str], typer.Option("--model", "-m", help="Measure a real checkpoint: alias, Hub id or folder.")] = None,
-    format: Annotated[Optional[str], typer.Option("--format", help="q4, q8 or bf16; q4, or what the checkpoint is packed in.")] = None,
+    format: Annotated[
+        Optional[str], typer.Option("--format", help="q4, q8 or bf16; q4 (on a GPU bf16), or what the checkpoint is packed in.")
+    ] = None,
     kv_format: KVFormatName = None,
+    device: Annotated[str, typer.Option(help="cpu for the native engine, or cuda for a GPU.")] = "cpu",
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first.")] = 32,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
@@ -248,7 +251,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
     out: Annotated[Optional[Path], typer.Option(help="Also write the JSON document to this file.")] = None,
 ) -> None:
-    """Measure the native engine: rates, memory, and the share of the machine's bandwidth and arithmetic that they are.
+    """Measure how fast the model runs: rates, memory, and the share of the machine's bandwidth and arithmetic that they are.
 
     Weights are random and of the true shape, made once in the cache, unless a model is given. The last line of standard output is one
     JSON document.
@@ -260,10 +263,12 @@ def bench(
         zamba2 bench --shape 2.7b --batch 4 --json
 
         zamba2 bench --compare transformers --compare llama.cpp
+
+        zamba2 bench --device cuda --compare transformers
     """
     from zamba2.commands.bench import main
 
-    main(shape, model, format, kv_format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out)
+    main(shape, model, format, kv_format, prompt_tokens, new_tokens, batch, repeats, threads, compare or [], startup, as_json, out, device)
 
 
 @app.command()

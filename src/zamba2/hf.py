@@ -41,7 +41,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from zamba2.config import Config
 from zamba2.model.model import Context, Conv1d, Mamba2, SharedBlock, Zamba2
-from zamba2.model.ops import Ops
+from zamba2.model.ops import Ops, has_triton
 from zamba2.model.state import ModelState
 from zamba2.runtime.torch import device_of
 from zamba2.weights.checkpoint import SHARD_BYTES, load_model, read_config, save_checkpoint
@@ -390,16 +390,25 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         if loss_only:
             if labels is None:
                 raise ValueError("loss_only was given without labels")
-            targets = labels[:, 1:]
-            scored = targets != IGNORED
-            logits = self.model.logits(x[:, :-1][scored])
-            loss = self.loss_function(logits, None, vocab_size=logits.shape[-1], shift_labels=targets[scored], **options)
-            return CausalLMOutputWithPast(loss=loss)
+            return CausalLMOutputWithPast(loss=self._loss(x[:, :-1], labels[:, 1:], options))
         logits = self.model.logits(x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep])
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **options)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=read.past_key_values)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _loss(self, x: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+        """The loss of hidden states (b, T, H) whose next tokens are known, where they count, without logits that are ever whole."""
+        if x.device.type != "cuda" or not has_triton():
+            scored = targets != IGNORED
+            logits = self.model.logits(x[scored])
+            return self.loss_function(logits, None, vocab_size=logits.shape[-1], shift_labels=targets[scored], **options)
+        from zamba2.model.ops.triton_loss import linear_cross_entropy
+
+        head = self.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
+        total, count = linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
+        items = options.get("num_items_in_batch")
+        return total / (count if items is None else items)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: GenerationMode, batch_size: int,

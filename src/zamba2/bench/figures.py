@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zamba2.bench import llama_cpp_peer
-from zamba2.bench.peers import BeyondLimits, DoesNotFit, Limits, Worker, llama_cpp, llama_cpp_python, written_checkpoint
+from zamba2.bench.peers import BeyondLimits, DoesNotFit, Limits, Worker, llama_cpp, llama_cpp_python
 from zamba2.bench.rivals import RIVALS, parameters
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
@@ -119,11 +119,10 @@ def shape_of(model: str, settings: Settings) -> dict[str, Any]:
 
 
 def all_series(settings: Settings) -> list[Series]:
-    """Ours first. On a GPU ours is PyTorch in bf16, and llama.cpp, built for CPUs here, is left out."""
+    """Ours first. On a GPU ours is PyTorch's model, and llama.cpp, built for CPUs here, is left out."""
     config, found = our_config(settings), list[Series]()
     if "zamba2" in settings.engines:
-        formats = settings.formats if settings.device == "cpu" else ("bf16",)
-        for name in formats:
+        for name in settings.formats:
             size = packed_bytes(config, Packing.named(name))
             found.append(Series(OURS, "zamba2", name, config.num_parameters, size))
     for model in settings.models:
@@ -158,9 +157,8 @@ def request_of(series: Series, point: Point, settings: Settings, synthetic: Call
     found = {key: request[key] for key in ("prompt_tokens", "batch", "new_tokens", "threads", "device")}
     if series.engine != "zamba2":
         return found
-    if settings.device == "cpu":
-        return found | {"path": str(synthetic(our_config(settings), series.precision)), "kv_format": "bf16"}
-    return found | {"path": str(written_checkpoint(our_config(settings)))}
+    path = {"path": str(synthetic(our_config(settings), series.precision))}
+    return found | path | ({"kv_format": "bf16"} if settings.device == "cpu" else {})
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

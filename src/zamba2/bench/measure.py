@@ -7,9 +7,11 @@ It says one JSON line when the model is ready, then one for every line that it r
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,13 @@ from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Row
 from zamba2.runtime.memory import memory
 from zamba2.weights.files import DTYPE_BYTES, TensorFile
-from zamba2.weights.formats import KVFormat
-from zamba2.weights.packed import parts
+from zamba2.weights.formats import KVFormat, kv_format_named
+from zamba2.weights.packed import is_packed, open_packed, parts
 
-__all__ = ["WARM_TOKENS", "decode_bytes", "gpu_memory", "kv_bytes_per_token", "prefill_operations", "random_ids"]
+__all__ = ["WARM_TOKENS", "decode_bytes", "gpu_limits", "gpu_memory", "kv_bytes_per_token", "prefill_operations", "random_ids"]
 
 SEED = 1  # of the prompts
+GPU_PRODUCTS = "bf16 products by torch"
 WARM_TOKENS = 16  # of a prompt read to warm up: threads, kernels, pages of the weights
 
 
@@ -55,8 +58,12 @@ def decode_bytes(file: TensorFile, config: Config, context: float, kv: KVFormat)
         repeated = owner[0] == "shared_blocks" and "right" not in owner and not any("adapter_list" in name for name in owner)
         uses = sum(layer.block == int(owner[1]) for layer in config.layers) if repeated else 1
         weights += uses * file.entries[part.name].nbytes
+    return {"weights": weights} | state_bytes(config, context, kv)
+
+
+def state_bytes(config: Config, context: float, kv: KVFormat) -> dict[str, float]:
+    """Those of ``decode_bytes`` that are a sequence's own."""
     return {
-        "weights": weights,
         "state": 2 * (config.ssm_state_bytes + config.conv_state_bytes()),
         "keys_and_values": kv_bytes_per_token(config, kv) * context,
     }
@@ -106,19 +113,69 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def serve_torch(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """As ``serve``, for our PyTorch model on a device, in bf16: what a GPU runs."""
+    """As ``serve``, for our PyTorch model on a device: what a GPU runs. A checkpoint that is not packed runs in bf16."""
     import zamba2
 
+    path, prompt_tokens, new_tokens, device = Path(request["path"]), request["prompt_tokens"], request["new_tokens"], request["device"]
     start = time.perf_counter()
-    backend: Any = zamba2.load(request["path"], backend="torch", device=request["device"], dtype="bfloat16").backend
-    yield {"load_seconds": time.perf_counter() - start}
-    texts = random_ids(backend.config.vocab_size, request["batch"], request["prompt_tokens"])
+    dtype = None if is_packed(path) else "bfloat16"
+    backend: Any = zamba2.load(path, backend="torch", device=device, dtype=dtype).backend
+    load_seconds, config = time.perf_counter() - start, backend.config
+    context, kv = prompt_tokens + (new_tokens + 1) / 2, kv_format_named("bf16")
+    if is_packed(path):
+        file, packing, _ = open_packed(path, config)
+        name, moved = packing.format.name, decode_bytes(file, config, context, kv)
+    else:
+        name, moved = "bf16", state_bytes(config, context, kv) | {"weights": 2.0 * config.weights_per_token()}
+    yield {
+        "load_seconds": load_seconds, "isa": device_name(device), "threads": 1, "format": name, "kv_format": kv.name,
+        "decode_bytes": moved, "prefill_operations": prefill_operations(config, prompt_tokens), "kind": GPU_PRODUCTS,
+    }  # fmt: skip
+    texts = random_ids(config.vocab_size, request["batch"], prompt_tokens)
     for line in sys.stdin:
         if line.strip() == "warm":
             repeat(backend, [text[:WARM_TOKENS] for text in texts], 1)
             yield {}
+        elif line.strip() == "limits":
+            yield gpu_limits(device)
         else:
-            yield repeat(backend, texts, request["new_tokens"]) | gpu_memory(request["device"])
+            yield repeat(backend, texts, new_tokens) | gpu_memory(device)
+
+
+def device_name(device: str) -> str:
+    """What a device is called by those who made it."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device != "cpu" else "PyTorch"
+
+
+def gpu_limits(device: str) -> dict[str, Any]:
+    """What the device gives at best, in the keys of the engine's probes: bytes per second of a copy, read and written ones counted,
+    and operations per second of a product of large bf16 matrices of random numbers. Medians of several."""
+    import torch
+
+    small = device == "cpu"
+    source = torch.empty(1 << (20 if small else 31), dtype=torch.uint8, device=device)
+    target, size = torch.empty_like(source), 256 if small else 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copy = median_seconds(lambda: target.copy_(source), device)
+    multiply = median_seconds(lambda: a @ b, device)
+    found = {"read_bandwidth": 2 * source.nbytes / copy, "read_pattern": "copied from memory to memory, bytes read and written"}
+    return found | {"product_rates": {GPU_PRODUCTS: 2 * size**3 / multiply}}
+
+
+def median_seconds(work: Callable[[], object], device: str, *, repeats: int = 10) -> float:
+    """Of a run of ``work``, which the device is waited for, behind two to warm up."""
+    import torch
+
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
 
 
 def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``zamba2 bench``: how fast the native engine is here, as a share of what the machine can do, and beside others."""
+"""``zamba2 bench``: how fast the model runs here, as a share of what the machine can do, and beside others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROOM = 1 << 30  # bytes beside the weights: buffers, state, the interpreter
 
 def main(
     shape: str | None, model: str | None, format: str | None, kv_format: str | None, prompt_tokens: int, new_tokens: int, batch: int,
-    repeats: int, threads: int | None, compare: Sequence[str], startup: bool, as_json: bool, out: Path | None,
+    repeats: int, threads: int | None, compare: Sequence[str], startup: bool, as_json: bool, out: Path | None, device: str = "cpu",
 ) -> None:  # fmt: skip
     """Measure, then print a table and, on the last line, one JSON document. Raises Zamba2Error."""
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens), ("--batch", batch), ("--repeats", repeats)):
@@ -52,6 +52,9 @@ def main(
     if shape is not None and model is not None:
         raise Zamba2Error("--shape and --model were both given; give one of them.")
     kv = kv_format_named(kv_format or "bf16")
+    if device != "cpu":
+        check_device(device, kv_format, startup, compare)
+        format = format or "bf16"
     threads = default_threads() if threads is None else threads
     if not 1 <= threads <= 1024:
         raise Zamba2Error(f"--threads is {threads}; a whole number from 1 to 1024 is needed.")
@@ -62,18 +65,23 @@ def main(
     else:
         found = resolve(model)
         config, original = read_config(found), None if is_packed(found) else found
-        path = found if is_packed(found) else packed_copy(found, format_named(format or "q4"))
-        if format is not None:
+        as_it_is = is_packed(found) or (device != "cpu" and format == "bf16")
+        path = found if as_it_is else packed_copy(found, format_named(format or "q4"))
+        if format is not None and is_packed(path):
             check_format(path, format)
     if prompt_tokens + new_tokens > config.max_position_embeddings and config.use_mem_rope:
         notice(f"more than the {config.max_position_embeddings} tokens that the model was trained for.")
-    need_memory((path / "model.safetensors").stat().st_size + batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv) + ROOM)
+    if device == "cpu":
+        caches = batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv)
+        need_memory((path / "model.safetensors").stat().st_size + caches + ROOM)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes that measure are to be closed
     commands = {name: PEERS[name].prepare(config, original) for name in compare}
-    request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
-    result = measure(commands, request, {"path": str(path), "batch": batch, "kv_format": kv.name}, repeats)
+    request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "device": device}
+    own = {"path": str(path), "batch": batch} | ({"kv_format": kv.name} if device == "cpu" else {})
+    result = measure(commands, request, own, repeats)
     result |= {
-        "shape": shape, "model": model, "weights": "synthetic" if model is None else "checkpoint", "prompt_tokens": prompt_tokens,
+        "device": device, "shape": shape, "model": model, "weights": "synthetic" if model is None else "checkpoint",
+        "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens, "batch": batch, "repeats": repeats, "machine": machine(),
     }  # fmt: skip
     if startup:
@@ -107,6 +115,17 @@ def synthetic(shape: str, config: Config, packing: Packing) -> Path:
     notice(f"writing {total / 1e9:.2f} GB of random weights into {target}, once.")
     write_synthetic(config, packing, target)
     return target
+
+
+def check_device(device: str, kv_format: str | None, startup: bool, compare: Sequence[str]) -> None:
+    """Raises Zamba2Error where a device cannot be used, or an option has no meaning on it."""
+    from zamba2.runtime.torch import device_of
+
+    if device_of(device).type != "cuda":
+        raise Zamba2Error(f"--device is {device!r}; cpu, or cuda for a GPU, is needed.")
+    for option, given in (("--kv", kv_format), ("--startup", startup or None), ("--compare llama.cpp", "llama.cpp" in compare or None)):
+        if given is not None:
+            raise Zamba2Error(f"{option} is for the CPU; leave it out, or leave --device out.")
 
 
 def check_format(path: Path, format: str) -> None:
@@ -198,7 +217,8 @@ def medians(runs: Sequence[Mapping[str, Any]], ready: Mapping[str, Any]) -> dict
     """Medians over the runs, the peak of memory, and the spreads behind them."""
     spreads = {key: spread([run[key] for run in runs]) for key in MEDIANS}
     found = {key: spreads[key]["median"] for key in MEDIANS} | {"load_seconds": ready["load_seconds"]}
-    return found | {"peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs), "spreads": spreads}
+    peaks = {key: max(run[key] for run in runs) for key in ("peak_rss_bytes", "peak_gpu_bytes") if key in runs[0]}
+    return found | peaks | {"spreads": spreads}
 
 
 def summary(ready: dict[str, Any], runs: list[dict[str, Any]], limits: list[dict[str, Any]], batch: int) -> dict[str, Any]:
@@ -237,7 +257,7 @@ def summary(ready: dict[str, Any], runs: list[dict[str, Any]], limits: list[dict
 def rival(ready: dict[str, Any], runs: list[dict[str, Any]], ours: Mapping[str, Any]) -> dict[str, Any]:
     """A rival's medians, and ours over its own."""
     found = medians(runs, ready)
-    ratios = {key: ours[key] / found[key] for key in (*RATES, "ttft_seconds", "peak_rss_bytes")}
+    ratios = {key: ours[key] / found[key] for key in (*RATES, "ttft_seconds", "peak_rss_bytes", "peak_gpu_bytes") if key in found}
     return found | {"ratios": ratios} | {key: value for key, value in ready.items() if key != "load_seconds"}
 
 
@@ -250,18 +270,21 @@ def print_tables(result: dict[str, Any]) -> None:
         found = result["spreads"][key]
         return f"{found['median']:.{digits}f} ({found['least']:.{digits}f} to {found['most']:.{digits}f})"
 
-    batch, own = result["batch"], result["spreads"]["decode_bandwidth_fraction"]
+    batch, own, on_gpu = result["batch"], result["spreads"]["decode_bandwidth_fraction"], "peak_gpu_bytes" in result
     rows = [
         ("decode", f"{rate('decode_tokens_per_second')} tokens/s" + (f", {batch} sequences together" if batch > 1 else "")),
         ("prefill", f"{rate('prefill_tokens_per_second', 1)} tokens/s"),
         ("time to first token", f"{rate('ttft_seconds')} s"),
         ("load", f"{result['load_seconds']:.2f} s from mapping to ready"),
+        ("peak memory of the GPU", f"{result['peak_gpu_bytes'] / 1e9:.2f} GB") if on_gpu else
         ("peak resident memory", f"{result['peak_rss_bytes'] / 1e9:.2f} GB, pages of the mapped weights included"),
         ("a token moves", f"{result['bytes_per_token'] / 1e9:.3f} GB: weights {result['weight_bytes_per_token'] / 1e9:.3f}, "
                           f"state {result['state_bytes_per_token'] / 1e9:.3f}, keys and values {result['kv_bytes_per_token'] / 1e9:.3f}"),
-        ("best read of the weight file", f"{result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, {result['read_pattern']}"),
+        (f"best read of the {'memory' if on_gpu else 'weight file'}",
+         f"{result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, {result['read_pattern']}"),
         ("decode uses of that", f"{result['decode_bandwidth_fraction']:.1%}; in single rounds {own['least']:.0%} to {own['most']:.0%}"),
-        ("best rate of products", f"{result['matrix_rate_operations_per_second'] / 1e12:.3f} T/s, {result['matrix_kind']} in registers"),
+        ("best rate of products", f"{result['matrix_rate_operations_per_second'] / 1e12:.3f} T/s, {result['matrix_kind']}"
+                                  f"{'' if on_gpu else ' in registers'}"),
         ("prefill uses of that", f"{result['prefill_matrix_fraction']:.1%}"),
     ]  # fmt: skip
     kv = [f"keys and values {result['kv_format']}"] if result["kv_format"] != "bf16" else []
@@ -280,12 +303,13 @@ def print_tables(result: dict[str, Any]) -> None:
     if not result["rivals"]:
         return
     table = Table("", "decode, tokens/s", "prefill, tokens/s", "first token, s", "peak memory, GB", box=box.SIMPLE)
+    peak = "peak_gpu_bytes" if on_gpu else "peak_rss_bytes"
     for name, side in {"zamba2": result, **result["rivals"]}.items():
         table.add_row(
             name, f"{side['decode_tokens_per_second']:.2f}", f"{side['prefill_tokens_per_second']:.1f}", f"{side['ttft_seconds']:.2f}",
-            f"{side['peak_rss_bytes'] / 1e9:.2f}",
+            f"{side[peak] / 1e9:.2f}",
         )  # fmt: skip
         if name != "zamba2":
-            keys = (*RATES, "ttft_seconds", "peak_rss_bytes")
+            keys = (*RATES, "ttft_seconds", peak)
             table.add_row("  zamba2 / " + name, *(f"x {side['ratios'][key]:.2f}" for key in keys))
     console.print(table)

@@ -26,11 +26,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from zamba2.config import Config, Layer
 from zamba2.model import ops as _ops
 from zamba2.model.ops.reference import wide
+from zamba2.model.packed import Packed, PackedEmbedding, product
 from zamba2.model.state import LayerRecord, ModelState
 
 __all__ = ["Mamba2", "SharedBlock", "Zamba2"]
@@ -49,8 +51,10 @@ class Linear(nn.Linear):
         return matmul(x, self.weight)
 
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor | Packed) -> Tensor:
     """x W^T. x: (..., in); weight: (out, in)."""
+    if isinstance(weight, Packed):
+        return product(x, weight)
     if x.numel() == x.shape[-1] and x.device.type == "cpu" and not torch.is_grad_enabled():
         return torch.mv(weight, x.reshape(-1)).reshape(*x.shape[:-1], -1)
     return F.linear(x, weight)
@@ -87,7 +91,7 @@ class Context:
     """What all layers of one call share."""
 
     x0: Tensor  # (b, T, H), the tokens' own embeddings
-    mask: Tensor | None  # (b or 1, 1, T, L) bool, True = may attend; None = plain causal
+    mask: Tensor | None  # (b or 1, 1, T, L) bool, True = may attend (or torch's name of a causal one); None = plain causal
     rope: tuple[Tensor, Tensor] | None  # cos and sin, (b or 1, 1, T, head_dim) fp32
     real: Tensor | None  # (b, T, 1) bool, False at left padding
     seq_idx: Tensor | None  # (b, T) document numbers of a packed batch
@@ -112,16 +116,20 @@ class Attention(nn.Module):
         if self.adapters:
             adapters = ({str(j): Adapter(wide, config.adapter_rank, wide) for j in positions} for _ in "qkv")
             self.linear_q_adapter_list, self.linear_k_adapter_list, self.linear_v_adapter_list = map(nn.ModuleDict, adapters)
-        self.split: tuple[Tensor, Tensor] | None = None  # left and right half of [q; k; v], see split_for_inference
+        self.split: tuple[Tensor | Packed, Tensor | Packed] | None = None  # left and right half of [q; k; v], see split_for_inference
 
     def split_for_inference(self) -> None:
         """Keep q, k and v as two contiguous halves, which stream faster, and drop the modules (no training afterwards)."""
         if self.split is None:
             left, right = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).detach().chunk(2, dim=1)
-            self.split = (left.contiguous(), right.contiguous())
-            del self.q_proj, self.k_proj, self.v_proj
+            self.use_halves(left.contiguous(), right.contiguous())
 
-    def halves(self) -> list[tuple[Tensor, Tensor]]:
+    def use_halves(self, left: Tensor | Packed, right: Tensor | Packed) -> None:
+        """Take the two halves of [q; k; v], (rows, H) each, in place of the modules."""
+        self.split = (left, right)
+        del self.q_proj, self.k_proj, self.v_proj
+
+    def halves(self) -> Sequence[tuple[Tensor | Packed, Tensor | Packed]]:
         """Weights for x and for x0, (rows, H) each, of q, k, v or of the three together; empty if modules must be called."""
         if self.split is not None:
             return [self.split]
@@ -129,14 +137,14 @@ class Attention(nn.Module):
         plain = all(type(p) is Linear for p in projections)  # unlike peft's LoRA, which sees all of u
         return [(left, right) for left, right in (p.weight.chunk(2, dim=1) for p in projections)] if plain else []
 
-    def qkv(self, left: Tensor, scale: Tensor, right: Tensor, layer: Layer, context: Context) -> Sequence[Tensor]:
+    def qkv(self, left: Tensor, scale: Tensor, right: Tensor, layer: Layer, context: Context, ops: _ops.Ops) -> Sequence[Tensor]:
         """Queries, keys and values, (b, T, rows) each, from the norm's left half, its scale and w2 * x0."""
         halves = self.halves()
         if halves:
             if layer.block not in context.hoisted:
                 context.hoisted[layer.block] = [matmul(right, w) for _, w in halves]
-            hoisted = ((wide(h) * scale).to(left.dtype) for h in context.hoisted[layer.block])
-            terms = [matmul(left, w) + h for (w, _), h in zip(halves, hoisted, strict=True)]
+            hoisted = context.hoisted[layer.block]
+            terms = [ops.add_hoisted(matmul(left, w), h, scale) for (w, _), h in zip(halves, hoisted, strict=True)]
             projected: Sequence[Tensor] = terms if len(terms) == 3 else terms[0].split(self.sizes, dim=-1)
         if self.adapters or not halves:
             u = torch.cat([left, (wide(right) * scale).to(left.dtype)], dim=-1)
@@ -147,12 +155,12 @@ class Attention(nn.Module):
             projected = [p + own[str(layer.position)](u) for p, own in zip(projected, lists, strict=True)]
         return projected
 
-    def forward(self, left: Tensor, scale: Tensor, right: Tensor, layer: Layer, context: Context) -> Tensor:
+    def forward(self, left: Tensor, scale: Tensor, right: Tensor, layer: Layer, context: Context, ops: _ops.Ops) -> Tensor:
         assert layer.position is not None
         config = self.config
         q, k, v = (
             m.unflatten(-1, (-1, config.attention_head_dim)).transpose(1, 2)  # (b, heads, T, head_dim)
-            for m in self.qkv(left, scale, right, layer, context)
+            for m in self.qkv(left, scale, right, layer, context, ops)
         )
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
@@ -200,7 +208,7 @@ class SharedBlock(nn.Module):
         weight = self.input_layernorm.weight
         left, scale = ops.concat_rms_norm(x, context.x0, weight, self.eps)
         right = (wide(weight[x.shape[-1] :]) * wide(context.x0)).to(x.dtype)
-        o = self.self_attn(left, scale, right, layer, context)
+        o = self.self_attn(left, scale, right, layer, context, ops)
         m = ops.rms_norm(o, self.pre_ff_layernorm.weight, self.eps)
         out: Tensor = self.feed_forward(m, layer.position, ops)
         return out
@@ -297,10 +305,10 @@ class DecoderLayer(nn.Module):
 class Zamba2(nn.Module):
     """The whole model: token ids to logits."""
 
-    def __init__(self, config: Config, *, ops: str = "torch") -> None:
+    def __init__(self, config: Config, *, ops: str = "auto") -> None:
         super().__init__()
         self.config, self.ops = config, _ops.select(ops)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Embedding | PackedEmbedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
         self.shared_blocks = nn.ModuleList(
             SharedBlock(config, list(range(b, len(config.hybrid_layer_ids), config.num_mem_blocks)))
@@ -372,8 +380,11 @@ class Zamba2(nn.Module):
                 state.padding = padding
         start = torch.zeros(1, dtype=torch.long, device=device) if padding is None else padding
         columns = torch.arange(past, past + length, device=device)
-        positions, mask = columns - start[:, None], None  # (b or 1, T)
-        if padding is not None or seq_idx is not None or (past and length > 1):
+        positions = columns - start[:, None]  # (b or 1, T)
+        mask: Tensor | None = None
+        if past and length > 1 and padding is None and device.type == "cuda":
+            mask = causal_lower_right(length, past + length)  # a mask of values would keep torch from its fastest kernel
+        elif padding is not None or seq_idx is not None or (past and length > 1):
             keys = torch.arange(past + length, device=device)
             mask = (keys <= columns[:, None]) & (keys >= start[:, None, None])  # (b or 1, T, L)
             if seq_idx is not None:

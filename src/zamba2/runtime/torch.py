@@ -1,15 +1,18 @@
 """The PyTorch backend: the exact model behind the waist, on a CPU or a GPU.
 
-Rows of a call are read one after another, so a row's logits cannot depend on what shares its call.
+Rows of a call are read one after another, so a row's logits cannot depend on what shares its call. On a GPU with Triton, the rows of
+one token are the exception: ``decoder`` reads them together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +22,24 @@ from torch import Tensor
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Attention, Zamba2
+from zamba2.model.ops import has_triton
+from zamba2.model.packed import PackedEmbedding, PackedLinear
 from zamba2.model.state import KVCache, ModelState
 from zamba2.runtime.backend import Logits, Row, State, check_row
 from zamba2.runtime.state_file import open_state, write_state
-from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, load_model
+from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, load_model, load_packed, read_config
 from zamba2.weights.files import TensorFile
+from zamba2.weights.packed import is_packed
+
+if TYPE_CHECKING:
+    from zamba2.runtime.decoder import Decoder, Slot
 
 __all__ = ["TorchBackend", "TorchLogits", "TorchState"]
 
-PREFILL_CHUNK = 512  # tokens; borders lie at multiples of it in the sequence, so splitting a prompt changes no arithmetic
+PREFILL_CHUNKS = {"cpu": 512, "cuda": 4096}  # tokens; borders lie at multiples of it, so splitting a prompt changes no arithmetic
+MOST_TOGETHER = 64  # rows of one token that the decoder reads in a call, and sequences that keep their slots
+OLDEST_GPU = (8, 0)  # compute capability: bf16 in the matrix units
+WORKING_BYTES = 500_000_000  # beside the weights: the driver's own, a prompt's activations, a few sequences
 SPLIT = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # what split_for_inference replaces
 
 
@@ -41,24 +53,66 @@ class TorchLogits:
         return cast("npt.NDArray[np.float32]", self.tensor.cpu().numpy())
 
 
+class StepLogits:
+    """Rows of what the decoder computed for all rows of a call; on the host, once it has arrived there."""
+
+    def __init__(self, scores: Tensor, decoder: Decoder) -> None:
+        self.scores, self.decoder = scores, decoder
+
+    def numpy(self) -> npt.NDArray[np.float32]:
+        """Raises Zamba2Error where the model computed values that are not finite."""
+        self.decoder.arrived()
+        values = cast("npt.NDArray[np.float32]", self.scores.numpy())
+        if not np.isfinite(values.sum()):
+            raise Zamba2Error("the model computed values that are not finite; the checkpoint is damaged, or use dtype float32.")
+        return values
+
+
 class TorchState:
-    """One sequence's state in the PyTorch model; see ``backend.State``."""
+    """One sequence's state in the PyTorch model; see ``backend.State``. While it decodes on a GPU it lives in a slot of the decoder."""
 
     adapter: str | None = None
 
     def __init__(self, backend: TorchBackend, inner: ModelState) -> None:
-        self.backend, self.inner = backend, inner
+        self.backend, self._inner = backend, inner
+        self.slot: Slot | None = None
+
+    @property
+    def inner(self) -> ModelState:
+        """The state outside of the decoder, which it leaves for it."""
+        self.leave()
+        return self._inner
+
+    @inner.setter
+    def inner(self, inner: ModelState) -> None:
+        self._inner, self.slot = inner, None
+
+    def enter(self, decoder: Decoder) -> Slot:
+        """Its slot in the decoder, where it moves unless it is there."""
+        if self.slot is None:
+            self.slot = decoder.admit(self._inner)
+            self._inner = ModelState.empty(self.backend.config)
+        return self.slot
+
+    def leave(self) -> None:
+        """Give the slot up, if there is one."""
+        if self.slot is not None:
+            with torch.inference_mode():
+                self._inner = self.slot.decoder.export(self.slot)
+            self.slot = None
 
     @property
     def position(self) -> int:
-        return self.inner.position
+        return self._inner.position if self.slot is None else self.slot.position
 
     @property
     def nbytes(self) -> int:
-        return self.inner.nbytes
+        return self._inner.nbytes if self.slot is None else self.slot.decoder.nbytes(self.slot)
 
     def memory(self) -> dict[int, int]:
-        storages = [tensor.untyped_storage() for tensor in self.inner.tensors()]
+        if self.slot is not None:
+            return {id(self.slot): self.nbytes}
+        storages = [tensor.untyped_storage() for tensor in self._inner.tensors()]
         return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
     def copy(self) -> TorchState:
@@ -117,31 +171,57 @@ class TorchState:
 
 
 class TorchBackend:
-    """``Backend`` over a loaded ``Zamba2``."""
+    """``Backend`` over a loaded ``Zamba2``. decode: read rows of one token with ``decoder`` (default: on a GPU, where Triton is)."""
 
-    def __init__(self, model: Zamba2) -> None:
+    def __init__(self, model: Zamba2, *, decode: bool | None = None) -> None:
         self.model, self.config = model, model.config
-        self.together = 1  # its rows are read one after another
-        self.dtype = model.embed_tokens.weight.dtype
-        self.device = model.embed_tokens.weight.device
+        self.together = 1  # of one sequence; those of several are read one after another, but for rows of one token on a GPU
+        embeddings = model.embed_tokens
+        self.dtype = embeddings.dtype if isinstance(embeddings, PackedEmbedding) else embeddings.weight.dtype
+        self.device = model.final_layernorm.weight.device
+        self.chunk = PREFILL_CHUNKS.get(self.device.type, PREFILL_CHUNKS["cpu"])
         self.fingerprint = fingerprint(model)
         for module in model.modules():
             if isinstance(module, Attention):
                 module.split_for_inference()
+        self.decoder: Decoder | None = None
+        if decode if decode is not None else self.device.type == "cuda" and has_triton() and self.dtype != torch.float64:
+            from zamba2.runtime.decoder import Decoder
+
+            self.decoder = Decoder(model)
+        self.decoding: OrderedDict[int, weakref.ref[TorchState]] = OrderedDict()  # states in slots, the one used last at the end
 
     @classmethod
     def load(cls, path: Path, *, config: Config | None = None, device: str | None = None, dtype: str | None = None) -> TorchBackend:
         """Load a checkpoint. device: as torch names it (default: "cuda" where there is one, else "cpu");
-        dtype: "float32", "bfloat16" or "float16" (default: the file's). Raises Zamba2Error."""
-        chosen = device_of(device)
-        if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-            raise Zamba2Error(f"dtype is {dtype!r}; 'float32', 'bfloat16' or 'float16' is needed.")
+        dtype: "float32", "bfloat16" or "float16" (default: the file's). A packed checkpoint needs a GPU and has its format for a
+        dtype. Raises Zamba2Error."""
+        packed = is_packed(path)
+        chosen, config = cls.device_for(device, dtype, packed=packed), config or read_config(path)
+        file_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+        check_room(chosen, file_bytes if packed or dtype is None else config.num_parameters * getattr(torch, dtype).itemsize)
         try:
+            if packed:
+                return cls(load_packed(path, config, device=chosen))
             wanted = None if dtype is None else getattr(torch, dtype)
             return cls(load_model(path, config=config, device=chosen, dtype=wanted, unmapped=SPLIT))
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
             raise Zamba2Error(f"the model does not fit into the memory of {chosen} ({reason}); use device='cpu'.") from None
+
+    @staticmethod
+    def device_for(device: str | None, dtype: str | None, *, packed: bool) -> torch.device:
+        """The device on which ``load`` would run a checkpoint. Raises Zamba2Error where device or dtype cannot be had."""
+        chosen = device_of(device)
+        if dtype is not None and (packed or dtype not in ("float32", "bfloat16", "float16")):
+            wanted = "a packed checkpoint has its format: leave it out" if packed else "'float32', 'bfloat16' or 'float16' is needed"
+            raise Zamba2Error(f"dtype is {dtype!r}; {wanted}.")
+        if packed and chosen.type != "cuda":
+            reason = "PyTorch reads no packed checkpoint; leave backend and device out for the native engine"
+            raise Zamba2Error(f"device is {str(chosen)!r}, where {reason}.")
+        if packed and not has_triton():
+            raise Zamba2Error("Triton is not installed, which packed checkpoints need on a GPU; install it with: pip install 'triton>=3.4'")
+        return chosen
 
     def new_state(self, *, adapter: str | None = None) -> TorchState:
         if adapter is not None:
@@ -154,12 +234,35 @@ class TorchBackend:
             raise ValueError("a state may appear only once in a call")
         for row in rows:
             check_row(row, self.config.vocab_size)
+        single = [i for i, row in enumerate(rows) if self.decoder is not None and len(row.tokens) == 1 and not row.record]
+        found: dict[int, Logits] = {}
         with torch.inference_mode():
             # all rows first, then all states: an interrupted call leaves every state as it was
-            done = [self._read(row, state) for row, state in zip(rows, states, strict=True)]
-        for state, (inner, _) in zip(states, done, strict=True):
-            state.inner = inner
-        return [logits for _, logits in done]
+            done = {i: self._read(row, states[i]) for i, row in enumerate(rows) if i not in single}
+            for start in range(0, len(single), MOST_TOGETHER):
+                some = single[start : start + MOST_TOGETHER]
+                found |= zip(some, self._decode([rows[i] for i in some], [states[i] for i in some]), strict=True)
+        for i, (inner, logits) in done.items():
+            states[i].inner, found[i] = inner, logits
+        return [found[i] for i in range(len(rows))]
+
+    def _decode(self, rows: Sequence[Row], states: Sequence[TorchState]) -> list[StepLogits]:
+        """Read one token of each sequence, all together. A sequence that has not decoded for long makes room for a new one."""
+        decoder = self.decoder
+        assert decoder is not None
+        for state in states:
+            self.decoding.pop(id(state), None)
+        for other in list(self.decoding):
+            waiting = self.decoding[other]()
+            if waiting is None or waiting.slot is None:
+                del self.decoding[other]
+            elif len(self.decoding) + len(states) > MOST_TOGETHER:
+                waiting.leave()
+                del self.decoding[other]
+        slots = [state.enter(decoder) for state in states]
+        self.decoding |= {id(state): weakref.ref(state) for state in states}
+        scores = decoder.step([int(row.tokens[0]) for row in rows], slots)
+        return [StepLogits(scores[i : i + row.logits], decoder) for i, row in enumerate(rows)]
 
     def _own(self, state: State) -> TorchState:
         if not isinstance(state, TorchState) or state.backend is not self:
@@ -170,12 +273,12 @@ class TorchBackend:
         inner = state.inner.copy()
         tokens = torch.from_numpy(np.array(row.tokens, dtype=np.int64)).to(self.device)
         length = len(tokens)
-        if row.record and length > PREFILL_CHUNK:
-            raise ValueError(f"at most {PREFILL_CHUNK} tokens can be recorded")
+        if row.record and length > self.chunk:
+            raise ValueError(f"at most {self.chunk} tokens can be recorded")
         kept: list[Tensor] = []
         start = 0
         while start < length:
-            end = length if row.record else min(length, start + PREFILL_CHUNK - (inner.position % PREFILL_CHUNK))
+            end = length if row.record else min(length, start + self.chunk - (inner.position % self.chunk))
             x = self.model.hidden_states(tokens[None, start:end], state=inner, record=row.record)
             wanted = min(end - start, max(0, row.logits - (length - end)))
             if wanted:
@@ -199,6 +302,10 @@ def device_of(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < OLDEST_GPU:
+            card, wanted = torch.cuda.get_device_name(device), ".".join(map(str, OLDEST_GPU))
+            has = f"{card} has compute capability {found[0]}.{found[1]}"
+            raise Zamba2Error(f"{has}; {wanted} is needed (Ampere or newer): use device='cpu'.")
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -206,9 +313,24 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def check_room(device: torch.device, nbytes: int) -> None:
+    """Raises Zamba2Error unless a GPU has room for weights of so many bytes and what running them takes."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if nbytes + WORKING_BYTES > free:
+        raise Zamba2Error(
+            f"the model needs {(nbytes + WORKING_BYTES) / 1e9:.1f} GB on {device}, where {free / 1e9:.1f} of {total / 1e9:.1f} GB are "
+            f"free; use a packed checkpoint (zamba2 quantize --format q4), stop what else runs there, or use device='cpu'."
+        )
+
+
 def fingerprint(model: Zamba2) -> str:
     """Identifies config, number format and weights: a hash over the config, the small tensors and a row of each large one."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, module in model.named_modules():
+        if isinstance(module, (PackedLinear, PackedEmbedding)):
+            digest.update(f"{name} {module.weight.format}".encode() + module.weight.data[:4096].cpu().numpy().tobytes())
     for name, parameter in sorted(model.named_parameters()):
         sample = parameter if parameter.dim() == 1 else parameter[:1]
         digest.update(f"{name} {parameter.dtype}".encode())

@@ -223,8 +223,8 @@ class Conversations(Watched, SFTTrainer):
     """trl's SFTTrainer on packed rows."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """On a CPU the head of our own forward: trl's scores every position there, in fp32, and not only those with a label."""
-        if self.args.device.type != "cpu" or return_outputs:
+        """The head of our own forward: trl's scores every position, in fp32, and not only those with a label."""
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = model(**inputs, loss_only=True, num_items_in_batch=num_items_in_batch).loss
         if model.training:

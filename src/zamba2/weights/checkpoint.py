@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Zamba2
+from zamba2.model.packed import Packed, PackedEmbedding, PackedLinear
 from zamba2.weights.files import replacing, write_tensors
 from zamba2.weights.hub_files import HubFiles
 from zamba2.weights.names import hub_names, parameter_shapes, standalone_names
+from zamba2.weights.packed import Packing, Part, open_packed, parts
 
-__all__ = ["load_model", "read_config", "save_checkpoint"]
+__all__ = ["load_model", "load_packed", "packed_model", "read_config", "save_checkpoint"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -120,7 +122,7 @@ def read_config(path: Path) -> Config:
 
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Config | None = None,
-    ops: str = "torch", unmapped: tuple[str, ...] = (), kind: type[M] = Zamba2,  # type: ignore[assignment]
+    ops: str = "auto", unmapped: tuple[str, ...] = (), kind: type[M] = Zamba2,  # type: ignore[assignment]
 ) -> M:  # fmt: skip
     """Load a checkpoint folder in the Hub's layout, or a standalone ``.pt`` file.
 
@@ -147,6 +149,50 @@ def load_model(
         if part is not None:
             tensor = _deinterleave(tensor, config, part)
         _assign(model, name, tensor.to(device=device, dtype=wanted))
+    return model.eval()
+
+
+def load_packed(path: Path, config: Config, *, device: torch.device) -> Zamba2:
+    """The PyTorch model over a packed checkpoint folder, for a GPU: its matrices keep their packed bytes. Raises Zamba2Error."""
+    file, packing, _ = open_packed(path, config)
+
+    def read(part: Part) -> Tensor:
+        return torch.frombuffer(file.read(part.name), dtype=torch.uint8 if part.is_matrix else torch.float32).to(device)
+
+    return packed_model(config, packing, read)
+
+
+def packed_model(config: Config, packing: Packing, read: Callable[[Part], Tensor]) -> Zamba2:
+    """The model over packed tensors. read: gives a part's tensor on the device, bytes (n,) of a matrix or fp32 values (n,) of a vector.
+
+    Matrices in bf16 become plain ones, as that is what torch multiplies.
+    """
+    with torch.device("meta"):
+        model = Zamba2(config)
+    halves: dict[str, Tensor | Packed] = {}
+    for part in parts(config):
+        tensor, owner = read(part), part.name.rpartition(".")[0]
+        if not part.is_matrix:
+            shape = model.get_parameter(part.name).shape
+            _assign(model, part.name, tensor.reshape(shape))
+            continue
+        weight: Tensor | Packed
+        weight = packed = Packed(tensor, part.shape[0], part.shape[1], packing.of(part).name)
+        if packed.format == "bf16":
+            from zamba2.model.ops.triton_linear import dequantize
+
+            weight = dequantize(packed)
+        if part.half is not None:
+            halves[owner] = weight
+        elif isinstance(weight, Tensor):
+            _assign(model, part.name, weight)
+        else:
+            above, _, place = owner.rpartition(".")
+            module = PackedEmbedding(weight, torch.bfloat16) if owner == "embed_tokens" else PackedLinear(weight)
+            setattr(model.get_submodule(above), place, module)
+    for block in range(config.num_shared_blocks):
+        name = f"shared_blocks.{block}.self_attn"
+        model.get_submodule(name).use_halves(halves[f"{name}.qkv_proj.left"], halves[f"{name}.qkv_proj.right"])  # type: ignore[operator]
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The five operations in PyTorch for speed on any device: the recurrence in chunks of matrix products, the rest fused by hand.
+"""The six operations in PyTorch for speed on any device: the recurrence in chunks of matrix products, the rest fused by hand.
 
 Definitions, shapes and dtypes are those of ``reference``.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zamba2.model.ops import reference
-from zamba2.model.ops.reference import concat_rms_norm, rms_norm, wide
+from zamba2.model.ops.reference import add_hoisted, concat_rms_norm, rms_norm, wide
 
-__all__ = ["causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan"]
+__all__ = ["add_hoisted", "causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan"]
 
 LOG2_E = math.log2(math.e)
 CPU_ROWS = 16

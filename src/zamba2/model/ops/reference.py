@@ -1,4 +1,4 @@
-"""The five operations as their definitions say: plain, differentiable, slow. Every other implementation is tested against these.
+"""The six operations as their definitions say: plain, differentiable, slow. Every other implementation is tested against these.
 
 Letters: b batch, T length, H heads, P channels of a head, G groups, N state size, K taps of the convolution.
 All arithmetic is fp32 (fp64 stays fp64); outputs have the dtype of the first argument unless stated.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan", "wide"]
+__all__ = ["add_hoisted", "causal_conv", "concat_rms_norm", "geglu", "rms_norm", "ssd_scan", "wide"]
 
 
 def wide(x: Tensor) -> Tensor:
@@ -103,3 +103,8 @@ def geglu(projected: Tensor, adapted: Tensor) -> Tensor:
     """GELU(g) * u with exact erf GELU, where [g | u] = projected + adapted. Both (..., 2I); returns (..., I)."""
     gate, up = (wide(projected) + wide(adapted)).chunk(2, dim=-1)
     return (F.gelu(gate) * up).to(projected.dtype)
+
+
+def add_hoisted(projected: Tensor, hoisted: Tensor, scale: Tensor) -> Tensor:
+    """projected + scale * hoisted, rounded once (DESIGN 4). projected, hoisted: (..., R); scale: (..., 1), fp32. Returns (..., R)."""
+    return (wide(projected) + wide(scale) * wide(hoisted)).to(projected.dtype)

@@ -1,0 +1,274 @@
+"""One token of up to 64 sequences on a GPU: the whole forward pass as one CUDA graph of a few hundred kernels.
+
+A sequence that decodes owns a slot: its convolution and SSM states lie in tensors that never move, its keys and values in pages
+of 64 tokens that a table names, so that a graph captured once serves any sequences. Everything else (prompts, copies, saved
+states) goes through ``ModelState``; ``admit`` and ``export`` carry a sequence from one to the other.
+
+Between the products all is fp32, the residual stream included. A norm in front of a product costs no pass of its own: the
+product's kernel sums the squares while it multiplies, and divides its results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zamba2.config import Layer
+from zamba2.errors import Zamba2Error
+from zamba2.model.model import Adapter, DecoderLayer, Mamba2, SharedBlock, Zamba2
+from zamba2.model.ops.triton_linear import embedding, linear
+from zamba2.model.ops.triton_step import PAGE, attend, mixer_step, read_conv, read_pages, write_conv, write_pages
+from zamba2.model.packed import Packed
+from zamba2.model.state import KVCache, ModelState
+
+__all__ = ["MOST_ROWS", "Decoder", "Slot"]
+
+MOST_ROWS = 64  # sequences of a call
+BUCKETS = (1, 2, 4, 8, 16, 32, MOST_ROWS)  # a graph for each; a call takes the smallest that holds it
+FIRST_SLOTS, FIRST_PAGES, FIRST_WIDTH = 5, 65, 64  # of the pools, which double when they are full; number 0 is scratch
+GATED_EPS = 1e-5  # not rms_norm_eps (FACTS 2)
+
+
+class Slot:
+    """A sequence's place in the pools, given back when nobody holds it any longer."""
+
+    def __init__(self, decoder: Decoder, number: int, position: int) -> None:
+        self.decoder, self.number, self.position = decoder, number, position
+        self.pages: list[int] = []
+
+    def __del__(self) -> None:
+        self.decoder.free_slots.append(self.number)
+        self.decoder.free_pages.extend(self.pages)
+
+
+class Decoder:
+    """See the module. On a CPU (tests, with Triton's interpreter) the same kernels run without a graph."""
+
+    def __init__(self, model: Zamba2) -> None:
+        self.model, self.config = model, model.config
+        weight = model.embed_tokens.weight
+        self.device = weight.data.device
+        self.dtype = torch.bfloat16 if isinstance(weight, Packed) else weight.dtype
+        config = self.config
+        self.conv = self._new(config.num_hidden_layers, FIRST_SLOTS, config.mamba_d_conv, config.conv_dim, dtype=self.dtype)  # rings
+        heads = (config.n_mamba_heads, config.mamba_headdim, config.mamba_d_state)
+        self.ssm = self._new(config.num_hidden_layers, FIRST_SLOTS, *heads, dtype=torch.float32)
+        page = (2, config.num_key_value_heads, PAGE, config.attention_head_dim)
+        self.pages = self._new(len(config.hybrid_layer_ids), FIRST_PAGES, *page, dtype=self.dtype)
+        self.table = self._new(FIRST_SLOTS, FIRST_WIDTH, dtype=torch.int32)
+        self.positions = self._new(FIRST_SLOTS, dtype=torch.int32)
+        self.free_slots, self.free_pages = list(range(1, FIRST_SLOTS)), list(range(1, FIRST_PAGES))
+        # what a call is given: tokens, slots and positions of its rows; on the host in memory that a GPU reads by itself
+        self.given = self._new(3, MOST_ROWS, dtype=torch.int32)
+        self.asked = torch.zeros(3, MOST_ROWS, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self.rows = self.asked.numpy()  # the same memory
+        self.done = torch.cuda.Event() if self.device.type == "cuda" else None  # of the last call
+        # Kernels may begin while those before them end, where the card can do that: then weights are on their way already.
+        self.early = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        d = torch.arange(0, config.attention_head_dim, 2, dtype=torch.float64) / config.attention_head_dim
+        self.frequencies = (config.rope_base**-d).float().to(self.device) if config.use_mem_rope else None
+
+    def _new(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise Zamba2Error(f"there is not enough memory on {self.device} for more sequences or longer ones ({reason}).") from None
+
+    # ---- sequences come and go -------------------------------------------------------------------------------------
+
+    def admit(self, state: ModelState) -> Slot:
+        """Copy a sequence's state into a slot of its own. Raises Zamba2Error where memory is short."""
+        if not self.free_slots:
+            self._double_slots()
+        slot = Slot(self, self.free_slots.pop(), state.position)
+        self._room(slot, state.position)
+        if state.position:
+            self.ssm[:, slot.number] = torch.cat([_known(ssm) for ssm in state.ssm])
+            write_conv(self.conv, slot.number, slot.position, torch.cat([_known(conv) for conv in state.conv]))
+        else:
+            self.ssm[:, slot.number] = 0.0
+            self.conv[:, slot.number] = 0.0
+        if state.position:
+            numbers = torch.tensor(slot.pages, device=self.device)
+            for position, kv in enumerate(state.kv):
+                write_pages(self.pages, position, numbers, _known(kv.tensor())[:, 0])
+        return slot
+
+    def export(self, slot: Slot) -> ModelState:
+        """The state of a slot's sequence, as a copy."""
+        state = ModelState.empty(self.config)
+        state.position = slot.position
+        if not slot.position:
+            return state
+        state.conv = list(read_conv(self.conv, slot.number, slot.position).split(1))
+        state.ssm = list(self.ssm[:, slot.number].clone().split(1))
+        numbers = torch.tensor(slot.pages, device=self.device)
+        for position in range(len(self.config.hybrid_layer_ids)):
+            cache = KVCache()
+            cache.append(*read_pages(self.pages, position, numbers, slot.position)[:, None])
+            state.kv[position] = cache
+        return state
+
+    def nbytes(self, slot: Slot) -> int:
+        """Bytes that a slot's sequence holds."""
+        recurrent = sum(pool[:, 0].numel() * pool.element_size() for pool in (self.conv, self.ssm))
+        return recurrent + len(slot.pages) * self.pages[:, 0].numel() * self.pages.element_size()
+
+    def _room(self, slot: Slot, length: int) -> None:
+        """Pages for the tokens up to and with number ``length``, counted from 0."""
+        first, wanted = len(slot.pages), length // PAGE + 1
+        if wanted <= first:
+            return
+        while wanted > self.table.shape[1]:
+            self._replace(table=_wider(self.table, 1))
+        while wanted - first > len(self.free_pages):
+            before = self.pages.shape[1]
+            self._replace(pages=_wider(self.pages, 1))
+            self.free_pages.extend(range(before, self.pages.shape[1]))
+        slot.pages += [self.free_pages.pop() for _ in range(wanted - first)]
+        self.table[slot.number, first:wanted] = torch.tensor(slot.pages[first:], dtype=torch.int32).to(self.device)
+
+    def _double_slots(self) -> None:
+        before = self.conv.shape[1]
+        wider = {name: _wider(getattr(self, name), 1) for name in ("conv", "ssm")}
+        self._replace(**wider, table=_wider(self.table, 0), positions=_wider(self.positions, 0))
+        self.free_slots.extend(range(before, self.conv.shape[1]))
+
+    def _replace(self, **pools: Tensor) -> None:
+        """Put larger pools in the place of others; graphs that knew those are captured again."""
+        self.graphs.clear()
+        for name, pool in pools.items():
+            setattr(self, name, pool)
+
+    # ---- one token ---------------------------------------------------------------------------------------------------
+
+    def step(self, tokens: Sequence[int], slots: Sequence[Slot]) -> Tensor:
+        """Read one token of each sequence. Returns the scores of the next ones, fp32 (rows, V), on the host: on their way there until
+        ``arrived`` says so. Raises Zamba2Error."""
+        for slot in slots:
+            self._room(slot, slot.position)
+        count, bucket = len(slots), next(bucket for bucket in BUCKETS if bucket >= len(slots))
+        self.arrived()  # the last call's rows have been taken
+        self.rows[:, count:bucket] = 0  # those that fill a bucket work on the scratch slot
+        self.rows[:, :count] = (tokens, [slot.number for slot in slots], [slot.position for slot in slots])
+        self.given.copy_(self.asked, non_blocking=True)
+        logits = self._replayed(bucket)[:count] if self.device.type == "cuda" else self._token(bucket)[:count]
+        scores = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self.device.type == "cuda")
+        scores.copy_(logits, non_blocking=True)  # the graph writes to the same place next time
+        if self.done is not None:
+            self.done.record()
+        for slot in slots:
+            slot.position += 1
+        return scores
+
+    def arrived(self) -> None:
+        """Wait until what ``step`` returned last is there."""
+        if self.done is not None:
+            self.done.synchronize()
+
+    def _replayed(self, bucket: int) -> Tensor:
+        if bucket not in self.graphs:
+            held = self.given.clone()
+            self._capture(bucket)
+            self.given.copy_(held)
+        graph, logits = self.graphs[bucket]
+        graph.replay()
+        return logits
+
+    def _capture(self, bucket: int) -> None:
+        """Run once on the scratch slot, which compiles what is not compiled yet, then capture."""
+        self.given.zero_()
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._token(bucket)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._token(bucket)
+        self.graphs[bucket] = (graph, logits)
+
+    def _token(self, count: int) -> Tensor:
+        """The forward pass of the given tokens' first ``count``; FACTS 2 names every value."""
+        model, config = self.model, self.config
+        ids, slots, positions = self.given[:, :count]
+        self.positions[slots.long()] = positions
+        weight = model.embed_tokens.weight
+        x0 = embedding(ids.long(), weight) if isinstance(weight, Packed) else F.embedding(ids.long(), weight).float()
+        x, hoisted = x0, dict[int, Tensor]()
+        for layer in model.layers:
+            assert isinstance(layer, DecoderLayer)
+            t = None
+            if layer.linear is not None:
+                assert layer.layer.block is not None
+                block = model.shared_blocks[layer.layer.block]
+                assert isinstance(block, SharedBlock)
+                t = self._linear(self._block(x, x0, block, layer.layer, slots, hoisted), layer.linear.weight)
+            x = self._mixer(x, t, layer, slots)
+        head = weight if model.lm_head is None else model.lm_head.weight
+        return self._linear(x, head, norm=model.final_layernorm.weight, eps=config.rms_norm_eps)
+
+    def _linear(self, x: Tensor, weight: Tensor | Packed, **around: Any) -> Tensor:
+        return linear(x, weight, early=self.early, **around)
+
+    def _block(self, x: Tensor, x0: Tensor, block: SharedBlock, layer: Layer, slots: Tensor, hoisted: dict[int, Tensor]) -> Tensor:
+        config, attention, mlp = self.config, block.self_attn, block.feed_forward
+        assert attention.split is not None and layer.block is not None and layer.position is not None
+        (left, right), weight = attention.split, block.input_layernorm.weight
+        if layer.block not in hoisted:
+            hoisted[layer.block] = self._linear(x0 * weight[config.hidden_size :], right)
+        first = weight[: config.hidden_size]
+        qkv = self._linear(x, left, norm=first, eps=block.eps, beside=x0, hoisted=hoisted[layer.block])
+        if attention.adapters:
+            normed, scale = self.model.ops.concat_rms_norm(x, x0, weight, block.eps)
+            u = torch.cat([normed, x0 * weight[config.hidden_size :] * scale], dim=-1)
+            lists = (attention.linear_q_adapter_list, attention.linear_k_adapter_list, attention.linear_v_adapter_list)
+            adapters = [_matrices(own[str(layer.position)]) for own in lists]
+            qkv = qkv + torch.cat([self._linear(self._linear(u, down), up) for down, up in adapters], dim=-1)
+        y = attend(
+            qkv, self.pages, self.table, self.positions, slots, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+            head_dim=config.attention_head_dim, scale=config.attention_scale, rope=self.frequencies, layer=layer.position,
+        )  # fmt: skip
+        o = self._linear(y, attention.o_proj.weight)
+        (down, up), norm = _matrices(mlp.gate_up_proj_adapter_list[str(layer.position)]), block.pre_ff_layernorm.weight
+        low = (self._linear(o, down, norm=norm, eps=block.eps), up)
+        f = self._linear(o, mlp.gate_up_proj.weight, norm=norm, eps=block.eps, low=low, geglu=True)
+        return self._linear(f, mlp.down_proj.weight)
+
+    def _mixer(self, x: Tensor, t: Tensor | None, layer: DecoderLayer, slots: Tensor) -> Tensor:
+        config, mixer, i = self.config, layer.mamba, layer.layer.index
+        assert isinstance(mixer, Mamba2)
+        projected = self._linear(x, mixer.in_proj.weight, norm=layer.input_layernorm.weight, eps=layer.eps, plus=t)
+        gated = mixer_step(
+            projected, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, self.conv[i], self.ssm[i],
+            slots, self.positions, heads=config.n_mamba_heads, head_dim=config.mamba_headdim, groups=config.mamba_ngroups,
+            state_size=config.mamba_d_state, early=self.early,
+        )  # fmt: skip
+        if config.mamba_ngroups == 1:
+            return self._linear(gated, mixer.out_proj.weight, norm=mixer.norm.weight, eps=GATED_EPS, residual=x)
+        gated = self.model.ops.rms_norm(gated, mixer.norm.weight, GATED_EPS, groups=config.mamba_ngroups)
+        return self._linear(gated, mixer.out_proj.weight, residual=x)
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    """A tensor of a state that has read something."""
+    assert tensor is not None
+    return tensor
+
+
+def _matrices(adapter: nn.Module) -> tuple[Tensor | Packed, Tensor | Packed]:
+    """An adapter's two, (rank, in) and (out, rank)."""
+    assert isinstance(adapter, Adapter)
+    down, up = (projection.weight for projection in adapter)
+    return cast("tuple[Tensor | Packed, Tensor | Packed]", (down, up))
+
+
+def _wider(pool: Tensor, dim: int) -> Tensor:
+    """Twice the pool along a dimension; what is new is zero."""
+    return torch.cat([pool, torch.zeros_like(pool)], dim=dim)

@@ -1,0 +1,282 @@
+"""The GPU path behind the waist: decoding in slots, packed weights, and the laws of DESIGN 3 on them.
+
+On a machine with a GPU the kernels run there, as CUDA graphs; elsewhere in Triton's interpreter on the CPU, on models in little.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import triton_interpreter  # noqa: F401
+from op_cases import MODEL, logits_error
+from strategies import MINIATURES, random_model, random_tokens
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from zamba2.config import Config
+from zamba2.errors import Zamba2Error
+from zamba2.language.model import LanguageModel
+from zamba2.language.tokenizer import Tokenizer
+from zamba2.model.model import Zamba2
+from zamba2.runtime import torch as torch_runtime
+from zamba2.runtime.backend import Row
+from zamba2.runtime.torch import TorchBackend, TorchState, check_room, device_of
+from zamba2.train.instructions import tasks
+from zamba2.weights.checkpoint import FP32_PARTS, load_packed, packed_model
+from zamba2.weights.formats import unpack
+from zamba2.weights.hub import DEMO
+from zamba2.weights.packed import Packing, Part, open_packed
+from zamba2.weights.synthetic import write_synthetic
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16)
+# bf16: the decoder rounds the inputs of products, and only those; the model rounds all that lies between too, and is off by twice this
+LOGITS = {torch.float32: MODEL[torch.float32].output, torch.bfloat16: 8e-2}
+# A decoded token of a miniature takes seconds in the interpreter: the rest runs with -m slow.
+interpreted_slowly = [] if DEVICE == "cuda" else [pytest.mark.slow]
+slowly = pytest.mark.parametrize("_", [pytest.param(None, marks=interpreted_slowly, id="all")])
+named = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "7b" else interpreted_slowly) for name in MINIATURES])
+
+
+def model_of(name: str, dtype: torch.dtype) -> Zamba2:
+    """As a checkpoint is loaded: small weights that need it stay fp32."""
+    model = random_model(MINIATURES[name], 3, ops="auto")
+    for parameter, weight in model.named_parameters():
+        weight.data = weight.data.to(torch.float32 if parameter.endswith(FP32_PARTS) else dtype)
+    return model
+
+
+def backend_of(name: str, dtype: torch.dtype = torch.float32) -> TorchBackend:
+    return TorchBackend(model_of(name, dtype).to(DEVICE), decode=True)
+
+
+def truth(name: str, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    """Logits (T, V) of the reference in fp64 on the rounded weights."""
+    with torch.no_grad():
+        found: Tensor = model_of(name, dtype).double()(tokens[None])[0]
+    return found
+
+
+def read(backend: TorchBackend, state: TorchState, tokens: Tensor, *, logits: int = 1) -> Tensor:
+    """One row of one call. tokens: (T,)."""
+    (found,) = backend.forward([Row(tokens.numpy().astype(np.int32), state, logits)])
+    return torch.from_numpy(np.array(found.numpy()))
+
+
+def decoded(backend: TorchBackend, state: TorchState, tokens: Tensor) -> Tensor:
+    """Scores (T, V) behind each token, read one by one."""
+    return torch.cat([read(backend, state, token[None]) for token in tokens])
+
+
+@named
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decoding_is_reading_at_once(name: str, dtype: torch.dtype) -> None:
+    """T tokens decoded one by one behind a prompt, or from nothing, give the logits of the model over the whole text."""
+    backend, tokens = backend_of(name, dtype), random_tokens(MINIATURES[name], 5, 9)
+    expected = truth(name, dtype, tokens)
+    for prompt in (0, 7) if DEVICE == "cuda" else (6,):
+        state = backend.new_state()
+        if prompt:
+            read(backend, state, tokens[:prompt])
+        found = decoded(backend, state, tokens[prompt:])
+        assert logits_error(found, expected[prompt:]) <= LOGITS[dtype]
+        assert state.position == len(tokens)
+        assert state.slot is not None
+
+
+@slowly
+def test_pages_and_their_table_grow(_: None) -> None:
+    """A text goes on over the borders of pages and of the pools that were made first, and nothing of it is lost."""
+    backend, tokens = backend_of("2.7b"), random_tokens(MINIATURES["2.7b"], 6, 140)
+    decoder = backend.decoder
+    assert decoder is not None
+    decoder.free_pages, decoder.table = [2, 1], decoder.table[:, :1].contiguous()
+    state = backend.new_state()
+    read(backend, state, tokens[:62])
+    first, again = decoded(backend, state, tokens[62:67]), read(backend, state, tokens[67:125])
+    found = torch.cat([first, again, decoded(backend, state, tokens[125:])])
+    expected = truth("2.7b", torch.float32, tokens)[[62, 63, 64, 65, 66, 124, *range(125, 140)]]
+    assert logits_error(found, expected) <= LOGITS[torch.float32]
+    assert decoder.table.shape[1] > 1
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=interpreted_slowly) for name in MINIATURES])
+def test_row_of_a_batch_is_the_row_alone(name: str) -> None:
+    """Sequences that join and leave a batch, each at its own length, in any order, decode to what each gives alone, bit for bit."""
+    config, lengths = MINIATURES[name], [3, 1, 6, 4, 2]
+    backend = backend_of(name)
+    texts = [random_tokens(config, 10 + i, length + 4) for i, length in enumerate(lengths)]
+
+    def started() -> list[TorchState]:
+        states = [backend.new_state() for _ in texts]
+        for state, text, length in zip(states, texts, lengths, strict=True):
+            read(backend, state, text[:length])
+        return states
+
+    alone = [decoded(backend, state, text[length:]) for state, text, length in zip(started(), texts, lengths, strict=True)]
+    states, found = started(), [list[Tensor]() for _ in texts]
+    for turn in ([0, 1, 2], [4, 2], [3, 1, 0, 4, 2], [0, 1, 3], [4, 3], [2, 0, 1], [3, 4]):
+        some = [i for i in turn if len(found[i]) < 4]
+        rows = [Row(texts[i][lengths[i] + len(found[i])][None].numpy().astype(np.int32), states[i]) for i in some]
+        for i, scores in zip(some, backend.forward(rows), strict=True):
+            found[i].append(torch.from_numpy(np.array(scores.numpy())))
+    for one, other in zip(alone, found, strict=True):
+        assert logits_error(torch.cat(other), one) <= LOGITS[torch.float32]
+
+
+def test_batch_of_mixed_rows() -> None:
+    """Prompts and single tokens may share a call; each row gets its own scores."""
+    backend, tokens = backend_of("7b"), random_tokens(MINIATURES["7b"], 1, 9)
+    expected = truth("7b", torch.float32, tokens)
+    one, other = backend.new_state(), backend.new_state()
+    read(backend, one, tokens[:8])
+    rows = [Row(tokens[:5].numpy().astype(np.int32), other, 2), Row(tokens[8:].numpy().astype(np.int32), one)]
+    first, second = (torch.from_numpy(np.array(scores.numpy())) for scores in backend.forward(rows))
+    assert logits_error(first, expected[3:5]) <= LOGITS[torch.float32]
+    assert logits_error(second, expected[8:]) <= LOGITS[torch.float32]
+
+
+@slowly
+def test_states_are_copied_saved_and_go_on(tmp_path: Path, _: None) -> None:
+    """A copy made while decoding is independent, a saved state continues alike, and a prompt may follow decoded tokens."""
+    backend, tokens = backend_of("1.2b"), random_tokens(MINIATURES["1.2b"], 2, 24)
+    expected = truth("1.2b", torch.float32, tokens)
+    state = backend.new_state()
+    read(backend, state, tokens[:5])
+    decoded(backend, state, tokens[5:8])
+    copy = state.copy()
+    state.save(tmp_path / "state")
+    decoded(backend, copy, random_tokens(MINIATURES["1.2b"], 9, 3))  # elsewhere
+    restored = backend.new_state()
+    restored.load(tmp_path / "state")
+    for own in (state, restored):
+        assert logits_error(decoded(backend, own, tokens[8:10]), expected[8:10]) <= LOGITS[torch.float32]
+        assert logits_error(read(backend, own, tokens[10:20], logits=10), expected[10:20]) <= LOGITS[torch.float32]
+        assert logits_error(decoded(backend, own, tokens[20:]), expected[20:]) <= LOGITS[torch.float32]
+
+
+@slowly
+def test_slots_are_given_back_and_taken(monkeypatch: pytest.MonkeyPatch, _: None) -> None:
+    """More sequences than slots take turns and lose nothing; what a forgotten sequence held is free again."""
+    monkeypatch.setattr(torch_runtime, "MOST_TOGETHER", 3)
+    backend, config = backend_of("2.7b"), MINIATURES["2.7b"]
+    decoder = backend.decoder
+    assert decoder is not None
+    texts = [random_tokens(config, 20 + i, 5) for i in range(5)]
+    states = [backend.new_state() for _ in texts]
+    found = [torch.stack([read(backend, state, text[at, None])[0] for state, text in zip(states, texts, strict=True)]) for at in range(5)]
+    for i, text in enumerate(texts):
+        assert logits_error(torch.stack([scores[i] for scores in found]), truth("2.7b", torch.float32, text)) <= LOGITS[torch.float32]
+    assert sum(state.slot is not None for state in states) <= 3
+    del states, found
+    gc.collect()
+    assert sorted(decoder.free_slots) == list(range(1, decoder.conv.shape[1]))
+    assert sorted(decoder.free_pages) == list(range(1, decoder.pages.shape[1]))
+
+
+def unpacked(path: Path, config: Config, dtype: torch.dtype) -> Zamba2:
+    """The model over the weights that a packed checkpoint stands for, on the CPU."""
+    file, packing, plan = open_packed(path, config)
+
+    def values(part: Part) -> Tensor:
+        data = np.frombuffer(file.read(part.name), dtype=np.uint8)
+        if not part.is_matrix:
+            return torch.from_numpy(data.view(np.float32).copy())
+        return torch.from_numpy(unpack(data, part.shape[0], part.shape[1], packing.of(part)))
+
+    model = Zamba2(config)
+    for part in plan:
+        tensor = values(part)
+        if part.half is None:
+            model.get_parameter(part.name).data = tensor.reshape(model.get_parameter(part.name).shape)
+            continue
+        sizes = [model.get_parameter(source).shape[0] for source in part.sources]
+        for source, rows in zip(part.sources, tensor.split(sizes), strict=True):
+            half = slice(part.half * part.shape[1], (part.half + 1) * part.shape[1])
+            model.get_parameter(source).data[:, half] = rows
+    return model.to(dtype).eval()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU here, and the interpreter would take hours")
+def test_greedy_text_is_the_cpus() -> None:
+    """To 50 prompts the demonstration model gives the same greedy text on the GPU, all together, as on the CPU, both in fp32."""
+    config = Config.from_file(DEMO / "config.json")
+    tokenizer = Tokenizer.from_folder(DEMO, config=config)
+    prompts = [tokenizer.encode_chat(task.messages[:-1]) for task in islice(tasks("gpu", split="test"), 50)]
+
+    def texts(device: str) -> list[str]:
+        backend = TorchBackend(unpacked(DEMO, config, torch.float32).to(device))
+        return [answer.text for answer in LanguageModel(backend, tokenizer).generate(prompts, max_tokens=80)]
+
+    found, expected = texts(DEVICE), texts("cpu")
+    assert sum(map(bool, expected)) >= 45
+    assert found == expected
+
+
+@pytest.mark.parametrize("format", ["q8", "q4", "bf16"])
+@pytest.mark.parametrize("name", ["2.7b", "1.2b"])
+def test_packed_weights(name: str, format: str, tmp_path: Path) -> None:
+    """A packed checkpoint on the GPU gives, for prompts and decoded tokens, what the weights in it give in fp64."""
+    config = replace(MINIATURES[name], hidden_size=64, intermediate_size=96, vocab_size=80, n_mamba_heads=4, num_attention_heads=4)
+    write_synthetic(config, Packing.named(format), tmp_path / "packed", seed=1)
+    model = unpacked(tmp_path / "packed", config, torch.float64)
+    tokens = random_tokens(config, 4, 80)
+    with torch.no_grad():
+        expected = model(tokens[None])[0]
+    backend = TorchBackend(load_packed(tmp_path / "packed", config, device=torch.device(DEVICE)), decode=True)
+    state = backend.new_state()
+    first = read(backend, state, tokens[:76], logits=3)
+    found = torch.cat([first, decoded(backend, state, tokens[76:])])
+    assert logits_error(found, expected[73:]) <= LOGITS[torch.bfloat16]
+
+
+def test_formats_have_fingerprints_of_their_own(tmp_path: Path) -> None:
+    """A state of one packing is refused by the other: each says who it is."""
+    config = MINIATURES["2.7b"]
+    found = set()
+    for format in ("q8", "q4"):
+        write_synthetic(config, Packing.named(format), tmp_path / format)
+        found.add(TorchBackend(load_packed(tmp_path / format, config, device=torch.device(DEVICE)), decode=False).fingerprint)
+    assert len(found) == 2
+
+
+def test_values_that_are_not_finite() -> None:
+    """A weight that is NaN gives one sentence and no scores, when decoding too."""
+    model = random_model(MINIATURES["2.7b"], 3, ops="auto").to(DEVICE)
+    model.layers[0].mamba.norm.weight.data[0] = torch.nan
+    backend = TorchBackend(model, decode=True)
+    with pytest.raises(Zamba2Error, match="not finite"):
+        read(backend, backend.new_state(), torch.tensor([5]))
+
+
+def test_what_a_gpu_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old a card and too little memory give one sentence with the numbers; no GPU and a wrong driver name the way out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(Zamba2Error, match=r"Tesla T4 has compute capability 7\.5; 8\.0 is needed"):
+        device_of("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3_000_000_000, 8_000_000_000))
+    with pytest.raises(Zamba2Error, match=r"needs 5\.8 GB on cuda, where 3\.0 of 8\.0 GB are free"):
+        check_room(torch.device("cuda"), 5_300_000_000)
+    check_room(torch.device("cuda"), 2_000_000_000)
+
+
+def test_packed_model_reads_each_part_once() -> None:
+    """Every tensor of a packed checkpoint is asked for once, so that a download can be streamed."""
+    config, asked = MINIATURES["2.7b"], list[str]()
+
+    def read_part(part: Part) -> Tensor:
+        asked.append(part.name)
+        size = Packing.named("q8").of(part).nbytes(*part.shape) if part.is_matrix else part.count
+        return torch.zeros(size, dtype=torch.uint8 if part.is_matrix else torch.float32)
+
+    packed_model(config, Packing.named("q8"), read_part)
+    assert len(asked) == len(set(asked)) > 20
