@@ -664,7 +664,7 @@ def decode(backend: Any, setting: Setting) -> Result:
 
 def batch(backend: Any, setting: Setting) -> Result:
     """Many sequences together."""
-    return generation(backend, setting, setting.pick(BATCH, 3), setting.pick(32, 1))
+    return generation(backend, setting, setting.pick(BATCH, 3), setting.pick(96, 1))
 
 
 def generation(backend: Any, setting: Setting, sequences: int, new: int) -> Result:
@@ -752,7 +752,7 @@ def rival_speed(setting: Setting) -> Iterator[Result]:
 # ---- documents: packed batches ----------------------------------------------------------------------------------------------
 
 # Of hidden states, of all gradients together, of each. fp32: tests/op_cases.MODEL; bf16: small sums of large terms may differ much.
-DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (3e-2, 6e-2, 0.5)}
+DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (3e-2, 1e-1, 0.5)}
 
 
 def documents(setting: Setting) -> Iterator[Result]:
@@ -796,17 +796,34 @@ def packed_and_separate(
 
 
 def train(setting: Setting) -> Iterator[Result]:
-    """Ours: batch 1 x 2,048 tokens, bf16 weights and optimizer states, gradients of all weights."""
+    """Ours: batch 1 x 2,048 tokens, bf16 weights and optimizer states, gradients of all weights; the two passes as a recipe with
+    ``graph: true`` has them, one CUDA graph, then without."""
+    from zamba2.train.graph import GraphedStep
+
     model = random_zamba2(setting.config, setting.device, BF16, trained=True)
     ids, labels = training_batch(setting)
 
-    def loss() -> Tensor:
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
         return mean_loss(model, model.hidden_states(ids)[0], labels[0])
 
     yield {"loss": loss_name()} | train_operations(setting)
-    step = training_step(setting, model, loss)
-    yield step_times(setting, step)
-    yield {"profile": profiled(setting, lambda: step(Clock(setting)))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    both = GraphedStep(loss, model.parameters())
+
+    def graphed(clock: Clock) -> None:
+        clock.mark()
+        both(ids=ids, labels=labels)
+        clock.mark()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.mark()
+
+    graph = attempt(setting, lambda: step_times(setting, graphed) | {"profile": profiled(setting, lambda: graphed(Clock(setting)))})
+    yield graph if "error" not in graph else {"graph": graph}
+    both.captured.clear()
+    step = training_step(setting, optimizer, lambda: loss(ids, labels))
+    eager = step_times(setting, step, 3)
+    yield {"without_graph": eager} if "error" not in graph else eager
 
 
 def loss_name() -> str:
@@ -839,9 +856,8 @@ def train_operations(setting: Setting) -> Result:
     return {"operations": weights, "attention_operations": 6.0 * length**2 * config.attention_hidden_size * len(config.hybrid_layer_ids)}
 
 
-def training_step(setting: Setting, model: Any, loss: Callable[[], Tensor]) -> Callable[[Clock], None]:
-    """A step with fused AdamW that marks the ends of forward, backward and update."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+def training_step(setting: Setting, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> Callable[[Clock], None]:
+    """A step that marks the ends of forward, backward and update."""
 
     def step(clock: Clock) -> None:
         clock.mark()
@@ -871,7 +887,7 @@ def step_times(setting: Setting, step: Callable[[Clock], None], repeats: int = 6
         runs.append(clock.seconds())
     medians = [statistics.median(part) for part in zip(*runs, strict=True)]
     return {
-        "seconds": statistics.median(map(sum, runs)), "forward_backward_update_seconds": medians, "warm_up_seconds": warm_seconds,
+        "seconds": statistics.median(map(sum, runs)), "parts_seconds": medians, "warm_up_seconds": warm_seconds,
         "peak_bytes": peak_bytes(setting), "tokens": setting.pick(LONG_PROMPT, 16),
     }  # fmt: skip
 
@@ -895,7 +911,7 @@ def rival_step(setting: Setting) -> Iterator[Result]:
         found: Tensor = model(input_ids=ids, labels=labels, use_cache=False).loss
         return found
 
-    step = training_step(setting, model, loss)
+    step = training_step(setting, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), loss)
     try:
         yield step_times(setting, step, 5) | {"checkpointing": False}
         return

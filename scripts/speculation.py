@@ -67,7 +67,7 @@ class Counting:
     """A backend that counts its calls."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.config, self.together, self.calls = backend, backend.config, backend.together, 0
+        self.backend, self.config, self.together, self.stretch, self.calls = backend, backend.config, backend.together, backend.stretch, 0
         self.new_state = backend.new_state
 
     def forward(self, rows: Sequence[Row]) -> list[Logits]:

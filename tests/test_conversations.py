@@ -30,12 +30,13 @@ class Watched:
     """A backend that counts the tokens read and raises when told to."""
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.config, self.together = backend, backend.config, backend.together
+        self.backend, self.config, self.together, self.stretch = backend, backend.config, backend.together, backend.stretch
         self.read = 0
         self.calls_until_error: int | None = None
 
     config: Config
     together: int
+    stretch: int
 
     def new_state(self, *, adapter: str | None = None) -> State:
         return self.backend.new_state(adapter=adapter)
@@ -220,15 +221,15 @@ def test_an_interrupt_between_reading_and_sampling(model: LanguageModel, watched
 
     conversation, reference = begin(model, watched), Reference(model)
     steps = iter(range(100))
-    original = generate.Running.step
+    original = generate.Running.steps
 
-    def step(self: Any, scores: Any) -> Any:
+    def step(self: Any, *rest: Any) -> Any:
         if next(steps) == 3:
             raise KeyboardInterrupt
-        return original(self, scores)
+        return original(self, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.Running, "step", step)
+        patch.setattr(generate.Running, "steps", step)
         with pytest.raises(KeyboardInterrupt):
             say(conversation, TURNS[0])
     assert conversation.unread == []

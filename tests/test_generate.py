@@ -17,7 +17,7 @@ from strategies import MINIATURES, random_model, random_tokens
 
 import zamba2
 from zamba2.errors import Zamba2Error
-from zamba2.language.generate import PREFILL_STEP, Generation, Request, StopText, collect, run
+from zamba2.language.generate import Generation, Request, StopText, collect, run
 from zamba2.language.model import LanguageModel
 from zamba2.language.sampling import Sampling
 from zamba2.model.model import Zamba2
@@ -311,6 +311,9 @@ def test_pieces_carry_the_state(model: LanguageModel) -> None:
     length = len(model.tokenizer.encode(PROMPTS[0]))
     positions = [piece.state.position for piece in model.stream(PROMPTS[0], max_tokens=5)]
     assert positions == [length + i for i in range(5)]
+
+
+PREFILL_STEP = 512  # the engine's stretch
 
 
 @pytest.mark.parametrize("length", [PREFILL_STEP - 1, PREFILL_STEP, PREFILL_STEP + 1, 1024, 1025, 1100])

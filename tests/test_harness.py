@@ -177,7 +177,7 @@ class Counting:
     """A backend that counts the tokens it reads and fails after ``most`` calls."""
 
     def __init__(self, backend: Any, most: int = 10**9) -> None:
-        self.backend, self.config, self.most, self.together = backend, backend.config, most, 1
+        self.backend, self.config, self.most, self.together, self.stretch = backend, backend.config, most, 1, backend.stretch
         self.calls = self.tokens = 0
         self.fingerprint = backend.fingerprint
 

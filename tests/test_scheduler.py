@@ -198,7 +198,7 @@ def test_a_failing_model_is_said(model: LanguageModel, prompts: list[list[int]])
     """A model that fails ends all requests with what happened, and later ones at once."""
 
     class Broken:
-        config, together = model.backend.config, 8
+        config, together, stretch = model.backend.config, 8, 512
 
         def new_state(self, *, adapter: str | None = None) -> Any:
             return model.backend.new_state()
@@ -237,7 +237,7 @@ def test_a_fault_of_one_ends_it_alone(model: LanguageModel, prompts: list[list[i
     """A call that fails for one of its rows is made for each of them: the others' replies stay what they are."""
 
     class Picky:
-        config, together = model.backend.config, 1
+        config, together, stretch = model.backend.config, 1, 512
 
         def new_state(self, *, adapter: str | None = None) -> Any:
             return model.backend.new_state()

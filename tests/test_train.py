@@ -342,6 +342,26 @@ def test_accumulation_changes_nothing(tmp_path, stage):
 
 
 @pytest.mark.parametrize(
+    "fields", [{}, {"batch_size": 8, "device_batch_size": 2, "precision": "bf16-mixed"}, {"lora": {"rank": 2}}], ids=str
+)
+def test_graphed_steps_are_the_steps(tmp_path, fields):
+    """A run whose passes are made for CUDA graphs has the losses and weights of one whose are not, several rows to a step too."""
+    found = {}
+    for graph in (False, True):
+        own = recipe(tmp_path, "sft", packing=True, graph=graph, out=tmp_path / str(graph), **fields)
+        found[graph] = (weights(module.run(own)), losses(own.out))
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-6)
+    assert all(torch.allclose(found[True][0][name], found[False][0][name], rtol=1e-5, atol=1e-7) for name in found[True][0])
+
+
+def test_graphs_are_refused_where_they_cannot_be(tmp_path):
+    """A step that is not of one fixed form is no graph: the recipe says so."""
+    for fields in ({"packing": False}, {"checkpointing": True}, {"rounding": "q4"}):
+        with pytest.raises(ValueError, match="graph is for stage sft with packing"):
+            recipe(tmp_path, "sft", **({"packing": True, "graph": True} | fields))
+
+
+@pytest.mark.parametrize(
     ("stage", "fields"), [("sft", {}), ("dpo", {}), ("sft", {"optimizer": "muon"}), ("sft", {"rounding": "q4"})], ids=str
 )
 def test_resuming_changes_nothing(tmp_path, stage, fields):

@@ -397,6 +397,14 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=read.past_key_values)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
+    def packed_loss(self, input_ids: Tensor, labels: Tensor, seq_idx: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        """The loss of packed rows, divided by the number of labels given, without looking at any value: a CUDA graph can hold it.
+
+        input_ids, labels (IGNORED where there is none), seq_idx: (b, T), document numbers that rise from token to token or stay.
+        """
+        x = self.model.hidden_states(input_ids, seq_idx=seq_idx)
+        return self._loss(x[:, :-1], labels[:, 1:], {"num_items_in_batch": num_items_in_batch})
+
     def _loss(self, x: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
         """The loss of hidden states (b, T, H) whose next tokens are known, where they count, without logits that are ever whole."""
         if x.device.type != "cuda" or not has_triton():

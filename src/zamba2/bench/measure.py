@@ -198,7 +198,7 @@ def repeat(backend: Any, texts: list[npt.NDArray[np.int32]], new_tokens: int) ->
 
 def likeliest(scores: Iterable[Any]) -> list[npt.NDArray[np.int32]]:
     """The next token of each sequence, int32 [1]; a GPU is waited for."""
-    return [own.numpy()[-1:].argmax(-1).astype(np.int32) for own in scores]
+    return [own.likeliest()[-1:] for own in scores]
 
 
 def product_kind(isa: str, format: str) -> str:

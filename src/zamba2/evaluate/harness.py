@@ -27,7 +27,6 @@ import numpy as np
 
 from zamba2.errors import Zamba2Error, notice
 from zamba2.evaluate.answers import Ours, Transformers
-from zamba2.language.generate import PREFILL_STEP as STEP
 from zamba2.language.generate import collect
 from zamba2.language.messages import brief
 from zamba2.language.model import LanguageModel, make_request
@@ -37,6 +36,7 @@ from zamba2.runtime.backend import Backend, Row, State
 
 __all__ = ["BATCH", "Prefixes", "generations", "loglikelihoods", "model_class", "open_lm", "register", "run_tasks"]
 
+STEP = 512  # tokens; splitting there changes no bit in the engine
 BATCH = 8  # sequences read and continued together
 POSITIONS = 1024  # of one call for which all scores are kept: 131 MB with 32,000 tokens in the vocabulary
 MAX_GEN_TOKS = 256  # of lm-eval, where a task names no limit

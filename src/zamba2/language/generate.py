@@ -18,11 +18,10 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.language.sampling import Sampler, Sampling, log_softmax, top_logprobs
 from zamba2.language.speculate import Guesses, Prices
 from zamba2.language.tokenizer import IncrementalDecoder, Tokenizer
-from zamba2.runtime.backend import Backend, Row, State
+from zamba2.runtime.backend import Backend, Logits, Row, State
 
 __all__ = ["Constraint", "Generation", "Piece", "Request", "Running", "TokenLogprob", "collect", "guess_all", "judge", "next_row", "run"]
 
-PREFILL_STEP = 512  # tokens between two progress reports while a prompt is read
 Progress = Callable[[int, int], None]  # tokens read, tokens in all
 Scores = npt.NDArray[np.float32]
 
@@ -161,11 +160,16 @@ class Running:
         self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental(after=request.tokens)
         self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
         self.stop_text = StopText(request.stop)
+        self.plain = request.sampling.is_plain and request.logprobs is None and request.constraint is None
         self.guesses = Guesses([*request.history, *request.tokens])
         self.count = 0
 
-    def steps(self, scores: np.ndarray, guess: Sequence[int] = ()) -> list[Piece]:
-        """Go on by the tokens of a guess that come true, and one more. scores: (1 + guess, V), of a recorded call if there is a guess."""
+    def steps(self, logits: Logits, guess: Sequence[int] = ()) -> list[Piece]:
+        """Go on by the tokens of a guess that come true, and one more. logits: their last 1 + guess positions count, of a recorded call if
+        there is a guess."""
+        if self.plain and not guess:
+            return [self.said(self.sampler.take(int(logits.likeliest()[-1])))]
+        scores = logits.numpy()[-1 - len(guess) :]
         pieces = [self.step(scores[0])]
         for token, own in zip(guess, scores[1:], strict=True):
             if pieces[-1].finish_reason is not None or pieces[-1].token != token:
@@ -176,17 +180,21 @@ class Running:
         return pieces
 
     def step(self, scores: np.ndarray) -> Piece:
-        """Sample from the scores (V,) and say what became certain."""
+        """Sample from the scores (V,), and go on."""
         constraint = self.request.constraint
         token = self.sampler.sample(scores if constraint is None else constraint.mask(scores))
         if constraint is not None:
             constraint.accept(token)
-        self.count += 1
-        self.guesses.push(token)
         logprob = None
         if self.request.logprobs is not None:
             own = log_softmax(scores)
             logprob = TokenLogprob(token, float(own[token]), tuple(top_logprobs(scores, self.request.logprobs)))
+        return self.said(token, logprob)
+
+    def said(self, token: int, logprob: TokenLogprob | None = None) -> Piece:
+        """Go on by a token, and say what became certain."""
+        self.count += 1
+        self.guesses.push(token)
         ended = token in self.ends
         last = ended or self.count >= self.request.max_tokens
         text = ""
@@ -217,8 +225,8 @@ def run(
     guesses: list[list[int]] = [[] for _ in sequences]
     begun: float | None = None
     while sequences:
-        scores = [logits.numpy() for logits in backend.forward(rows)]
-        found = [one.steps(own[-1 - len(guess) :], guess) for one, own, guess in zip(sequences, scores, guesses, strict=True)]
+        scores = backend.forward(rows)
+        found = [one.steps(own, guess) for one, own, guess in zip(sequences, scores, guesses, strict=True)]
         judge(prices, sequences, guesses, found, None if begun is None else time.perf_counter() - begun)
         yield from itertools.chain.from_iterable(found)
         begun = time.perf_counter()
@@ -266,7 +274,7 @@ def _read_prompts(backend: Backend, sequences: Sequence[Running], progress: Prog
             raise Zamba2Error(f"token id {wrong} is out of range; the model knows ids from 0 to {backend.config.vocab_size - 1}.")
         tokens = np.array(sequence.request.tokens, dtype=np.int32)
         while True:
-            step = PREFILL_STEP - sequence.state.position % PREFILL_STEP
+            step = backend.stretch - sequence.state.position % backend.stretch
             if len(tokens) <= step:
                 break
             backend.forward([Row(tokens[:step], sequence.state, logits=0)])

@@ -52,6 +52,12 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the most probable token that is taken, unchanged by anything: it need not see the logits."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return self.temperature == 0 and not penalties
+
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, 0.0, LARGEST, "a finite number from 0 (greedy)")
         _check("top_k", self.top_k, 0, LARGEST, "a whole number from 0 (off)", kind=Integral)
@@ -93,15 +99,18 @@ class Sampler:
         self._counts = np.zeros(vocab_size, dtype=np.int64)
         self._rng = np.random.Generator(np.random.PCG64(sampling.seed))
 
+    def take(self, token: int) -> int:
+        """Remember a token that was chosen elsewhere, which ``Sampling.is_plain`` allows."""
+        self._counts[token] += 1
+        return token
+
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         """Choose and remember the next token from logits float32 [V]; -inf masks a token out.
 
         Raises Zamba2Error when the logits hold NaN or +inf, or leave no token to choose.
         """
         ids, probabilities = _candidates(logits, self.sampling, self._prompt, self._counts)
-        token = int(ids[0] if ids.size == 1 else ids[_draw(probabilities, self._rng.random())])
-        self._counts[token] += 1
-        return token
+        return self.take(int(ids[0] if ids.size == 1 else ids[_draw(probabilities, self._rng.random())]))
 
 
 def distribution(

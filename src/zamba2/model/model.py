@@ -399,7 +399,8 @@ class Zamba2(nn.Module):
     def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * base ** (-2i / d). positions: (b, T). Returns (b, 1, T, head_dim), fp32."""
         d = self.config.attention_head_dim
-        exponents = torch.arange(0, d, 2, dtype=torch.float64) / d  # a last digit here grows with the position
+        home = positions.device if positions.device.type == "cuda" else "cpu"  # Apple's GPUs have no fp64
+        exponents = torch.arange(0, d, 2, dtype=torch.float64, device=home) / d  # a last digit here grows with the position
         frequencies = (self.config.rope_base**-exponents).to(positions.device, torch.float32)
         angles = (positions[:, None, :, None].float() * frequencies).repeat(1, 1, 1, 2)
         return angles.cos(), angles.sin()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 
-__all__ = ["Backend", "Logits", "Row", "State", "check_row"]
+__all__ = ["Backend", "Logits", "Row", "State", "best_of", "check_row", "checked_best"]
 
 
 class State(Protocol):
@@ -62,6 +62,11 @@ class Logits(Protocol):
     def numpy(self) -> npt.NDArray[np.float32]:
         """The scores on the host."""
 
+    def likeliest(self) -> npt.NDArray[np.int32]:
+        """int32 [k]: the most probable next token after each position, of equals the lowest; from a device these are all that comes.
+
+        Raises Zamba2Error where a score is NaN or +inf."""
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -78,17 +83,31 @@ class Backend(Protocol):
     """A loaded model. Rows of any lengths may share a call; each state may appear once in it.
 
     together: tokens, of one sequence or several, that a call reads in little more time than one; 1 where there is no such thing. So many
-    can be recorded.
+    can be recorded. stretch: tokens of a long prompt that a call should read; between two of them others may have their turn.
     """
 
     config: Config
     together: int
+    stretch: int
 
     def new_state(self, *, adapter: str | None = None) -> State:
         """An empty state at position 0. Raises Zamba2Error for an unknown adapter."""
 
     def forward(self, rows: Sequence[Row]) -> list[Logits]:
         """Read each row's tokens, advance its state, return its logits. Raises Zamba2Error for tokens out of range."""
+
+
+def best_of(scores: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+    """``Logits.likeliest`` of scores on the host, float32 [k, V]. Raises Zamba2Error."""
+    best = scores.argmax(-1)  # a NaN or +inf where there is one
+    return checked_best(best, np.take_along_axis(scores, best[:, None], -1))
+
+
+def checked_best(best: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+    """The tokens, if their scores are numbers. Raises Zamba2Error."""
+    if not np.isfinite(values).all():
+        raise Zamba2Error("the model produced NaN or infinite logits; the checkpoint is likely corrupt: download or convert it again.")
+    return best.astype(np.int32)
 
 
 def check_row(row: Row, vocab_size: int) -> npt.NDArray[np.int32]:

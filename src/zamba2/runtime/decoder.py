@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,7 +27,7 @@ from zamba2.model.ops.triton_step import PAGE, attend, mixer_step, read_conv, re
 from zamba2.model.packed import Packed
 from zamba2.model.state import KVCache, ModelState
 
-__all__ = ["MOST_ROWS", "Decoder", "Slot"]
+__all__ = ["MOST_ROWS", "Decoder", "Slot", "Step"]
 
 MOST_ROWS = 64  # sequences of a call
 BUCKETS = (1, 2, 4, 8, 16, 32, MOST_ROWS)  # a graph for each; a call takes the smallest that holds it
@@ -43,6 +45,25 @@ class Slot:
     def __del__(self) -> None:
         self.decoder.free_slots.append(self.number)
         self.decoder.free_pages.extend(self.pages)
+
+
+class Step:
+    """What a call computed for its rows."""
+
+    def __init__(self, decoder: Decoder, scores: Tensor, best: Tensor) -> None:
+        self._decoder, self._scores, self._best = decoder, scores, best
+
+    def best(self) -> npt.NDArray[np.float32]:
+        """(rows, 2): number and value of each row's largest score."""
+        self._decoder.arrived()
+        return cast("npt.NDArray[np.float32]", self._best.numpy())
+
+    def scores(self) -> Tensor:
+        """fp32 (rows, V) on the host, where all rows' come when the first is asked for."""
+        if self._scores.device.type != "cpu":
+            host = torch.empty(self._scores.shape, pin_memory=True)
+            self._scores = host.copy_(self._scores)
+        return self._scores
 
 
 class Decoder:
@@ -69,7 +90,7 @@ class Decoder:
         self.done = torch.cuda.Event() if self.device.type == "cuda" else None  # of the last call
         # Kernels may begin while those before them end, where the card can do that: then weights are on their way already.
         self.early = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         d = torch.arange(0, config.attention_head_dim, 2, dtype=torch.float64) / config.attention_head_dim
         self.frequencies = (config.rope_base**-d).float().to(self.device) if config.use_mem_rope else None
 
@@ -148,9 +169,8 @@ class Decoder:
 
     # ---- one token ---------------------------------------------------------------------------------------------------
 
-    def step(self, tokens: Sequence[int], slots: Sequence[Slot]) -> Tensor:
-        """Read one token of each sequence. Returns the scores of the next ones, fp32 (rows, V), on the host: on their way there until
-        ``arrived`` says so. Raises Zamba2Error."""
+    def step(self, tokens: Sequence[int], slots: Sequence[Slot]) -> Step:
+        """Read one token of each sequence, without waiting for the device. Raises Zamba2Error where memory is short."""
         for slot in slots:
             self._room(slot, slot.position)
         count, bucket = len(slots), next(bucket for bucket in BUCKETS if bucket >= len(slots))
@@ -158,28 +178,28 @@ class Decoder:
         self.rows[:, count:bucket] = 0  # those that fill a bucket work on the scratch slot
         self.rows[:, :count] = (tokens, [slot.number for slot in slots], [slot.position for slot in slots])
         self.given.copy_(self.asked, non_blocking=True)
-        logits = self._replayed(bucket)[:count] if self.device.type == "cuda" else self._token(bucket)[:count]
-        scores = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=self.device.type == "cuda")
-        scores.copy_(logits, non_blocking=True)  # the graph writes to the same place next time
+        logits, found = self._replayed(bucket) if self.device.type == "cuda" else self._token(bucket)
+        best = torch.empty(count, 2, pin_memory=self.device.type == "cuda")
+        best.copy_(found[:count], non_blocking=True)
         if self.done is not None:
             self.done.record()
         for slot in slots:
             slot.position += 1
-        return scores
+        return Step(self, logits[:count].clone(), best)  # a copy: the graph writes to the same place next time
 
     def arrived(self) -> None:
-        """Wait until what ``step`` returned last is there."""
+        """Wait until the last step's numbers are on the host."""
         if self.done is not None:
             self.done.synchronize()
 
-    def _replayed(self, bucket: int) -> Tensor:
+    def _replayed(self, bucket: int) -> tuple[Tensor, Tensor]:
         if bucket not in self.graphs:
             held = self.given.clone()
             self._capture(bucket)
             self.given.copy_(held)
-        graph, logits = self.graphs[bucket]
+        graph, outputs = self.graphs[bucket]
         graph.replay()
-        return logits
+        return outputs
 
     def _capture(self, bucket: int) -> None:
         """Run once on the scratch slot, which compiles what is not compiled yet, then capture."""
@@ -191,11 +211,12 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._token(bucket)
-        self.graphs[bucket] = (graph, logits)
+            outputs = self._token(bucket)
+        self.graphs[bucket] = (graph, outputs)
 
-    def _token(self, count: int) -> Tensor:
-        """The forward pass of the given tokens' first ``count``; FACTS 2 names every value."""
+    def _token(self, count: int) -> tuple[Tensor, Tensor]:
+        """The forward pass of the given tokens' first ``count``; FACTS 2 names every value. Returns the scores fp32 (count, V), and
+        (count, 2): the number of the largest (exact in fp32) and its value, which is NaN if one of them is."""
         model, config = self.model, self.config
         ids, slots, positions = self.given[:, :count]
         self.positions[slots.long()] = positions
@@ -212,7 +233,9 @@ class Decoder:
                 t = self._linear(self._block(x, x0, block, layer.layer, slots, hoisted), layer.linear.weight)
             x = self._mixer(x, t, layer, slots)
         head = weight if model.lm_head is None else model.lm_head.weight
-        return self._linear(x, head, norm=model.final_layernorm.weight, eps=config.rms_norm_eps)
+        logits = self._linear(x, head, norm=model.final_layernorm.weight, eps=config.rms_norm_eps)
+        values, best = logits.max(-1)
+        return logits, torch.stack([best.float(), values], dim=1)
 
     def _linear(self, x: Tensor, weight: Tensor | Packed, **around: Any) -> Tensor:
         return linear(x, weight, early=self.early, **around)

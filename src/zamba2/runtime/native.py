@@ -15,7 +15,7 @@ import numpy.typing as npt
 import zamba2._engine as _engine
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
-from zamba2.runtime.backend import Logits, Row, State, check_row
+from zamba2.runtime.backend import Logits, Row, State, best_of, check_row
 from zamba2.runtime.processors import MOST_THREADS, default_threads, processors_for
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.files import TensorFile
@@ -45,6 +45,9 @@ class NativeLogits:
 
     def numpy(self) -> npt.NDArray[np.float32]:
         return self._values
+
+    def likeliest(self) -> npt.NDArray[np.int32]:
+        return best_of(self._values)
 
 
 class NativeState:
@@ -140,6 +143,7 @@ class NativeBackend:
     ) -> None:
         self.config = config
         self.together = SHORT
+        self.stretch = 2 * PREFILL_CHUNK
         self.kv = kv_format_named(kv)
         self._file, self.packing, plan = open_packed(path, config)
         settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}

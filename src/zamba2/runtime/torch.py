@@ -25,14 +25,15 @@ from zamba2.model.model import Attention, Zamba2
 from zamba2.model.ops import has_triton
 from zamba2.model.packed import PackedEmbedding, PackedLinear
 from zamba2.model.state import KVCache, ModelState
-from zamba2.runtime.backend import Logits, Row, State, check_row
+from zamba2.runtime.backend import Logits, Row, State, check_row, checked_best
+from zamba2.runtime.prompts import LONGEST, Prompts
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, load_model, load_packed, read_config
 from zamba2.weights.files import TensorFile
 from zamba2.weights.packed import is_packed
 
 if TYPE_CHECKING:
-    from zamba2.runtime.decoder import Decoder, Slot
+    from zamba2.runtime.decoder import Decoder, Slot, Step
 
 __all__ = ["TorchBackend", "TorchLogits", "TorchState"]
 
@@ -52,20 +53,25 @@ class TorchLogits:
     def numpy(self) -> npt.NDArray[np.float32]:
         return cast("npt.NDArray[np.float32]", self.tensor.cpu().numpy())
 
+    def likeliest(self) -> npt.NDArray[np.int32]:
+        values, best = self.tensor.max(-1)
+        return checked_best(best.cpu().numpy(), values.cpu().numpy())
+
 
 class StepLogits:
-    """Rows of what the decoder computed for all rows of a call; on the host, once it has arrived there."""
+    """float32 [k, V], k 0 or 1: a row of what the decoder computed for all rows of a call."""
 
-    def __init__(self, scores: Tensor, decoder: Decoder) -> None:
-        self.scores, self.decoder = scores, decoder
+    def __init__(self, step: Step, row: int, wanted: int) -> None:
+        self.step, self.rows = step, slice(row, row + wanted)
 
     def numpy(self) -> npt.NDArray[np.float32]:
-        """Raises Zamba2Error where the model computed values that are not finite."""
-        self.decoder.arrived()
-        values = cast("npt.NDArray[np.float32]", self.scores.numpy())
-        if not np.isfinite(values.sum()):
-            raise Zamba2Error("the model computed values that are not finite; the checkpoint is damaged, or use dtype float32.")
-        return values
+        """Raises Zamba2Error where a score is NaN or +inf."""
+        self.likeliest()
+        return cast("npt.NDArray[np.float32]", self.step.scores()[self.rows].numpy())
+
+    def likeliest(self) -> npt.NDArray[np.int32]:
+        best, values = self.step.best()[self.rows].T
+        return checked_best(best, values)
 
 
 class TorchState:
@@ -171,7 +177,8 @@ class TorchState:
 
 
 class TorchBackend:
-    """``Backend`` over a loaded ``Zamba2``. decode: read rows of one token with ``decoder`` (default: on a GPU, where Triton is)."""
+    """``Backend`` over a loaded ``Zamba2``. decode: read rows of one token with ``decoder``, and beginnings of texts with ``prompts``
+    (default: on a GPU, where Triton is)."""
 
     def __init__(self, model: Zamba2, *, decode: bool | None = None) -> None:
         self.model, self.config = model, model.config
@@ -179,16 +186,18 @@ class TorchBackend:
         embeddings = model.embed_tokens
         self.dtype = embeddings.dtype if isinstance(embeddings, PackedEmbedding) else embeddings.weight.dtype
         self.device = model.final_layernorm.weight.device
-        self.chunk = PREFILL_CHUNKS.get(self.device.type, PREFILL_CHUNKS["cpu"])
+        self.chunk = self.stretch = PREFILL_CHUNKS.get(self.device.type, PREFILL_CHUNKS["cpu"])
         self.fingerprint = fingerprint(model)
         for module in model.modules():
             if isinstance(module, Attention):
                 module.split_for_inference()
         self.decoder: Decoder | None = None
+        self.prompts: Prompts | None = None
         if decode if decode is not None else self.device.type == "cuda" and has_triton() and self.dtype != torch.float64:
             from zamba2.runtime.decoder import Decoder
 
             self.decoder = Decoder(model)
+            self.prompts = Prompts(model)
         self.decoding: OrderedDict[int, weakref.ref[TorchState]] = OrderedDict()  # states in slots, the one used last at the end
 
     @classmethod
@@ -261,8 +270,8 @@ class TorchBackend:
                 del self.decoding[other]
         slots = [state.enter(decoder) for state in states]
         self.decoding |= {id(state): weakref.ref(state) for state in states}
-        scores = decoder.step([int(row.tokens[0]) for row in rows], slots)
-        return [StepLogits(scores[i : i + row.logits], decoder) for i, row in enumerate(rows)]
+        step = decoder.step([int(row.tokens[0]) for row in rows], slots)
+        return [StepLogits(step, i, row.logits) for i, row in enumerate(rows)]
 
     def _own(self, state: State) -> TorchState:
         if not isinstance(state, TorchState) or state.backend is not self:
@@ -270,6 +279,9 @@ class TorchBackend:
         return state
 
     def _read(self, row: Row, state: TorchState) -> tuple[ModelState, TorchLogits]:
+        if self.prompts is not None and state.position == 0 and not row.record and len(row.tokens) <= min(LONGEST, self.chunk):
+            inner, scores = self.prompts.read(row.tokens, row.logits)
+            return inner, self._checked(scores.float())
         inner = state.inner.copy()
         tokens = torch.from_numpy(np.array(row.tokens, dtype=np.int64)).to(self.device)
         length = len(tokens)
@@ -285,9 +297,13 @@ class TorchBackend:
                 kept.append(self.model.logits(x[:, end - start - wanted :])[0].float())
             start = end
         logits = torch.cat(kept) if kept else torch.empty(0, self.config.vocab_size, device=self.device)
+        return inner, self._checked(logits)
+
+    def _checked(self, logits: Tensor) -> TorchLogits:
+        """Raises Zamba2Error for scores that are no numbers."""
         if not bool(torch.isfinite(logits).all()):
             raise Zamba2Error(f"the model computed values that are not finite{self._culprit()}.")
-        return inner, TorchLogits(logits)
+        return TorchLogits(logits)
 
     def _culprit(self) -> str:
         for name, parameter in self.model.named_parameters():

@@ -265,9 +265,9 @@ class Scheduler:
                 if isinstance(found, Zamba2Error):
                     raise found
                 if job is reading:
-                    self._have_read(job, rows[i], found.numpy() if rows[i].logits else None)
+                    self._have_read(job, rows[i], found)
                 elif i < len(decoding):
-                    came[i] = running[i].steps(found.numpy(), guesses[i])
+                    came[i] = running[i].steps(found, guesses[i])
                 else:
                     assert self.cache is not None and job.running is not None
                     self.cache.put([*job.request.tokens, *job.said], job.running.state, job.text)
@@ -313,11 +313,12 @@ class Scheduler:
     def _borders(self, job: Job) -> Sequence[int]:
         return () if self.cache is None or job.prompt.logprobs is not None else job.prompt.borders
 
-    def _have_read(self, job: Job, row: Row, scores: np.ndarray | None) -> None:
+    def _have_read(self, job: Job, row: Row, logits: Logits) -> None:
         begin, job.read = job.read, job.read + len(row.tokens)
         self.prompt_tokens += len(row.tokens)
         tokens, done = job.request.tokens, job.read == len(job.request.tokens)
-        if job.prompt.logprobs is not None and scores is not None:
+        if job.prompt.logprobs is not None and row.logits:
+            scores = logits.numpy()
             for i, own in enumerate(scores[: len(scores) - done]):
                 token, all_of_them = int(tokens[begin + i + 1]), log_softmax(own)
                 top = tuple(top_logprobs(own, job.prompt.logprobs))
@@ -328,9 +329,8 @@ class Scheduler:
             self._reading.popleft()
             (self._decoding if done else self._reading).append(job)  # behind the others: prompts take turns
         if done:
-            assert scores is not None
             assert job.running is not None
-            self._said(job, job.running.steps(scores[-1:]))
+            self._said(job, job.running.steps(logits))
 
     def _said(self, job: Job, pieces: Sequence[Piece]) -> None:
         """Tell what was sampled of a reply."""

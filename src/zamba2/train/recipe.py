@@ -80,6 +80,7 @@ class Recipe(Strict):
     )
     checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile")
+    graph: bool = Field(False, description="sft with packing, on one GPU: a step's passes as one CUDA graph, which saves launching kernels")
     device: str | None = Field(None, description="cpu, cuda, mps; by default a GPU if there is one")
     lora: Lora | None = Field(None, description="train adapters; without, all weights are trained")
 
@@ -97,6 +98,8 @@ class Recipe(Strict):
     def _fits(self) -> Recipe:
         if self.batch_size % self.device_batch_size:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of device_batch_size {self.device_batch_size}")
+        if self.graph and (self.stage != "sft" or not self.packing or self.checkpointing or self.compile or self.rounding != "none"):
+            raise ValueError("graph is for stage sft with packing, and without checkpointing, compile and rounding; leave it out")
         if self.rounding != "none" and self.lora is not None:
             raise ValueError("rounding is for training all weights; adapters are never rounded: leave out rounding or lora")
         if self.evaluate_every is not None and not self.held_out:

@@ -43,6 +43,7 @@ from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.torch import device_of
 from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.card import model_card
+from zamba2.train.graph import GraphedStep
 from zamba2.train.muon import Muon
 from zamba2.train.packing import collate_packed
 from zamba2.train.prepare import Prepared, prepare
@@ -176,6 +177,10 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         options = SFTConfig(**shared, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
         collate = partial(collate_packed, size=recipe.max_tokens if recipe.packing else None, padding=tokenizer.pad_token_id)
         trainer: Any = Conversations(args=options, data_collator=collate, **common)
+        if recipe.graph:
+            if workers > 1:
+                raise Zamba2Error(f"graph is for one GPU, and {workers} processes were started; use graph=false.")
+            trainer.graphed = GraphedStep(trainer.packed_loss, trainer.model.parameters())
     else:
         preferences = DPOConfig(
             **shared, max_length=None, beta=recipe.beta, label_smoothing=recipe.label_smoothing,
@@ -222,11 +227,25 @@ def not_finite(step: int) -> Zamba2Error:
 class Conversations(Watched, SFTTrainer):
     """trl's SFTTrainer on packed rows."""
 
+    graphed: GraphedStep | None = None
+
+    def packed_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, seq_idx: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """The loss of packed rows by the model's parts, none of which waits for the device. items: labels of the whole step."""
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        with self.accelerator.autocast():
+            return model.packed_loss(input_ids, labels, seq_idx, items)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The head of our own forward: trl's scores every position, in fp32, and not only those with a label."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = model(**inputs, loss_only=True, num_items_in_batch=num_items_in_batch).loss
+        if self.graphed is not None and model.training and num_items_in_batch is not None:
+            items = torch.as_tensor(num_items_in_batch, device=inputs["input_ids"].device)
+            own = {name: inputs[name] for name in ("input_ids", "labels", "seq_idx")}
+            loss = self.graphed(**own, items=items).requires_grad_()  # the gradients are there already: its backward adds nothing
+        else:
+            loss = model(**inputs, loss_only=True, num_items_in_batch=num_items_in_batch).loss
         if model.training:
             self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
