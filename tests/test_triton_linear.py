@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import numpy as np
 import torch
 import triton_interpreter  # noqa: F401
 from torch import Tensor
@@ -53,19 +54,28 @@ def bf16(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
+def int8(x: Tensor) -> Tensor:
+    """Rounded to int8 per group of 32 along the last dimension, in fp64; ties to even."""
+    groups = F.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    largest = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return ((groups * (127 / largest)).round().double() * (largest.double() / 127)).flatten(-2)[..., : x.shape[-1]]
+
+
 def truth(x: Tensor, w: Tensor, name: str, **given: Any) -> Tensor:
-    """``linear`` in fp64. With several rows and weights of half width, inputs and weights are rounded before the product."""
+    """``linear`` in fp64. With several rows and weights of half width, inputs and weights are rounded before the product; one row
+    meets packed weights as int8."""
     rounded = (lambda t: bf16(t).double()) if len(x) > 1 and name not in ("fp32", "fp16") else torch.Tensor.double
+    inputs = int8 if len(x) == 1 and name in ("q8", "q4") else rounded
     v = x + given["plus"] if "plus" in given else x
     squares = torch.cat([v, given["beside"]] if "beside" in given else [v], dim=1).double().square()
     scale = torch.rsqrt(squares.mean(1, keepdim=True) + EPS) if "norm" in given else torch.ones(1, device=DEVICE)
-    r = rounded(v * given["norm"] if "norm" in given else v) @ rounded(w.float()).T
+    r = inputs(v * given["norm"] if "norm" in given else v) @ rounded(w.float()).T
     if "hoisted" in given:
         r = r + given["hoisted"].double()
     r = r * scale
     if "low" in given:
         a, b = given["low"]
-        r = r + rounded(a) @ rounded(b.float()).T
+        r = r + inputs(a) @ rounded(b.float()).T
     if given.get("geglu"):
         gate, up = r.chunk(2, dim=1)
         r = F.gelu(gate) * up
@@ -130,6 +140,19 @@ def test_other_tiles(name: str, M: int, few: int, many: int, monkeypatch: pytest
     monkeypatch.setattr(triton_linear, "MANY", many)
     check(draw(M, 1100), 80, name, norm=draw(1100), low=8)
     check(draw(M, 64), 64, name, norm=draw(64), low=8, geglu=True)
+
+
+@pytest.mark.parametrize("name", ["q8", "q4"])
+def test_inputs_of_any_size(name: str) -> None:
+    """Groups of zeros, of tiny and of huge inputs are rounded each by its own scale; what is no number makes all results none."""
+    torch.manual_seed(7)
+    x = draw(1, 160) * torch.tensor([0.0, 1e-36, 1e-20, 1.0, 1e30], device=DEVICE).repeat_interleave(32)
+    for inputs in (x, x[:, :128], x[:, :96], x[:, :32]):
+        check(inputs, 24, name)
+    for value in (float("nan"), float("inf")):
+        x[0, 70] = value
+        with np.errstate(invalid="ignore"):  # the interpreter is numpy
+            assert not linear(x, matrix(24, 160, name)[0]).isfinite().any()
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -9,6 +9,7 @@ The sequence is cut into chunks and those into segments of several chunks. Forwa
 
 A short sequence is one segment and needs only the first and the last. Backward, the first three give the states again and,
 from the other end, the gradients of the states; then ``_gradients`` takes each chunk by itself. Only the inputs are kept.
+Both directions share their launches, for a host may take longer over those than the GPU over the work.
 
 In a chunk a_t is the sum of the log2 decays up to and with token t, and f_t = a_t - log2(dt_t), so that 2^(a_i - f_j) is
 the weight of token j's input in the state at i >= j. Sums are taken in fp64, and for fp32 inputs their differences too:
@@ -35,10 +36,10 @@ __all__ = ["ssd_scan"]
 LOG2_E = tl.constexpr(math.log2(math.e))
 FORGOTTEN = tl.constexpr(-256.0)
 SMALLEST_STEP = tl.constexpr(2.0**-100)  # a step of zero has a logarithm, and a gradient, too
-WHOLE = 256  # tokens; a sequence up to this is one segment
+SEGMENT = 512  # tokens at most
 BACKWARD_SEGMENT = 128  # tokens; every chunk advances the states from the ends of its segment, so short ones
 CARRIED = 512  # elements of a state per program of ``_carry``
-PROGRAMS = 1024  # that ``_gradients`` should have at least, before one takes several heads
+WARPS = 132 * 8  # of ``_gradients`` that run at a time: its programs are no more, for each writes a dB and a dC
 HEADS = tl.constexpr(16)  # per program of ``_sum_logs``
 
 
@@ -96,19 +97,14 @@ def _advance(S, values, weights, keys, end, DOT: tl.constexpr, PRECISION: tl.con
     return tl.dot(tl.trans(keys.to(DOT)), weighted, S * _power(end), input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["skipped", "segments", "length", "chunks", "per_segment"])
-def _contribution(
-    values_ptr, sums_ptr, keys_ptr, states_ptr, decays_ptr,
-    values_b, values_t, values_h, keys_b, keys_t, keys_g,
-    skipped, segments, length, chunks, per_segment, heads, per_group,
+@triton.jit
+def _contribute(
+    values_ptr, sums_ptr, keys_ptr, states_ptr, decays_ptr, values_t, keys_t, row, h, segment, at, length, chunks, per_segment, heads,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
     REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Values x and keys B: what a segment adds to the state. REVERSE, values dy and keys C: to the gradient of the state before it."""
-    h, segment, row = tl.program_id(0), skipped + tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """What values x and keys B of a segment add to the state; REVERSE: values dy and keys C, to the gradient of the state before it."""
     rows, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
-    values_ptr += row * values_b + h * values_h
-    keys_ptr += row * keys_b + (h // per_group) * keys_g
     first = segment * per_segment
     last = tl.minimum(first + per_segment, chunks)
     S = tl.zeros((N2, P2), tl.float32)
@@ -120,34 +116,65 @@ def _contribution(
         keys = _tile(keys_ptr, chunk * Q, rows, n, keys_t, length, N)
         S = _advance(S, values, _power(a if REVERSE else end - f), keys, end, DOT, PRECISION)
         log += end.to(tl.float32)
-    at = (row * segments + segment) * heads + h
     inside = (n < N)[:, None] & (p < P)[None, :]
     tl.store(states_ptr + at * P * N + p[None, :] * N + n[:, None], S.to(states_ptr.dtype.element_ty), mask=inside)
     tl.store(decays_ptr + at, tl.exp2(log))
 
 
-@triton.jit(do_not_specialize=["segments", "count"])
-def _carry(
-    states_ptr, decays_ptr, first_ptr, last_ptr, segments, count, heads,
-    SIZE: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["segments", "length", "chunks", "per_segment"])
+def _contribution(
+    x_ptr, sums_ptr, B_ptr, dy_ptr, C_ptr, states_ptr, decays_ptr,
+    x_b, x_t, x_h, B_b, B_t, B_g, dy_b, dy_t, dy_h, C_b, C_t, C_g,
+    segments, length, chunks, per_segment, heads, per_group,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """In place: from what ``count`` segments add to the states at their beginning (REVERSE: end), and the one beyond."""
+    """What all segments but the last add to the state, then, from the last segment back, to the gradient of the state."""
+    h, k, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group = h // per_group
+    if k < segments - 1:
+        at = (row * segments + k) * heads + h
+        _contribute(
+            x_ptr + row * x_b + h * x_h, sums_ptr, B_ptr + row * B_b + group * B_g, states_ptr, decays_ptr, x_t, B_t,
+            row, h, k, at, length, chunks, per_segment, heads, P, N, Q, P2, N2, False, DOT, PRECISION,
+        )  # fmt: skip
+    elif dy_ptr is not None:
+        segment = 2 * (segments - 1) - k
+        at = ((tl.num_programs(2) + row) * segments + segment) * heads + h
+        _contribute(
+            dy_ptr + row * dy_b + h * dy_h, sums_ptr, C_ptr + row * C_b + group * C_g, states_ptr, decays_ptr, dy_t, C_t,
+            row, h, segment, at, length, chunks, per_segment, heads, P, N, Q, P2, N2, True, DOT, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _carry(states_ptr, decays_ptr, first_ptr, dlast_ptr, dfirst_ptr, segments, heads, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """In place: what segments add becomes the states before them and, where programs for it are, the gradients of those after."""
     h, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    PIECES: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    reverse = tl.program_id(0) // PIECES
+    element = tl.program_id(0) % PIECES * BLOCK + tl.arange(0, BLOCK)
     inside = element < SIZE
+    outer = (row * heads + h) * SIZE + element
     S = tl.zeros((BLOCK,), tl.float32)
     if first_ptr is not None:
-        S = tl.load(first_ptr + (row * heads + h) * SIZE + element, mask=inside, other=0.0)
+        S = tl.load(first_ptr + outer, mask=inside & (reverse == 0), other=0.0)
+    if dlast_ptr is not None:
+        S += tl.load(dlast_ptr + outer, mask=inside & (reverse == 1), other=0.0)
+    count = segments - 1
+    if dfirst_ptr is not None:
+        count += reverse
+    row += reverse * tl.num_programs(2)
     for k in tl.range(0, count, num_stages=4):
-        at = (row * segments + (segments - 1 - k if REVERSE else k)) * heads + h
+        at = (row * segments + tl.where(reverse == 1, segments - 1 - k, k)) * heads + h
         added = tl.load(states_ptr + at * SIZE + element, mask=inside, other=0.0).to(tl.float32)
         before, S = S, S * tl.load(decays_ptr + at) + added  # what is loaded is used, so has arrived, before it is overwritten
         tl.store(states_ptr + at * SIZE + element, before.to(states_ptr.dtype.element_ty), mask=inside)
     if count < segments:
-        at = (row * segments + (segments - 1 - count if REVERSE else count)) * heads + h
+        at = (row * segments + tl.where(reverse == 1, 0, segments - 1)) * heads + h
         tl.store(states_ptr + at * SIZE + element, S.to(states_ptr.dtype.element_ty), mask=inside)
-    if last_ptr is not None:
-        tl.store(last_ptr + (row * heads + h) * SIZE + element, S, mask=inside)
+    if dfirst_ptr is not None:
+        tl.store(dfirst_ptr + outer, S, mask=inside & (reverse == 1))
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "per_segment"])
@@ -195,7 +222,7 @@ def _output(
 
 @triton.jit(do_not_specialize=["length", "chunks", "per_segment", "splits", "per_program"])
 def _gradients(
-    x_ptr, dt_ptr, sums_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, states_ptr, dstates_ptr,
+    x_ptr, dt_ptr, sums_ptr, A_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, states_ptr,
     dx_ptr, ddt_ptr, dAD_ptr, dBC_ptr,
     x_b, x_t, x_h, dt_b, dt_t, dt_h, B_b, B_t, B_g, C_b, C_t, C_g, dy_b, dy_t, dy_h,
     length, chunks, per_segment, splits, per_program, heads, per_group,
@@ -211,7 +238,8 @@ def _gradients(
         dB_j = sum_i W_ij (dy_i x_j) C_i + 2^(a_end - f_j) G^T x_j
 
     The gradient of the log decay at t is the sum of all that passes it: the pairs j < t <= i, the state to i >= t, j < t to
-    the end, and the state to the end. Written as a difference of row and column sums it would lose what it is made of.
+    the end, and the state to the end. Of the pairs it is those that open before t less those that close before t: sums of
+    the very same numbers, in the precision of the logs, so that they cancel.
     """
     part, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     group, split = part // splits, part % splits
@@ -225,13 +253,14 @@ def _gradients(
     segment = chunk // per_segment
     first = segment * per_segment
     last = tl.minimum(first + per_segment, chunks)
-    state = (row * tl.cdiv(chunks, per_segment) + segment) * heads
+    segments = tl.cdiv(chunks, per_segment)
+    state = (row * segments + segment) * heads
+    dstate = state + tl.num_programs(2).to(tl.int64) * segments * heads
     stored = (start + rows < length)[:, None] & (p < P)[None, :]
     element = p[None, :] * N + n[:, None]
     inside = (n < N)[:, None] & (p < P)[None, :]
     B = _tile(B_ptr, start, rows, n, B_t, length, N).to(DOT)
     C = _tile(C_ptr, start, rows, n, C_t, length, N).to(DOT)
-    before = tl.where(rows[:, None] > rows[None, :], 1.0, 0.0).to(DOT)  # [t, j]
     dB, dC = tl.zeros((N2, Q), tl.float32), tl.zeros((N2, Q), tl.float32)  # transposed
     begin = group * per_group + split * per_program
     end_h = tl.minimum(begin + per_program, (group + 1) * per_group)
@@ -243,7 +272,7 @@ def _gradients(
             values = _tile(x_ptr + h * x_h, k * Q, rows, p, x_t, length, P)
             S = _advance(S, values, _power(end - f), _tile(B_ptr, k * Q, rows, n, B_t, length, N), end, DOT, PRECISION)
         S = S.to(DOT)
-        G = tl.load(dstates_ptr + (state + h) * P * N + element, mask=inside, other=0.0).to(tl.float32)
+        G = tl.load(states_ptr + (dstate + h) * P * N + element, mask=inside, other=0.0).to(tl.float32)
         for k in tl.range(chunk + 1, last, disable_licm=True):
             there = last + chunk - k
             a, f, end = _sums(sums_ptr, row, h, there, rows, tl.num_programs(2), heads, chunks, Q)
@@ -260,13 +289,14 @@ def _gradients(
         dB += tl.dot(G, tl.trans(x), input_precision=PRECISION) * _power(end - f)[None, :]
         dC += tl.dot(S, tl.trans(dy), input_precision=PRECISION) * _power(a)[None, :]
         weights = _masked_power(a[None, :] - f[:, None], rows[:, None] <= rows[None, :])  # [j, i], as all pairs here
-
         products = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
         pairs = (products * weights).to(DOT)
         dC = tl.dot(tl.trans(B), pairs, dC, input_precision=PRECISION)
         dB = tl.dot(tl.trans(C), tl.trans(pairs), dB, input_precision=PRECISION)
-        scores = (tl.dot(B, tl.trans(C), input_precision=PRECISION) * weights).to(DOT)
-        passing = tl.where(rows[:, None] < rows[None, :], products * scores.to(tl.float32), 0.0).to(DOT)
+        scores = tl.dot(B, tl.trans(C), input_precision=PRECISION) * weights
+        passing = (products * scores).to(a.dtype)
+        opening = tl.sum(tl.trans(passing) - passing, 0)  # the pairs that open at a token less those that close there
+        scores = scores.to(DOT)
 
         v = tl.dot(B, G, input_precision=PRECISION) * _power(end - f)[:, None]
         to_state = tl.sum(v * x.to(tl.float32), 1)
@@ -275,10 +305,8 @@ def _gradients(
         v += D * dy.to(tl.float32)
         tl.store(dx_ptr + at * P + rows[:, None] * (heads * P) + p[None, :], v.to(dx_ptr.dtype.element_ty), mask=stored)
         of_state = tl.sum(tl.dot(C, S, input_precision=PRECISION) * dy.to(tl.float32), 1) * _power(a)
-
-        passing = tl.dot(before, passing, input_precision=PRECISION) + of_state[None, :]  # [t, i], summed over j < t
-        passing = tl.where(rows[:, None] <= rows[None, :], passing, to_state[None, :])
-        dlog = tl.sum(passing, 1) + past
+        passing = tl.where(rows[:, None] <= rows[None, :], of_state[None, :], (to_state + opening)[None, :])  # [t, i]
+        dlog = tl.sum(passing, 1).to(tl.float32) + past
         tl.store(ddt_ptr + at + rows * heads, direct + A * dlog, mask=start + rows < length)
         at = (row * chunks + chunk) * heads + h
         tl.store(dAD_ptr + at, tl.sum(dt * dlog, 0))
@@ -306,72 +334,74 @@ def ssd_scan(
     if x.shape[1] == 1 or x.dtype == torch.float64:
         y, final = chunked.ssd_scan(x, dt, A, B, C, D, chunk_size=chunk_size, state=state, seq_idx=seq_idx)
         return y.to(x.dtype), final
-    y, final = _Scan.apply(x, dt.float(), A.float(), B, C, D.float(), None if state is None else state.float(), seq_idx)
+    x, B, C = (m if m.stride(-1) == 1 else m.contiguous() for m in (x, B, C))
+    A, D = A.float().contiguous(), D.float().contiguous()
+    state = None if state is None else state.float().contiguous()
+    seq_idx = None if seq_idx is None else seq_idx.contiguous()
+    if not torch.is_grad_enabled():
+        return _scan(x, dt.float(), A, B, C, D, state, seq_idx)
+    y, final = _Scan.apply(x, dt.float(), A, B, C, D, state, seq_idx)
+    return y, final
+
+
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, seq_idx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``ssd_scan`` on fp32 dt, A, D and state, all contiguous but dt and, in all but the last dimension, x, B and C."""
+    plan = _Plan(x, B, SEGMENT)
+    sums, states = plan.sums(dt, A, seq_idx), state
+    if plan.segments > 1:
+        states = plan.states(torch.float32, x, sums, B, state)
+    y, final = x.new_empty(x.shape), x.new_empty(plan.state_shape, dtype=torch.float32)
+    _output[plan.heads, plan.segments, plan.rows](
+        x, sums, B, C, D, states, y, final,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *plan.sizes, **plan.constants,
+        num_warps=plan.warps, num_stages=2, maxnreg=168 if plan.small else None,  # three programs on a multiprocessor
+    )  # fmt: skip
     return y, final
 
 
 class _Scan(torch.autograd.Function):
-    """``ssd_scan`` on fp32 dt, A, D and state."""
+    """``_scan`` with gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        x, B, C = (m if m.stride(-1) == 1 else m.contiguous() for m in (x, B, C))
-        A, D = A.contiguous(), D.contiguous()
-        state, seq_idx = (None if m is None else m.contiguous() for m in (state, seq_idx))
-        ctx.save_for_backward(x, dt, A, B, C, D, state, seq_idx)
+    def forward(ctx: Any, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*arguments)
         ctx.set_materialize_grads(False)
-        length = x.shape[1]
-        plan = _Plan(x, B, WHOLE if length <= WHOLE else min(512, max(64, triton.next_power_of_2(length) // 16)))
-        sums, states = plan.sums(dt, A, seq_idx), state
-        if plan.segments > 1:
-            states, decays = plan.contributions(x, sums, B, torch.float32, plan.segments - 1)
-            plan.carry(states, decays, state, None, plan.segments - 1)
-        y, final = x.new_empty(x.shape), x.new_empty(plan.state_shape, dtype=torch.float32)
-        _output[plan.heads, plan.segments, plan.rows](
-            x, sums, B, C, D, states, y, final,
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *plan.sizes, **plan.constants,
-            num_warps=plan.warps, num_stages=2, maxnreg=168 if plan.small else None,  # three programs on a multiprocessor
-        )  # fmt: skip
-        return y, final
+        return _scan(*arguments)  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, state, seq_idx = ctx.saved_tensors
         dy = x.new_zeros(x.shape) if dy is None else dy if dy.stride(-1) == 1 else dy.contiguous()
         dfinal = None if dfinal is None else dfinal.contiguous()
-        plan = _Plan(x, B, BACKWARD_SEGMENT)
-        n, rows, heads = plan.segments, plan.rows, plan.heads
-        groups = B.shape[2]
-        kept = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # as rounded for the products anyway
-        sums = plan.sums(dt, A, seq_idx)
-        states, decays = plan.contributions(x, sums, B, kept, n - 1)
-        plan.carry(states, decays, state, None, n - 1)
         dstate = torch.empty_like(state) if ctx.needs_input_grad[6] else None
-        count = n - 1 if dstate is None else n
-        dstates, decays = plan.contributions(dy, sums, C, kept, count, reverse=True)
-        plan.carry(dstates, decays, dfinal, dstate, count, reverse=True)
+        plan = _Plan(x, B, BACKWARD_SEGMENT)
+        rows, heads, groups = plan.rows, plan.heads, B.shape[2]
+        sums = plan.sums(dt, A, seq_idx)
+        kept = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # as rounded for the products anyway
+        states = plan.states(kept, x, sums, B, state, dy, C, dfinal, dstate)
 
-        per_program = max(1, heads * plan.chunks * rows // PROGRAMS)
-        splits = triton.cdiv(heads // groups, min(per_program, heads // groups))
-        per_program = triton.cdiv(heads // groups, splits)
+        warps = 4 if plan.small else 8
+        per_group = heads // groups
+        splits = _ceil(per_group, _ceil(heads * plan.chunks * rows * warps, WARPS))
         dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
         dAD = dt.new_empty(2, rows, plan.chunks, heads)
         dBC = dt.new_empty(2, splits, *B.shape)
         _gradients[groups * splits, plan.chunks, rows](
-            x, dt, sums, A, B, C, D, dy, states, dstates, dx, ddt, dAD, dBC,
+            x, dt, sums, A, B, C, D, dy, states, dx, ddt, dAD, dBC,
             *x.stride()[:3], *dt.stride(), *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3],
-            x.shape[1], plan.chunks, plan.per_segment, splits, per_program, heads, heads // groups, **plan.constants,
-            num_warps=4 if plan.small else 8, num_stages=1,
+            x.shape[1], plan.chunks, plan.per_segment, splits, _ceil(per_group, splits), heads, per_group, **plan.constants,
+            num_warps=warps, num_stages=1,
         )  # fmt: skip
+        del sums, states  # the sums below may lie there
         dA, dD = dAD.sum((1, 2))
         dB, dC = dBC.sum(1).to(B.dtype)
         return dx, ddt, dA, dB, dC, dD, dstate, None
 
 
 class _Plan:
-    """Sizes of one call cut into segments of at most ``length`` tokens, and the first two kernels."""
+    """Sizes of one call cut into segments of at most ``length`` tokens, and the first three kernels."""
 
     def __init__(self, x: Tensor, B: Tensor, length: int) -> None:
         self.rows, tokens, self.heads, channels = x.shape
@@ -381,8 +411,9 @@ class _Plan:
         if x.dtype != torch.bfloat16 and x.device.type == "cuda":  # larger tiles of fp32 do not fit the registers or shared memory
             self.chunk, self.warps = 16 if ieee else 32, 8
         self.sums_dtype = torch.float64 if ieee else torch.float32  # fp32 is 2^-9 off at worst, behind 64 times FORGOTTEN
-        self.chunks, self.per_segment = triton.cdiv(tokens, self.chunk), triton.cdiv(length, self.chunk)
-        self.segments = triton.cdiv(self.chunks, self.per_segment)
+        self.chunks = _ceil(tokens, self.chunk)
+        self.per_segment = _ceil(self.chunks, _ceil(tokens, length))
+        self.segments = _ceil(self.chunks, self.per_segment)
         self.small = self.warps == 4 and size <= 64
         self.state_shape = (self.rows, self.heads, channels, size)
         self.sizes = (tokens, self.chunks, self.per_segment, self.heads, self.heads // groups)
@@ -394,35 +425,41 @@ class _Plan:
     def sums(self, dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> Tensor:
         """a and f of all tokens, (2, b, H, T rounded up to chunks)."""
         sums = dt.new_empty(2, self.rows, self.heads, self.chunks * self.chunk, dtype=self.sums_dtype)
-        _sum_logs[triton.cdiv(self.heads, HEADS.value), self.chunks, self.rows](
+        _sum_logs[_ceil(self.heads, HEADS.value), self.chunks, self.rows](
             dt, A, seq_idx, sums, *dt.stride(), dt.shape[1], self.heads, Q=self.chunk, num_warps=4
         )
         return sums
 
-    def contributions(
-        self, values: Tensor, sums: Tensor, keys: Tensor, dtype: torch.dtype, count: int, reverse: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """What the first (reverse: last) ``count`` segments add to the states, (b, segments, H, P, N); decays (b, segments, H)."""
-        states = values.new_empty(self.rows, self.segments, *self.state_shape[1:], dtype=dtype)
-        decays = values.new_empty(self.rows, self.segments, self.heads, dtype=torch.float32)
-        if count:
-            skipped = self.segments - count if reverse else 0
-            _contribution[self.heads, count, self.rows](
-                values, sums, keys, states, decays, *values.stride()[:3], *keys.stride()[:3],
-                skipped, self.segments, *self.sizes, **self.constants, REVERSE=reverse, num_warps=self.warps, num_stages=2,
-            )  # fmt: skip
-        return states, decays
+    def states(
+        self, dtype: torch.dtype, x: Tensor, sums: Tensor, B: Tensor, state: Tensor | None,
+        dy: Tensor | None = None, C: Tensor | None = None, dfinal: Tensor | None = None, dstate: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The states before each segment; with dy and C the gradients of those after each, too. (1 or 2, b, segments, H, P, N).
 
-    def carry(
-        self, states: Tensor, decays: Tensor, first: Tensor | None, last: Tensor | None, count: int, reverse: bool = False
-    ) -> None:
-        """Turn contributions into the states before (reverse: their gradients after) each segment, in place."""
+        dstate, if given, receives the gradient of the state before all.
+        """
+        directions = 1 if dy is None else 2
+        states = x.new_empty(directions, self.rows, self.segments, *self.state_shape[1:], dtype=dtype)
+        decays = x.new_empty(states.shape[:4], dtype=torch.float32)
+        count = directions * (self.segments - 1) + (dstate is not None)
+        if count:
+            other = (0,) * 6 if dy is None or C is None else (*dy.stride()[:3], *C.stride()[:3])
+            _contribution[self.heads, count, self.rows](
+                x, sums, B, dy, C, states, decays, *x.stride()[:3], *B.stride()[:3], *other, self.segments, *self.sizes,
+                **self.constants, num_warps=self.warps, num_stages=2,
+            )  # fmt: skip
         size = self.state_shape[2] * self.state_shape[3]
-        _carry[triton.cdiv(size, CARRIED), self.heads, self.rows](
-            states, decays, first, last, self.segments, count, self.heads, SIZE=size, REVERSE=reverse, BLOCK=CARRIED, num_warps=2
+        _carry[directions * _ceil(size, CARRIED), self.heads, self.rows](
+            states, decays, state, dfinal, dstate, self.segments, self.heads, SIZE=size, BLOCK=CARRIED, num_warps=2
         )
+        return states
+
+
+def _ceil(size: int, part: int) -> int:
+    """The parts that hold ``size``; Triton's functions of this kind take microseconds each."""
+    return -(-size // part)
 
 
 def _tile_size(width: int) -> int:
     """The power of two, at least 16, that holds ``width``: sides of tiles in products."""
-    return max(16, int(triton.next_power_of_2(width)))
+    return max(16, 1 << (width - 1).bit_length())
