@@ -194,10 +194,11 @@ def generated() -> dict[Path, str]:
     speed = "\n\n".join([*runs, STAND_IN, table(measured["true_shape"]), training_table(measured["train_speed"])])
     beside = figures_table(read_results(ROOT / "docs" / "figures" / "figures.json"))
     parts = {BEGIN: speed, BEGIN_FIGURES: beside, BEGIN_SERVING: serving_table(measured), BEGIN_QUALITY: quality_table(measured["quality"])}
-    parts[BEGIN_GPU] = lines_table(measured["gpu"])
+    parts[BEGIN_GPU] = lines_table(measured["gpu"], scans=False)
     for begin, text in parts.items():
         readme = between(readme, begin, text)
     gpu = between((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"), BEGIN_PROFILE, profile_tables(measured["gpu"]))
+    gpu = between(gpu, BEGIN_GPU, lines_table(measured["gpu"]))
     return {ROOT / "docs" / "commands.md": commands(), ROOT / "README.md": readme, ROOT / "docs" / "gpu.md": gpu}
 
 

@@ -107,15 +107,15 @@ def checked_best(best: npt.NDArray[Any], values: npt.NDArray[np.float32]) -> npt
     """The tokens, if their scores are numbers. Raises Zamba2Error."""
     if not np.isfinite(values).all():
         raise Zamba2Error("the model produced NaN or infinite logits; the checkpoint is likely corrupt: download or convert it again.")
-    return best.astype(np.int32)
+    return best.astype(np.int32, copy=False)
 
 
 def check_row(row: Row, vocab_size: int) -> npt.NDArray[np.int32]:
     """A row's tokens, int32 [T]. Raises Zamba2Error for no tokens or ids out of range, ValueError for impossible logits."""
     tokens = np.asarray(row.tokens)
-    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+    if tokens.ndim != 1 or not tokens.size or tokens.dtype.kind not in "iu":
         raise Zamba2Error("there are no tokens to read; at least one token id is needed.")
-    for token in (int(tokens.min()), int(tokens.max())):
+    for token in (int(tokens[0]),) if tokens.size == 1 else (int(tokens.min()), int(tokens.max())):
         if not 0 <= token < vocab_size:
             raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {vocab_size - 1}.")
     if not 0 <= row.logits <= tokens.size:

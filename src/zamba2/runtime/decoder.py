@@ -51,12 +51,16 @@ class Step:
     """What a call computed for its rows."""
 
     def __init__(self, decoder: Decoder, scores: Tensor, best: Tensor) -> None:
-        self._decoder, self._scores, self._best = decoder, scores, best
+        self._decoder, self._scores, self._found = decoder, scores, best
+        self._best: tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]] | None = None
 
-    def best(self) -> npt.NDArray[np.float32]:
-        """(rows, 2): number and value of each row's largest score."""
-        self._decoder.arrived()
-        return cast("npt.NDArray[np.float32]", self._best.numpy())
+    def best(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Number and value of each row's largest score, (rows,) each."""
+        if self._best is None:
+            self._decoder.arrived()
+            number, value = self._found.numpy().T
+            self._best = (number.astype(np.int32), value)
+        return self._best
 
     def scores(self) -> Tensor:
         """fp32 (rows, V) on the host, where all rows' come when the first is asked for."""

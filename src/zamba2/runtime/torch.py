@@ -70,8 +70,8 @@ class StepLogits:
         return cast("npt.NDArray[np.float32]", self.step.scores()[self.rows].numpy())
 
     def likeliest(self) -> npt.NDArray[np.int32]:
-        best, values = self.step.best()[self.rows].T
-        return checked_best(best, values)
+        best, values = self.step.best()
+        return checked_best(best[self.rows], values[self.rows])
 
 
 class TorchState:
