@@ -267,9 +267,24 @@ def test_what_a_gpu_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Zamba2Error, match=r"Tesla T4 has compute capability 7\.5; 8\.0 is needed"):
         device_of("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3_000_000_000, 8_000_000_000))
-    with pytest.raises(Zamba2Error, match=r"needs 5\.8 GB on cuda, where 3\.0 of 8\.0 GB are free"):
+    with pytest.raises(Zamba2Error, match=r"needs 7\.3 GB on cuda, where 3\.0 of 8\.0 GB are free"):
         check_room(torch.device("cuda"), 5_300_000_000)
-    check_room(torch.device("cuda"), 2_000_000_000)
+    check_room(torch.device("cuda"), 900_000_000)
+
+
+def test_memory_that_runs_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory of a GPU runs out in a call, one sentence says so, and the state is what it was."""
+    backend = backend_of("2.7b")
+    state = backend.new_state()
+    read(backend, state, torch.tensor([3, 4]))
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore")
+
+    monkeypatch.setattr(backend.model, "hidden_states", full)
+    with pytest.raises(Zamba2Error, match=r"not enough memory on .* \(CUDA out of memory\. Tried to allocate 20\.00 GiB\.\)"):
+        read(backend, state, torch.tensor([5, 6]))
+    assert state.position == 2
 
 
 def test_packed_model_reads_each_part_once() -> None:

@@ -93,7 +93,8 @@ class Decoder:
         self.rows = self.asked.numpy()  # the same memory
         self.done = torch.cuda.Event() if self.device.type == "cuda" else None  # of the last call
         # Kernels may begin while those before them end, where the card can do that: then weights are on their way already.
-        self.early = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        hopper = self.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        self.early = hopper
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         d = torch.arange(0, config.attention_head_dim, 2, dtype=torch.float64) / config.attention_head_dim
         self.frequencies = (config.rope_base**-d).float().to(self.device) if config.use_mem_rope else None

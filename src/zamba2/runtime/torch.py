@@ -40,7 +40,7 @@ __all__ = ["TorchBackend", "TorchLogits", "TorchState"]
 PREFILL_CHUNKS = {"cpu": 512, "cuda": 4096}  # tokens; borders lie at multiples of it, so splitting a prompt changes no arithmetic
 MOST_TOGETHER = 64  # rows of one token that the decoder reads in a call, and sequences that keep their slots
 OLDEST_GPU = (8, 0)  # compute capability: bf16 in the matrix units
-WORKING_BYTES = 500_000_000  # beside the weights: the driver's own, a prompt's activations, a few sequences
+WORKING_BYTES = 2_000_000_000  # beside the weights: the driver's own, a prompt's activations, graphs, a few sequences
 SPLIT = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # what split_for_inference replaces
 
 
@@ -228,6 +228,8 @@ class TorchBackend:
         if packed and chosen.type != "cuda":
             reason = "PyTorch reads no packed checkpoint; leave backend and device out for the native engine"
             raise Zamba2Error(f"device is {str(chosen)!r}, where {reason}.")
+        if packed and torch.version.hip is not None:
+            raise Zamba2Error("packed checkpoints need an NVIDIA GPU, and this PyTorch is for AMD's; load the original one.")
         if packed and not has_triton():
             raise Zamba2Error("Triton is not installed, which packed checkpoints need on a GPU; install it with: pip install 'triton>=3.4'")
         return chosen
@@ -245,12 +247,16 @@ class TorchBackend:
             check_row(row, self.config.vocab_size)
         single = [i for i, row in enumerate(rows) if self.decoder is not None and len(row.tokens) == 1 and not row.record]
         found: dict[int, Logits] = {}
-        with torch.inference_mode():
-            # all rows first, then all states: an interrupted call leaves every state as it was
-            done = {i: self._read(row, states[i]) for i, row in enumerate(rows) if i not in single}
-            for start in range(0, len(single), MOST_TOGETHER):
-                some = single[start : start + MOST_TOGETHER]
-                found |= zip(some, self._decode([rows[i] for i in some], [states[i] for i in some]), strict=True)
+        try:
+            with torch.inference_mode():
+                # all rows first, then all states: an interrupted call leaves every state as it was
+                done = {i: self._read(row, states[i]) for i, row in enumerate(rows) if i not in single}
+                for start in range(0, len(single), MOST_TOGETHER):
+                    some = single[start : start + MOST_TOGETHER]
+                    found |= zip(some, self._decode([rows[i] for i in some], [states[i] for i in some]), strict=True)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+            raise Zamba2Error(f"there is not enough memory on {self.device} ({reason}); take a shorter text or packed weights.") from None
         for i, (inner, logits) in done.items():
             states[i].inner, found[i] = inner, logits
         return [found[i] for i in range(len(rows))]
