@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PAGE", "advance", "attend", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
+__all__ = ["PAGE", "attend", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
 
 PAGE = 64  # tokens
 PROGRAMS = 256  # that a step of few rows is divided into: two for each multiprocessor of an H100
@@ -326,19 +326,6 @@ def attend(
             weighted, sums, out, head_dim, splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(head_dim)
         )
     return out
-
-
-@triton.jit
-def _advance(positions, slots, rows, BLOCK: tl.constexpr):
-    m = tl.arange(0, BLOCK)
-    slot = tl.load(slots + m, mask=m < rows, other=0)
-    position = tl.load(positions + slot)
-    tl.store(positions + slot, position + 1, mask=slot != 0)
-
-
-def advance(positions: Tensor, slots: Tensor) -> None:
-    """positions[slots[m]] += 1 for every m, in place, but never for slot 0. positions: (slots,) int32; slots: (M,) int32."""
-    _advance[(1,)](positions, slots, slots.shape[0], BLOCK=triton.next_power_of_2(slots.shape[0]))
 
 
 def write_pages(pages: Tensor, layer: int, page_numbers: Tensor, kv: Tensor) -> None:
