@@ -38,7 +38,7 @@ class Prompts:
         """The state behind a text of 1 to LONGEST tokens, and the scores at its last ``wanted`` places, (wanted, V)."""
         count = len(tokens)
         length = next(length for length in LENGTHS if length >= count)
-        self.ids[0, :length] = torch.from_numpy(np.concatenate([np.zeros(length - count, np.int64), tokens.astype(np.int64)]))
+        self.ids[0, :length] = torch.from_numpy(np.pad(np.asarray(tokens, np.int64), (length - count, 0)))
         self.padding.fill_(length - count)
         x, last, conv, ssm, kv = self._outputs(length)
         state = ModelState.empty(self.config)
