@@ -45,7 +45,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
@@ -756,7 +755,8 @@ def rival_speed(setting: Setting) -> Iterator[Result]:
 
 # ---- documents: packed batches ----------------------------------------------------------------------------------------------
 
-# Of hidden states, of all gradients together, of each. fp32: tests/op_cases.MODEL; bf16: small sums of large terms may differ much.
+# Of hidden states, of all gradients together, of each. fp32, which decides: tests/op_cases.MODEL. bf16: documents are cut into chunks at
+# other places in a row than alone, and so are rounded otherwise (6.6e-2 of all gradients on an H200); this only catches what is broken.
 DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (3e-2, 1e-1, 0.5)}
 
 
@@ -811,7 +811,7 @@ def train(setting: Setting) -> Iterator[Result]:
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
         return mean_loss(model, model.hidden_states(ids)[0], labels[0])
 
-    yield {"loss": loss_name()} | train_operations(setting)
+    yield train_operations(setting)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     both = GraphedStep(loss, model.parameters())
 
@@ -831,14 +831,8 @@ def train(setting: Setting) -> Iterator[Result]:
     yield {"without_graph": eager} if "error" not in graph else eager
 
 
-def loss_name() -> str:
-    return "linear_cross_entropy" if importlib.util.find_spec("zamba2.model.ops.triton_loss") else "cross_entropy"
-
-
 def mean_loss(model: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     """Of next tokens. hidden: (T, H); labels: (T,)."""
-    if loss_name() == "cross_entropy":
-        return F.cross_entropy(model.logits(hidden[:-1]).float(), labels[1:])
     from zamba2.model.ops.triton_loss import linear_cross_entropy
 
     total, count = linear_cross_entropy(hidden[:-1], model.embed_tokens.weight, labels[1:])

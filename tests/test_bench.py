@@ -17,12 +17,13 @@ from zamba2 import _engine
 from zamba2.bench import measure
 from zamba2.bench.peers import Worker, need_disk
 from zamba2.cli import run
-from zamba2.commands.bench import need_memory
+from zamba2.commands.bench import need_memory, summary
 from zamba2.config import PRESETS
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Row
 from zamba2.runtime.native import NativeBackend
 from zamba2.weights.formats import FORMATS, KV_FORMATS, unpack
+from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import Packing, parts
 from zamba2.weights.synthetic import packed_bytes, write_synthetic
 
@@ -101,6 +102,8 @@ def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         (["--compare", "llama.cpp"], "llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install"),
         (["--compare", "llama.cpp", "--batch", "2"], "--compare measures one sequence"),
         (["--model", "random"], "--shape and --model were both given"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--device", "cpu:0"], "--device is 'cpu:0'; cpu, or cuda for a GPU, is needed"),
     ],
 )
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
@@ -117,6 +120,24 @@ def test_too_little_room_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch
         need_disk(tmp_path / "not" / "there", 5.3e9)
     with pytest.raises(Zamba2Error, match=r"needs 1000000000\.0 GB of memory"):
         need_memory(1e18)
+
+
+def test_what_a_gpu_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child that measures PyTorch says, here of a CPU, all that the result of a GPU is made of."""
+    monkeypatch.setattr(sys, "stdin", iter(["warm\n", "repeat\n", "limits\n"]))
+    request = {"path": str(RANDOM), "device": "cpu", "prompt_tokens": 9, "new_tokens": 2, "batch": 2}
+    ready, _, found, limits = measure.serve_torch(request)
+    result = summary(ready, [found], [limits], 2)
+    assert result["format"] == "bf16"
+    for key in ("decode_tokens_per_second", "ttft_seconds", "decode_bandwidth_fraction", "prefill_matrix_fraction", "bytes_per_token"):
+        assert math.isfinite(result[key]) and result[key] > 0, key
+
+
+def test_a_bench_of_a_gpu_needs_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where PyTorch is not installed the sentence says how to install it."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert run([*QUICK, "--device", "cuda"]) == 2
+    assert "pip install 'zamba2[torch]'" in capsys.readouterr().err
 
 
 def test_a_rival_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

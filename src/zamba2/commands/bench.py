@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zamba2.api import packed_copy, read_config
+from zamba2.api import packed_copy, read_config, torch_backend
 from zamba2.bench.measure import kv_bytes_per_token
 from zamba2.bench.peers import PEERS, Worker, need_disk
 from zamba2.config import PRESETS, Config
@@ -119,9 +119,7 @@ def synthetic(shape: str, config: Config, packing: Packing) -> Path:
 
 def check_device(device: str, kv_format: str | None, startup: bool, compare: Sequence[str]) -> None:
     """Raises Zamba2Error where a device cannot be used, or an option has no meaning on it."""
-    from zamba2.runtime.torch import device_of
-
-    if device_of(device).type != "cuda":
+    if torch_backend().device_for(device, None, packed=False).type != "cuda":
         raise Zamba2Error(f"--device is {device!r}; cpu, or cuda for a GPU, is needed.")
     for option, given in (("--kv", kv_format), ("--startup", startup or None), ("--compare llama.cpp", "llama.cpp" in compare or None)):
         if given is not None:

@@ -44,7 +44,7 @@ def product(x: Tensor, weight: Packed) -> Tensor:
     from zamba2.model.ops.triton_linear import dequantize, linear
 
     rows = math.prod(x.shape[:-1])
-    if rows > FEW or weight.format == "bf16":
+    if rows > FEW:
         return F.linear(x, dequantize(weight, x.dtype))
     return linear(x.reshape(rows, -1).float(), weight).to(x.dtype).reshape(*x.shape[:-1], -1)
 

@@ -11,6 +11,7 @@ product's kernel sums the squares while it multiplies, and divides its results.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +27,7 @@ from zamba2.model.ops.triton_linear import embedding, linear
 from zamba2.model.ops.triton_step import PAGE, attend, mixer_step, read_conv, read_pages, write_conv, write_pages
 from zamba2.model.packed import Packed
 from zamba2.model.state import KVCache, ModelState
+from zamba2.runtime.graphs import captured
 
 __all__ = ["MOST_ROWS", "Decoder", "Slot", "Step"]
 
@@ -200,24 +202,12 @@ class Decoder:
     def _replayed(self, bucket: int) -> tuple[Tensor, Tensor]:
         if bucket not in self.graphs:
             held = self.given.clone()
-            self._capture(bucket)
+            self.given.zero_()  # the scratch slot
+            self.graphs[bucket] = captured(partial(self._token, bucket), self.device)
             self.given.copy_(held)
         graph, outputs = self.graphs[bucket]
         graph.replay()
         return outputs
-
-    def _capture(self, bucket: int) -> None:
-        """Run once on the scratch slot, which compiles what is not compiled yet, then capture."""
-        self.given.zero_()
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._token(bucket)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self._token(bucket)
-        self.graphs[bucket] = (graph, outputs)
 
     def _token(self, count: int) -> tuple[Tensor, Tensor]:
         """The forward pass of the given tokens' first ``count``; FACTS 2 names every value. Returns the scores fp32 (count, V), and

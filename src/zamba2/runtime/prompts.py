@@ -5,6 +5,8 @@ A graph has one length, so texts are padded on the left to the next of a few; th
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from zamba2.errors import notice
 from zamba2.model.model import Zamba2
 from zamba2.model.state import KVCache, ModelState
+from zamba2.runtime.graphs import captured
 
 __all__ = ["LONGEST", "Prompts"]
 
@@ -59,7 +62,7 @@ class Prompts:
             try:
                 if len(self.graphs) == MOST_GRAPHS:
                     del self.graphs[next(iter(self.graphs))]  # the one that was used longest ago
-                self.graphs[length] = self._captured(length)
+                self.graphs[length] = captured(partial(self._compute, length), self.device, memory=self.memory)
             except RuntimeError as error:  # what a driver or a version of PyTorch cannot capture, it can still compute
                 notice(f"prompts are read without CUDA graphs, which is slower ({str(error).splitlines()[0]}).")
                 torch.cuda.synchronize(self.device)
@@ -68,18 +71,6 @@ class Prompts:
         self.graphs[length] = graph, outputs = self.graphs.pop(length)
         graph.replay()
         return outputs
-
-    def _captured(self, length: int) -> tuple[torch.cuda.CUDAGraph, Outputs]:
-        """Run once, which compiles what is not compiled yet, then capture."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._compute(length)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.memory):
-            outputs = self._compute(length)
-        return graph, outputs
 
     def _compute(self, length: int) -> Outputs:
         state = ModelState.empty(self.config)

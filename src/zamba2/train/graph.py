@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zamba2.runtime.graphs import captured
+
 __all__ = ["GraphedStep"]
 
 WARM_UP = 3  # passes before the capture: they compile kernels and let libraries choose theirs
@@ -60,18 +62,13 @@ class GraphedStep:
     def _capture(self, inputs: dict[str, Tensor]) -> Captured:
         held = [parameter.grad for parameter in self.parameters]
         own = {name: tensor.clone() for name, tensor in inputs.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._forget()
-                self.loss(**own).backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._forget()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def both() -> Tensor:
             loss = self.loss(**own)
             loss.backward()
+            return loss
+
+        graph, loss = captured(both, next(iter(own.values())).device, runs=WARM_UP, before=self._forget)
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, held, strict=True):
             parameter.grad = gradient

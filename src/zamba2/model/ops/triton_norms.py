@@ -47,6 +47,16 @@ def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))
 
 
+@triton.jit
+def _gated_tile(x_ptr, gate_ptr, begin, row, x_row, gate_row, c, rows, width):
+    """What the norm is taken of: x, or x SiLU(gate)."""
+    value = _tile(x_ptr + begin, row, x_row, c, rows, width)
+    if gate_ptr is not None:
+        gate = _tile(gate_ptr + begin, row, gate_row, c, rows, width)
+        value *= gate * _sigmoid(gate)
+    return value
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _rms_norm_forward(
     x_ptr, gate_ptr, weight_ptr, y_ptr, rows, x_row, gate_row, width, eps,
@@ -58,10 +68,7 @@ def _rms_norm_forward(
     values, squares = (), tl.zeros([ROWS, BLOCK], tl.float32)
     for i in tl.static_range(BLOCKS):
         c = i * BLOCK + tl.arange(0, BLOCK)
-        value = _tile(x_ptr + begin, row, x_row, c, rows, width)
-        if gate_ptr is not None:
-            gate = _tile(gate_ptr + begin, row, gate_row, c, rows, width)
-            value *= gate * _sigmoid(gate)
+        value = _gated_tile(x_ptr, gate_ptr, begin, row, x_row, gate_row, c, rows, width)
         values += (value,)
         squares += value * value
     scale = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
@@ -89,10 +96,7 @@ def _rms_norm_backward(
         squares, products = tl.zeros([ROWS, BLOCK], tl.float32), tl.zeros([ROWS, BLOCK], tl.float32)
         for i in tl.static_range(BLOCKS):
             c = i * BLOCK + tl.arange(0, BLOCK)
-            value = _tile(x_ptr + begin, row, x_row, c, rows, width)
-            if gate_ptr is not None:
-                gate = _tile(gate_ptr + begin, row, gate_row, c, rows, width)
-                value *= gate * _sigmoid(gate)
+            value = _gated_tile(x_ptr, gate_ptr, begin, row, x_row, gate_row, c, rows, width)
             squares += value * value
             products += value * _tile(dy_ptr + begin, row, dy_row, c, rows, width) * _vector(weight_ptr + begin, c, width)
         scale = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]

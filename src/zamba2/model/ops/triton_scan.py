@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zamba2.model.ops import chunked
 
@@ -371,6 +372,7 @@ class _Scan(torch.autograd.Function):
         return _scan(*arguments)  # type: ignore[arg-type]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, state, seq_idx = ctx.saved_tensors
         dy = x.new_zeros(x.shape) if dy is None else dy if dy.stride(-1) == 1 else dy.contiguous()
