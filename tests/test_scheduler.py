@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import zamba2
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece
 from zamba2.language.model import LanguageModel, make_request
-from zamba2.runtime.backend import Row
+from zamba2.runtime.backend import Row, State
 from zamba2.serve.cache import StateCache
 from zamba2.serve.scheduler import ALIGNED, SHORT, Busy, Job, Prompt, Scheduler, TimeIsUp, next_cut
 from zamba2.train.instructions import tasks
@@ -334,3 +336,87 @@ def test_other_endings_reuse_the_border(model: LanguageModel) -> None:
         job = turn(model, cache, replies, number, [*messages, {"role": "user", "content": content}], max_tokens=30)
         assert job.cached_tokens == len(replies.jobs[0].request.tokens) + len(replies.tokens(0)) - 1 + len(plain(model, CLOSING))
     assert scheduler.close(5) == 0
+
+
+Left = tuple[Path, list[int], list[int]]
+
+
+class Slow(StateCache):
+    """Its disk waits until it may go on."""
+
+    def __init__(self, model: LanguageModel, folder: Path) -> None:
+        super().__init__(lambda adapter: model.backend.new_state(adapter=adapter), folder=folder)
+        self.asked, self.may = threading.Event(), threading.Event()
+
+    def _load(self, *args: Any) -> State:
+        self.asked.set()
+        assert self.may.wait(60)
+        return super()._load(*args)
+
+
+@pytest.fixture
+def left(model: LanguageModel, tmp_path: Path) -> Left:
+    """A folder an earlier server left, the tokens a state in it has read and some more, and the reply to them."""
+    cache = StateCache(lambda adapter: model.backend.new_state(adapter=adapter), folder=tmp_path)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    replies = Replies(scheduler)
+    messages = [{"role": "user", "content": "Name three fruits."}]
+    turn(model, cache, replies, 0, messages, max_tokens=30)
+    messages += [{"role": "assistant", "content": replies.text(0)}, {"role": "user", "content": "Sort them."}]
+    job = turn(model, cache, replies, 1, messages, max_tokens=30)
+    assert scheduler.close(5) == 0
+    cache.flush()
+    return tmp_path, list(job.request.tokens), replies.tokens(1)
+
+
+def test_the_disk_stalls_nobody(model: LanguageModel, left: Left, alone: list[Generation], prompts: list[list[int]]) -> None:
+    """While a state is fetched from disk other replies go on from first to last; the one that waits says what it would without a disk."""
+    folder, tokens, reply = left
+    cache = Slow(model, folder)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    replies = Replies(scheduler)
+    waits = replies.submit(0, tokens, max_tokens=30)
+    assert cache.asked.wait(60)
+    for number in (1, 2):
+        replies.submit(number, prompts[number], max_tokens=24)
+        replies.wait(number)
+        assert replies.tokens(number) == alone[number].tokens
+    assert not replies.pieces[0] and scheduler.counts() == {"waiting": 1, "reading": 0, "decoding": 0}
+    cache.may.set()
+    replies.wait(0)
+    assert replies.tokens(0) == reply and waits.cached_tokens > len(tokens) // 2
+    assert scheduler.close(10) == 0
+
+
+@pytest.mark.parametrize("how", ["cancelled", "time", "shut down", "broken"])
+def test_leaving_the_disk(model: LanguageModel, left: Left, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the disk can leave, run out of time or be shut down, and the next one is served; a failure nobody foresaw is said."""
+    folder, tokens, reply = left
+    cache = Slow(model, folder)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache, most_running=1)
+    replies = Replies(scheduler)
+    job = replies.submit(0, tokens, max_tokens=30, seconds=0.2 if how == "time" else 60.0)
+    replies.submit(1, tokens, max_tokens=30)  # for which there is no room yet
+    assert cache.asked.wait(60)
+    if how == "shut down":
+        assert scheduler.close() == 2
+        cache.may.set()
+        replies.wait(0, 1)
+        assert all("shut down" in str(replies.errors[number]) for number in (0, 1))
+        return
+    if how == "broken":
+        monkeypatch.setattr(StateCache, "_load", lambda *args: 1 / 0)
+        cache.may.set()
+        replies.wait(0, 1)
+        assert all("division" in str(replies.errors[number]) for number in (0, 1))
+        scheduler.close()
+        return
+    if how == "time":
+        replies.wait(0)
+        assert isinstance(replies.errors[0], TimeIsUp)
+    else:
+        job.cancel()
+    cache.may.set()
+    replies.wait(1)
+    assert replies.tokens(1) == reply and not replies.pieces[0]
+    assert scheduler.close(10) == 0

@@ -33,6 +33,6 @@ def captured(
     if before is not None:
         before()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory):
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # other threads fetch saved states meanwhile
         outputs = compute()
     return graph, outputs

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +118,28 @@ class NativeState:
             if (entry.dtype, entry.shape) != (dtype, (size,)):
                 raise Zamba2Error(f"{path}: {name} is {entry.dtype} {list(entry.shape)}; {dtype} [{size}] is needed.")
 
-        def values(name: str, into: memoryview | None = None) -> npt.NDArray[Any]:
-            array = np.frombuffer(file.read(name, into), dtype=STORED[file.entries[name].dtype])
+        def values(name: str, data: memoryview) -> npt.NDArray[Any]:
+            array = np.frombuffer(data, dtype=STORED[file.entries[name].dtype])
             if not all_finite(array):
                 raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
             return array
 
+        def parts(reader: Executor) -> Iterator[npt.NDArray[np.uint8]]:
+            """Keys and values, each read while the one before is checked and copied, in two rooms by turns: memory that was never touched
+            is slower than a disk."""
+            rooms = [np.empty(max(file.entries[name].nbytes for name, _, _ in caches), np.uint8).data for _ in range(2)]
+            names = [name for name, _, _ in caches]
+            coming = reader.submit(file.read, names[0], rooms[0])
+            for i, name in enumerate(names):
+                data = coming.result()
+                if i + 1 < len(names):
+                    coming = reader.submit(file.read, names[i + 1], rooms[(i + 1) % 2])
+                yield values(name, data).view(np.uint8)
+
         try:
-            # one after the other through the same room: memory that was never touched is slower than a disk
-            room = np.empty(max((file.entries[name].nbytes for name, _, _ in caches), default=0), np.uint8).data
-            parts = (values(name, room).view(np.uint8) for name, _, _ in caches)
-            return engine.import_state(position, values("conv"), values("ssm"), parts, number)
+            conv, ssm = (values(name, file.read(name)) for name in ("conv", "ssm"))
+            with ThreadPoolExecutor(1, "zamba2 read") as reader:
+                return engine.import_state(position, conv, ssm, parts(reader) if caches else (), number)
         except MemoryError:
             needed = sum(file.entries[name].nbytes for name, _, _ in sizes)
             raise Zamba2Error(f"{path}: there is not enough memory for the state; {needed} bytes are needed.") from None

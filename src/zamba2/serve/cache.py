@@ -129,6 +129,15 @@ class StateCache:
                 return [*entry.tokens.tolist(), *rest]
         return whole
 
+    def at_hand(self, tokens: Sequence[int], adapter: str | None = None) -> bool:
+        """Whether ``find`` would read no file."""
+        if self.folder is None:
+            return True
+        with self._lock:
+            key = self._longest(np.asarray(tokens, np.int32), adapter)
+            entry = None if key is None else self._entries[key]
+            return entry is None or entry.state is not None or entry.writing is not None
+
     def find(self, tokens: Sequence[int], adapter: str | None = None) -> Found | None:
         """The state that has read most of a prompt's beginning, and not all of it; a copy, so that the one here stays as it is."""
         prompt = np.asarray(tokens, np.int32)

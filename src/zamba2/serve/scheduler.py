@@ -1,8 +1,9 @@
 """Many requests, one model: a thread that owns the backend lets requests join and leave a running batch at token borders.
 
 Each call of the backend decodes one token of every running reply and reads one stretch of one prompt, so that nobody's stream waits for
-another's prompt. Prompts take turns, stretch by stretch. A reply does not depend on its company (the backend's law), nor on how its
-prompt was cut: stretches end at multiples of 64 tokens, and at the borders where a state is kept.
+another's prompt. Prompts take turns, stretch by stretch. A state that lies on disk alone is fetched by a second thread meanwhile. A reply
+does not depend on its company (the backend's law), nor on how its prompt was cut: stretches end at multiples of 64 tokens, and at the
+borders where a state is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +24,7 @@ from zamba2.language.sampling import log_softmax, top_logprobs
 from zamba2.language.speculate import Prices
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend, Logits, Row
-from zamba2.serve.cache import StateCache
+from zamba2.serve.cache import Found, StateCache
 
 __all__ = ["Busy", "Job", "Prompt", "Scheduler", "TimeIsUp"]
 
@@ -76,6 +79,7 @@ class Job:
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     cancelled: bool = False
+    fetched: Future[Found | None] = field(default_factory=Future)  # what the cache has on disk
     running: Running | None = None
     read: int = 0  # of the prompt
     said: list[int] = field(default_factory=list)
@@ -103,6 +107,8 @@ class Scheduler:
         self.prices = Prices()
         self._waiting: deque[Job] = deque()
         self._beginning: deque[Job] = deque()  # let in, and not yet looked at
+        self._fetching: list[Job] = []  # whose states come from the disk
+        self._fetcher = ThreadPoolExecutor(1, "zamba2 fetch")
         self._reading: deque[Job] = deque()
         self._decoding: list[Job] = []
         self._closing: list[tuple[Job, Row]] = []  # replies that are over: what is still read before their state is kept
@@ -143,7 +149,7 @@ class Scheduler:
     def counts(self) -> dict[str, int]:
         """Requests by where they are."""
         with self._condition:  # a request moves from one place to the next under it
-            waiting, decoding = len(self._waiting) + len(self._beginning), len(self._decoding) + len(self._closing)
+            waiting, decoding = len(self._waiting) + len(self._beginning) + len(self._fetching), len(self._decoding) + len(self._closing)
             return {"waiting": waiting, "reading": len(self._reading), "decoding": decoding}
 
     def close(self, seconds: float = 0.0) -> int:
@@ -159,7 +165,8 @@ class Scheduler:
             self._stopped = True
             self._condition.notify_all()
         self._thread.join(timeout=60)
-        for jobs in (self._waiting, self._beginning, self._reading, self._decoding, self._closing):
+        self._fetcher.shutdown(wait=False, cancel_futures=True)
+        for jobs in self._places():
             jobs.clear()
         for job in left:
             job.receive(job.last or Zamba2Error("the server was shut down before the reply was finished."))
@@ -167,24 +174,31 @@ class Scheduler:
 
     # ---- the model's thread
 
+    def _places(self) -> tuple[Any, ...]:
+        """Where jobs are, from first to last."""
+        return self._waiting, self._beginning, self._fetching, self._reading, self._decoding, self._closing
+
     def _jobs(self) -> list[Job]:
-        return [*self._waiting, *self._beginning, *self._reading, *self._decoding, *(job for job, _ in self._closing)]
+        return [*(job for jobs in self._places()[:-1] for job in jobs), *(job for job, _ in self._closing)]
+
+    def _at_rest(self) -> bool:
+        """Whether there is nothing to do until a request or a state comes."""
+        comes = (self._waiting and self._room() > 0) or any(job.fetched.done() for job in self._fetching)
+        return not (comes or self._reading or self._decoding or self._closing)
 
     def _work(self) -> None:
         try:
             while True:
                 with self._condition:
-                    while not self._jobs() and not self._stopped:
-                        self._condition.wait()
+                    if not self._stopped and self._at_rest():
+                        self._condition.wait(0.1 if self._fetching else None)  # those who are waited for may leave
                     if self._stopped:
                         return
                     self._beginning += [self._waiting.popleft() for _ in range(min(len(self._waiting), self._room()))]
                 while self._beginning:
-                    job = self._beginning[0]
-                    begun = self._begin(job)
-                    with self._condition:
-                        self._beginning.popleft()
-                        self._reading.extend([job] if begun else [])
+                    self._begin(self._beginning[0])
+                for job in [job for job in self._fetching if job.fetched.done()]:
+                    self._set_out(job, self._fetching, job.fetched.result())
                 self._leave()
                 self._round()
                 with self._condition:
@@ -192,34 +206,58 @@ class Scheduler:
         except BaseException as error:
             with self._condition:  # whoever comes later is told by submit
                 self.failed, left = error, self._jobs()
-                for jobs in (self._waiting, self._beginning, self._reading, self._decoding, self._closing):
+                for jobs in self._places():
                     jobs.clear()
             for job in left:
                 self._tell(job, job.last or Zamba2Error(f"the model has failed: {error}"))
 
     def _room(self) -> int:
-        return self.most_running - len(self._reading) - len(self._decoding)
+        return self.most_running - len(self._fetching) - len(self._reading) - len(self._decoding)
 
-    def _begin(self, job: Job) -> bool:
-        """Whether a request can be read."""
-        request = job.request
+    def _begin(self, job: Job) -> None:
+        """Look what the cache has for a request."""
+        request, found = job.request, None
         try:
             size = self.backend.config.vocab_size
             for token in (min(request.tokens), max(request.tokens)):
                 if not 0 <= token < size:
                     raise Zamba2Error(f"token id {token} is out of range; the model knows ids from 0 to {size - 1}.")
-            state, found = self.backend.new_state(adapter=request.adapter), None
-            if self.cache is not None and job.prompt.logprobs is None:
-                found = self.cache.find(request.tokens, state.adapter)  # not the request's: there may be one for all
-            state = state if found is None else found.state
-            job.read = job.cached_tokens = 0 if found is None else found.tokens
-            job.running = Running(0, request, state, size, self.tokenizer)
+            adapter = self.backend.new_state(adapter=request.adapter).adapter  # not the request's: there may be one for all
         except Zamba2Error as error:
+            self._remove(job)
             self._tell(job, error)
-            return False
+            return
+        if self.cache is not None and job.prompt.logprobs is None:
+            if not self.cache.at_hand(request.tokens, adapter):
+                with self._condition:
+                    self._beginning.remove(job)
+                    self._fetching.append(job)
+                job.fetched = self._fetcher.submit(self.cache.find, request.tokens, adapter)
+                job.fetched.add_done_callback(self._wake)
+                return
+            found = self.cache.find(request.tokens, adapter)
+        self._set_out(job, self._beginning, found)
+
+    def _wake(self, _: Future[Found | None]) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+    def _set_out(self, job: Job, place: Any, found: Found | None) -> None:
+        """A request's prompt is read from now on, behind what was found of it."""
+        request = job.request
+        try:
+            state = self.backend.new_state(adapter=request.adapter) if found is None else found.state
+            job.running = Running(0, request, state, self.backend.config.vocab_size, self.tokenizer)
+        except Zamba2Error as error:
+            self._remove(job)
+            self._tell(job, error)
+            return
+        job.read = job.cached_tokens = 0 if found is None else found.tokens
         if job.prompt.logprobs is not None:
             job.prompt_logprobs.append(None)
-        return True
+        with self._condition:
+            place.remove(job)
+            self._reading.append(job)
 
     def _leave(self) -> None:
         """Let go of requests whose caller has gone or whose time is up."""
@@ -236,7 +274,7 @@ class Scheduler:
 
     def _remove(self, job: Job) -> None:
         with self._condition:
-            for jobs in (self._waiting, self._beginning, self._reading, self._decoding):
+            for jobs in self._places()[:-1]:
                 if job in jobs:
                     jobs.remove(job)
 
