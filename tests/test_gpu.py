@@ -25,6 +25,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.model.model import Zamba2
+from zamba2.runtime import decoder as decoder_module
 from zamba2.runtime import torch as torch_runtime
 from zamba2.runtime.backend import Row
 from zamba2.runtime.torch import TorchBackend, TorchState, check_room, device_of
@@ -180,6 +181,61 @@ def test_slots_are_given_back_and_taken(monkeypatch: pytest.MonkeyPatch, _: None
     gc.collect()
     assert sorted(decoder.free_slots) == list(range(1, decoder.conv.shape[1]))
     assert sorted(decoder.free_pages) == list(range(1, decoder.pages.shape[1]))
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=interpreted_slowly)])
+def test_the_next_token_is_begun_unasked(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that was begun before it was asked for gives what it would have given; if other tokens are read, others join, or a sequence is
+    copied, leaves or is forgotten meanwhile, nothing of it shows."""
+    monkeypatch.setattr(decoder_module, "PATIENCE", 1)
+    backend, begun = backend_of("7b"), list[int]()
+    decoder = backend.decoder
+    assert decoder is not None
+    begin = decoder._begin
+    monkeypatch.setattr(decoder, "_begin", lambda slots: begun.append(len(slots)) or begin(slots))
+    texts = [random_tokens(MINIATURES["7b"], 30 + i, 3 + i).tolist() for i in range(2)]
+    states = [backend.new_state() for _ in texts]
+
+    def call(*numbers: int) -> list[int]:
+        """Read the last token of some texts; what is likeliest next."""
+        rows = [Row(np.array(texts[i][-1:], np.int32), states[i]) for i in numbers]
+        return [int(scores.likeliest()[-1]) for scores in backend.forward(rows)]
+
+    def check(calls: int, *numbers: int, **instead: int) -> None:
+        """Go on with what is likeliest, or with a token of one's own; how many calls it begins."""
+        before = len(begun)
+        found = call(*numbers)
+        for i, token in zip(numbers, found, strict=True):
+            expected = truth("7b", torch.float32, torch.tensor(texts[i]))[-1]
+            assert expected.max() - expected[token] <= LOGITS[torch.float32] * expected.abs().max()
+            assert states[i].position == len(texts[i])
+            texts[i].append(instead.get(f"token{i}", token))
+        assert len(begun) - before == calls
+
+    for text, state in zip(texts, states, strict=True):
+        read(backend, state, torch.tensor(text[:-1]))
+    check(1, 0, 1)
+    check(2, 0, 1)  # it reads what was likeliest: the next one is begun as well
+    check(1, 0, 1, token1=7)  # begun already
+    check(1, 0, 1)  # what was begun read another token
+    if not whole:
+        return
+    check(2, 0, 1)
+    check(1, 0)  # one of them alone
+    check(2, 0)
+    copy, kept = states[0].copy(), list(texts[0])  # what was begun stays out of it
+    check(1, 0)
+    check(2, 0, token0=9)
+    states[0], texts[0] = copy, kept
+    check(1, 0)
+    check(2, 0)
+    states[1] = backend.new_state()  # the other's place is another's now
+    texts[1] = random_tokens(MINIATURES["7b"], 40, 2).tolist()
+    read(backend, states[1], torch.tensor(texts[1][:-1]))
+    check(1, 1, 0)
+    del states[0], copy, state
+    gc.collect()
+    assert len(decoder.free_slots) == decoder.conv.shape[1] - 2
 
 
 def unpacked(path: Path, config: Config, dtype: torch.dtype) -> Zamba2:

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 from op_cases import OPS, relative_error
 
 from zamba2.model.ops import reference
-from zamba2.model.ops.triton_step import PAGE, attend, mixer_step, read_conv, read_pages, write_conv, write_pages
+from zamba2.model.ops.triton_step import PAGE, attend, choose, mixer_step, read_conv, read_pages, write_conv, write_pages
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32 = OPS[torch.float32].output
@@ -71,8 +71,9 @@ class Mixer:
         self.dt_bias, self.A_log, self.D = randn(heads) - 2, torch.rand(heads, device=DEVICE) * 2.5, randn(heads)
 
     def step(self, projected: Tensor, conv: Tensor, ssm: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """positions: of all slots."""
         parameters = (self.weight, self.bias, self.dt_bias, self.A_log, self.D)
-        return mixer_step(projected, *parameters, conv, ssm, slots, positions, **self.sizes)
+        return mixer_step(projected, *parameters, conv, ssm, slots, positions[slots.long()], **self.sizes)
 
     def truth(self, projected: Tensor, conv: Tensor, ssm: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Many tokens of one sequence, projected: (T, rows of the in-projection), in fp64 but for the inputs' rounding."""
@@ -95,24 +96,26 @@ SHAPES = [(3, 5, 1, 6, 4), (4, 16, 2, 16, 4), (4, 3, 2, 5, 3), (1, 64, 1, 64, 4)
 @both_dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_steps_are_convolution_scan_and_gate(shape: tuple[int, int, int, int, int], dtype: torch.dtype) -> None:
-    """Token by token, in any slots and order, from any position, a step is the reference's convolution, scan and gate."""
+    """Token by token, in any slots and order, from any position, a step is the reference's convolution, scan and gate; read again, or
+    another in its place, so too: what the token before it left is there still."""
     mixer, (heads, P, _, N, taps), tokens = Mixer(*shape), shape, 3
     slots, starts = [3, 1, 4], [0, 5, taps]
     conv = torch.full((6, taps, mixer.channels), math.nan, dtype=dtype, device=DEVICE)
-    ssm = torch.full((6, heads, P, N), math.nan, device=DEVICE)
+    ssm = torch.full((6, 2, heads, P, N), math.nan, device=DEVICE)
     positions = integers(0, 0, 0, 0, 0, 0)
     before = {}
     for slot, start in zip(slots, starts, strict=True):
         inputs = randn(taps - 1, mixer.channels).to(dtype)
         write_conv(conv, slot, start, inputs)
-        ssm[slot], positions[slot] = randn(heads, P, N), start
-        before[slot] = inputs, ssm[slot].clone()
+        ssm[slot, start % 2], positions[slot] = randn(heads, P, N), start
+        before[slot] = inputs, ssm[slot, start % 2].clone()
     projected = {slot: randn(tokens, mixer.inner + mixer.channels + heads) for slot in slots}
     found: dict[int, list[Tensor]] = {slot: [] for slot in slots}
     for t in range(tokens):
         order = torch.randperm(3).tolist()
         chosen = [slots[i] for i in order]
         rows = torch.stack([projected[slot][t] for slot in chosen])
+        mixer.step(randn(*rows.shape), conv, ssm, integers(*chosen), positions)  # others, for nothing
         out = mixer.step(rows, conv, ssm, integers(*chosen), positions)
         advance(positions, integers(*chosen))
         for slot, row in zip(chosen, out, strict=True):
@@ -120,7 +123,7 @@ def test_steps_are_convolution_scan_and_gate(shape: tuple[int, int, int, int, in
     for slot, start in zip(slots, starts, strict=True):
         y, inputs, S = mixer.truth(projected[slot], *before[slot], dtype)
         close(torch.stack(found[slot]), y)
-        close(ssm[slot], S)
+        close(ssm[slot, (start + tokens) % 2], S)
         assert torch.equal(read_conv(conv, slot, start + tokens).double(), inputs)
     for slot in (0, 2, 5):
         assert conv[slot].isnan().all() and ssm[slot].isnan().all()
@@ -132,7 +135,7 @@ def test_step_reads_a_view_and_any_pool() -> None:
     width = mixer.inner + mixer.channels + 2
     wide = torch.full((3, width + 5), math.nan, device=DEVICE)
     wide[:, :width] = randn(3, width)
-    conv, ssm = randn(4, 2, 4, mixer.channels), randn(4, 2, 2, 4, 4)  # slots, then layers
+    conv, ssm = randn(4, 2, 4, mixer.channels), randn(4, 2, 2, 2, 4, 4)  # slots, then layers
     others = conv[:, 0].clone(), ssm[:, 0].clone()
     packed = conv[:, 1].clone(), ssm[:, 1].clone()
     slots, positions = integers(2, 3, 1), integers(0, 9, 4, 3)
@@ -146,33 +149,34 @@ def test_step_reads_a_view_and_any_pool() -> None:
 def test_step_of_extreme_inputs() -> None:
     """Far from zero the softplus is dt itself or its exponential, the gate z or 0; nothing overflows."""
     mixer = Mixer(2, 4, 1, 4, 4)
-    conv, ssm = torch.zeros(7, 4, mixer.channels, device=DEVICE), randn(7, 2, 4, 4)
+    conv, ssm = torch.zeros(7, 4, mixer.channels, device=DEVICE), randn(7, 2, 2, 4, 4)
     before, projected = ssm.clone(), randn(6, mixer.inner + mixer.channels + 2)
     projected[:, -2:] = torch.tensor([-80.0, -15, 0, 15, 40, 200], device=DEVICE)[:, None]
     projected[:, : mixer.inner : 2], projected[:, 1 : mixer.inner : 2] = 200, -200
     found = mixer.step(projected, conv, ssm, integers(*range(1, 7)), integers(*[0] * 7))
     for row in range(6):
-        y, _, S = mixer.truth(projected[row, None], conv[0, 1:], before[row + 1], torch.float32)
+        y, _, S = mixer.truth(projected[row, None], conv[0, 1:], before[row + 1, 0], torch.float32)
         close(found[row], y[0])
-        close(ssm[row + 1], S)
+        close(ssm[row + 1, 1], S)
+    assert torch.equal(ssm[:, 0], before[:, 0])
 
 
 def test_small_steps_are_exact() -> None:
     """A small dt keeps its relative accuracy: from a state of zeros, S is dt x B^T."""
     mixer = Mixer(4, 4, 1, 4, 4)
-    conv, ssm = torch.zeros(2, 4, mixer.channels, device=DEVICE), torch.zeros(2, 4, 4, 4, device=DEVICE)
+    conv, ssm = torch.zeros(2, 4, mixer.channels, device=DEVICE), torch.zeros(2, 2, 4, 4, 4, device=DEVICE)
     mixer.dt_bias[:] = torch.tensor([-3.0, -9, -20, -60], device=DEVICE)
     projected = randn(1, mixer.inner + mixer.channels + 4)
-    _, _, S = mixer.truth(projected, conv[0, 1:], ssm[0], torch.float32)
+    _, _, S = mixer.truth(projected, conv[0, 1:], ssm[0, 0], torch.float32)
     mixer.step(projected, conv, ssm, integers(1), integers(0, 0))
     for head in range(4):
-        close(ssm[1, head] * 2**40, S[head] * 2**40)
+        close(ssm[1, 1, head] * 2**40, S[head] * 2**40)
 
 
 def test_rows_that_only_fill_up_share_slot_0() -> None:
     """Any number of rows on slot 0 leave the others' results as they are, and it stays finite."""
     mixer = Mixer(3, 5, 1, 6, 4)
-    conv, ssm, projected = randn(3, 4, mixer.channels), randn(3, 3, 5, 6), randn(5, mixer.inner + mixer.channels + 3)
+    conv, ssm, projected = randn(3, 4, mixer.channels), randn(3, 2, 3, 5, 6), randn(5, mixer.inner + mixer.channels + 3)
     alone = conv.clone(), ssm.clone()
     positions = integers(0, 7, 2)
     found = mixer.step(projected, conv, ssm, integers(0, 2, 0, 1, 0), positions)
@@ -221,9 +225,8 @@ class Paged:
                     self.pages[layer, own[length // PAGE], :, :, length % PAGE :] = math.nan
 
     def attend(self, qkv: Tensor, slots: Tensor, layer: int, scale: float, rope: Tensor | None = None, splits: int | None = None) -> Tensor:
-        return attend(
-            qkv, self.pages, self.table, self.positions, slots, scale=scale, layer=layer, rope=rope, splits=splits, **self.sizes
-        )
+        positions = self.positions[slots.long()]
+        return attend(qkv, self.pages, self.table, positions, slots, scale=scale, layer=layer, rope=rope, splits=splits, **self.sizes)
 
     def truth(self, qkv: Tensor, slot: int, layer: int, scale: float, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of one row: the output (heads * head_dim,) and the new key and value (2, kv_heads, head_dim), rounded as in the pages."""
@@ -355,6 +358,25 @@ def test_a_graph_follows_positions_and_slots() -> None:
     assert case.positions.tolist() == [0, PAGE + 2, 7, 3 * PAGE + 1, 0]
 
 
+@pytest.mark.parametrize("vocabulary", [1, 7, 4096, 4097, 32000])
+def test_the_likeliest_token(vocabulary: int) -> None:
+    """The largest score's number, of equals the lowest, is given to the next token at the next position; a NaN shows; slot 0 stays."""
+    wide = randn(6, vocabulary + 3)
+    logits, slots, positions, tokens = wide[:, :vocabulary], integers(3, 1, 0, 2, 4, 5), integers(5, 0, 0, 9, 63, 64), integers(*[-1] * 6)
+    logits[1] = -math.inf
+    logits[3] = logits[3].round()
+    logits[4, vocabulary // 2] = math.nan
+    logits[5, vocabulary - 1] = math.inf
+    wide[:, vocabulary:] = 1e9
+    found = choose(logits, tokens, slots, positions)
+    wanted = torch.stack([(row == row.nan_to_num(-math.inf, math.inf).max()).int().argmax() for row in logits.cpu()])
+    healthy = [0, 1, 2, 3, 5]
+    assert found[healthy, 0].tolist() == tokens[healthy].tolist() == wanted[healthy].tolist()
+    assert torch.equal(found[healthy, 1].cpu(), logits.cpu()[healthy, wanted[healthy]])
+    assert found[4, 1].isnan() and 0 <= tokens[4] < vocabulary
+    assert positions.tolist() == [6, 1, 0, 10, 64, 65]
+
+
 # ---- positions and pages --------------------------------------------------------------------------------------------------
 
 
@@ -377,8 +399,10 @@ def test_tensors_that_are_not_as_they_must_be() -> None:
     case, mixer = Paged({1: 5}, 1, 1, 4, torch.float32), Mixer(2, 4, 1, 4, 4)
     with pytest.raises(ValueError, match="must be contiguous"):
         case.attend(randn(12, 2).T, integers(1, 1), 0, 0.5)
-    conv, ssm = randn(2, mixer.channels, 4).transpose(1, 2), randn(2, 2, 4, 4)
+    conv, ssm = randn(2, mixer.channels, 4).transpose(1, 2), randn(2, 2, 2, 4, 4)
     with pytest.raises(ValueError, match="must be contiguous"):
         mixer.step(randn(1, mixer.inner + mixer.channels + 2), conv, ssm, integers(1), integers(0, 0))
-    with pytest.raises(ValueError, match="needs 4 rows per slot, not 3"):
-        mixer.step(randn(1, mixer.inner + mixer.channels + 2), randn(2, 3, mixer.channels), ssm, integers(1), integers(0, 0))
+    for rows, states in ((3, 2), (4, 1)):
+        conv, ssm = randn(2, rows, mixer.channels), randn(2, states, 2, 4, 4)
+        with pytest.raises(ValueError, match=f"4 rows of the convolution's inputs and 2 states, not {rows} and {states}"):
+            mixer.step(randn(1, mixer.inner + mixer.channels + 2), conv, ssm, integers(1), integers(0, 0))

@@ -61,15 +61,19 @@ class TorchLogits:
 class StepLogits:
     """float32 [k, V], k 0 or 1: a row of what the decoder computed for all rows of a call."""
 
-    def __init__(self, step: Step, row: int, wanted: int) -> None:
-        self.step, self.rows = step, slice(row, row + wanted)
+    def __init__(self, decoder: Decoder, step: Step, row: int, wanted: int) -> None:
+        self.decoder, self.step, self.rows = decoder, step, slice(row, row + wanted)
 
     def numpy(self) -> npt.NDArray[np.float32]:
         """Raises Zamba2Error where a score is NaN or +inf."""
-        self.likeliest()
+        self._best()
         return cast("npt.NDArray[np.float32]", self.step.scores()[self.rows].numpy())
 
     def likeliest(self) -> npt.NDArray[np.int32]:
+        self.decoder.go_ahead(self.step)  # who asks for no more than this is likely to read it next
+        return self._best()
+
+    def _best(self) -> npt.NDArray[np.int32]:
         best, values = self.step.best()
         return checked_best(best[self.rows], values[self.rows])
 
@@ -277,7 +281,7 @@ class TorchBackend:
         slots = [state.enter(decoder) for state in states]
         self.decoding |= {id(state): weakref.ref(state) for state in states}
         step = decoder.step([int(row.tokens[0]) for row in rows], slots)
-        return [StepLogits(step, i, row.logits) for i, row in enumerate(rows)]
+        return [StepLogits(decoder, step, i, row.logits) for i, row in enumerate(rows)]
 
     def _own(self, state: State) -> TorchState:
         if not isinstance(state, TorchState) or state.backend is not self:

@@ -2,11 +2,14 @@
 """One decoded token of many sequences in Triton: the Mamba2 step, and attention over keys and values kept in pages.
 
 Sequences come and go while the tensors stay where they are, so that a CUDA graph can be captured once and replayed: states lie
-in pools, by slot; keys and values in pages, by a table; row m of a call belongs to slot ``slots[m]``. What the next token
-needs to know of a slot is its position, the number of tokens it has read. Nothing here waits for the device.
+in pools, by slot; keys and values in pages, by a table; row m of a call belongs to slot ``slots[m]``, whose sequence has read
+``positions[m]`` tokens. Nothing here waits for the device.
+
+What a token changes of a slot does not touch what the token before it left: SSM states have two halves, the convolution's ring has a row to
+spare, and a page's line is the token's own. So a token can be read again, or another in its place.
 
 Slot 0 belongs to rows that only fill up a batch; any number of them may share it, and nothing is promised of its contents.
-Its position stays 0, so its table's first entry must be a page that nobody else uses.
+Its position is 0, so its table's first entry must be a page that nobody else uses.
 
 Letters: M rows, P channels of a head, N state size, K taps of the convolution, L tokens.
 """
@@ -21,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["PAGE", "attend", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
+__all__ = ["PAGE", "attend", "choose", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
 
 PAGE = 64  # tokens
 PROGRAMS = 256  # that a step of few rows is divided into: two for each multiprocessor of an H100
@@ -82,7 +85,7 @@ def _mixer_step(
     of_x, in_x = of_p[:, None] + 0 * pair, in_p[:, None] & (pair == 0)
     of_BC, in_BC = INNER + (group * N + n)[:, None] + pair * (GROUPS * N), in_n[:, None] & (pair < 2)
 
-    slot = tl.load(slots + row).to(tl.int64)
+    slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row)
     projected += row.to(tl.int64) * projected_stride
     if not EARLY:
         new_x = tl.load(projected + INNER + of_x, mask=in_x, other=0.0)
@@ -96,9 +99,9 @@ def _mixer_step(
     bias_BC = tl.load(conv_bias + of_BC, mask=in_BC, other=0.0)
     state = ssm + slot * ssm_stride + of_p[:, None] * N + n[None, :]
     in_state = in_p[:, None] & in_n[None, :]
-    S = tl.load(state, mask=in_state, other=0.0)
+    S = tl.load(state + position % 2 * (INNER * N), mask=in_state, other=0.0)
     tl.debug_barrier()  # else the compiler moves these loads, by far the most, behind what waits for others
-    newest = tl.load(positions + slot) % TAPS
+    newest = position % TAPS
     conv += slot * conv_stride
     ring_x = _load_all(conv, CHANNELS, of_x, in_x, TAPS)
     ring_BC = _load_all(conv, CHANNELS, of_BC, in_BC, TAPS)
@@ -115,7 +118,7 @@ def _mixer_step(
     x, _ = tl.split(_convolve(ring_x, new_x, weights_x, bias_x, newest, TAPS))
     B, C = tl.split(_convolve(ring_BC, new_BC, weights_BC, bias_BC, newest, TAPS))
     S = tl.exp(-tl.exp(A) * dt) * S + (dt * x)[:, None] * B[None, :]
-    tl.store(state, S, mask=in_state)
+    tl.store(state + (1 - position % 2) * (INNER * N), S, mask=in_state)
     y = tl.sum(S * C[None, :], axis=1) + skip * x
     tl.store(gated + row.to(tl.int64) * INNER + of_p, y * _silu(z), mask=in_p)
 
@@ -135,17 +138,18 @@ def mixer_step(
         [x B C] = SiLU(conv [x B C]);  dt = softplus(dt + dt_bias);  S = exp(-exp(A_log) dt) S + dt x B^T;  (S C + D x) SiLU(z)
 
     projected: (M, heads P | heads P + 2 groups N | heads) fp32, [z | x B C | dt], rows may be apart; conv_weight:
-    (heads P + 2 groups N, K); conv_bias: (heads P + 2 groups N,); dt_bias, A_log, D: (heads,), all fp32; slots: (M,) int32;
-    positions: (slots,) int32. In place, for the slots named: ssm (slots, heads, P, N) fp32, and conv (slots, K, heads P + 2 groups N)
-    bf16 or fp32, a ring in which row t % K holds the rounded input of token t. It has one row more than the convolution looks
-    back, for all programs read the inputs of B and C, and the one that writes must not take from the others what they read.
+    (heads P + 2 groups N, K); conv_bias: (heads P + 2 groups N,); dt_bias, A_log, D: (heads,), all fp32; slots, positions: (M,) int32.
+    In place, for the slots named: ssm (slots, 2, heads, P, N) fp32, whose half t % 2 holds S of a sequence that has read t tokens, and
+    conv (slots, K, heads P + 2 groups N) bf16 or fp32, a ring in which row t % K holds the rounded input of token t. It has one row
+    more than the convolution looks back, for all programs read the inputs of B and C, and the one that writes must not take from the
+    others what they read.
     early: the kernel may begin while the one before it in the stream ends (see ``triton_linear.linear``), and reads all but
-    ``projected`` before that has ended. Returns (M, heads P) fp32. Raises ValueError if slots are not contiguous or the ring has not
-    K rows.
+    ``projected`` before that has ended. Returns (M, heads P) fp32. Raises ValueError if slots are not contiguous or have not
+    K rows and two states.
     """
     taps = conv_weight.shape[1]
-    if conv.shape[1] != taps:
-        raise ValueError(f"the convolution's state needs {taps} rows per slot, not {conv.shape[1]}")
+    if conv.shape[1] != taps or ssm.shape[1] != 2:
+        raise ValueError(f"a slot has {taps} rows of the convolution's inputs and 2 states, not {conv.shape[1]} and {ssm.shape[1]}")
     if not (conv[0].is_contiguous() and ssm[0].is_contiguous() and conv_weight.is_contiguous() and projected.stride(1) == 1):
         raise ValueError("the slots of both states, the convolution's weight and the rows of projected must be contiguous")
     rows = projected.shape[0]
@@ -181,7 +185,7 @@ def _ring(position: int, conv: Tensor) -> Tensor:
 
 
 @triton.jit
-def _rotate(qkv, positions, slots, frequencies, rotated, qkv_stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _rotate(qkv, positions, frequencies, rotated, qkv_stride, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
     """One query or key rotated by position * frequencies, first half against second half."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -191,7 +195,7 @@ def _rotate(qkv, positions, slots, frequencies, rotated, qkv_stride, HEAD_DIM: t
     first = tl.load(vector + i, mask=inside, other=0.0)
     second = tl.load(vector + HALF + i, mask=inside, other=0.0)
     frequency = tl.load(frequencies + i, mask=inside, other=0.0)
-    angle = tl.load(positions + tl.load(slots + row)).to(tl.float32) * frequency
+    angle = tl.load(positions + row).to(tl.float32) * frequency
     cos, sin = tl.cos(angle), tl.sin(angle)
     rotated += (row * tl.num_programs(1) + head) * HEAD_DIM
     tl.store(rotated + i, first * cos - second * sin, mask=inside)
@@ -215,8 +219,7 @@ def _attend(
     CHUNKS: tl.constexpr = HEAD_DIM // WIDTH
     HALF_PAGE: tl.constexpr = KV_HEADS * PAGE * HEAD_DIM  # the keys or the values
     lines, columns = tl.arange(0, BLOCK_T), tl.arange(0, WIDTH)
-    slot = tl.load(slots + row).to(tl.int64)
-    position = tl.load(positions + slot)
+    slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row)
     table += slot * table_stride
 
     q += row.to(tl.int64) * q_stride + head * HEAD_DIM
@@ -298,7 +301,7 @@ def attend(
 
     qkv: (M, (heads + 2 kv_heads) head_dim) fp32, [q | k | v], rows may be apart; pages: (layers, pages, 2, kv_heads, PAGE, head_dim)
     bf16 or fp32, contiguous, keys before values; table: (slots, most pages of a slot) int32, a slot's pages in the order of
-    its tokens; positions: (slots,) int32, the tokens a slot has in its pages, that is, where the new one goes; slots: (M,) int32;
+    its tokens; positions: (M,) int32, the tokens a sequence has in its pages, that is, where the new one goes; slots: (M,) int32;
     rope: (head_dim / 2,) fp32, angles per position. The softmax of scale q k is fp32; query head h reads head h // (heads / kv_heads).
     splits: programs among which each head's tokens are divided; chosen by M if None (never by the positions: a graph is captured
     once). Returns (M, heads head_dim) fp32. Raises ValueError if tensors are not contiguous where they must be.
@@ -315,7 +318,7 @@ def attend(
     if rope is not None:
         qk = torch.empty(rows, (heads + kv_heads) * head_dim, dtype=torch.float32, device=device)
         block = triton.next_power_of_2(head_dim // 2)
-        _rotate[rows, heads + kv_heads](qkv, positions, slots, rope, qk, qkv.stride(0), head_dim, BLOCK=block, num_warps=1)
+        _rotate[rows, heads + kv_heads](qkv, positions, rope, qk, qkv.stride(0), head_dim, BLOCK=block, num_warps=1)
     _attend[rows, heads, splits](
         qk, qk[:, heads * head_dim :], v, pages[layer], table, positions, slots, out, weighted, sums,
         qk.stride(0), v.stride(0), table.stride(0), scale * math.log2(math.e),
@@ -342,3 +345,40 @@ def read_pages(pages: Tensor, layer: int, page_numbers: Tensor, length: int) -> 
     """The inverse of ``write_pages``: the first ``length`` tokens, (2, kv_heads, length, head_dim), a copy."""
     found = pages[layer].index_select(0, page_numbers[: -(-length // PAGE)])
     return found.movedim(0, 2).flatten(2, 3)[:, :, :length]
+
+
+@triton.jit
+def _choose(
+    logits, found, tokens, slots, positions, logits_stride, V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The largest score of a row, of equals the first."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * logits_stride
+    columns = tl.arange(0, BLOCK)
+    highest, place, sick = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, V, BLOCK):
+        scores = tl.load(logits + start + columns, mask=start + columns < V, other=float("-inf"))
+        higher = scores > highest
+        highest, place = tl.where(higher, scores, highest), tl.where(higher, start + columns, place)
+        sick |= (scores != scores).to(tl.int32)
+    best = tl.max(highest, axis=0)
+    token = tl.min(tl.where(highest == best, place, V - 1), axis=0)
+    best = tl.where(tl.max(sick, axis=0) > 0, float("nan"), best)
+    tl.store(found + 2 * row, token.to(tl.float32))
+    tl.store(found + 2 * row + 1, best)
+    tl.store(tokens + row, token)
+    tl.store(positions + row, tl.load(positions + row) + (tl.load(slots + row) > 0).to(tl.int32))
+
+
+def choose(logits: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """The likeliest token of M rows, ready to be read next.
+
+    logits: (M, V) fp32, rows may be apart, V below 2^24; slots: (M,) int32. In place: tokens (M,) int32 become the numbers of the largest
+    scores, of equals the lowest; positions (M,) int32 one more, but for rows of slot 0. Returns (M, 2) fp32: that number, which is exact,
+    and that score, which is NaN if one of the row is.
+    """
+    rows, vocabulary = logits.shape
+    found = torch.empty(rows, 2, dtype=torch.float32, device=logits.device)
+    block = min(4096, triton.next_power_of_2(vocabulary))
+    _choose[(rows,)](logits, found, tokens, slots, positions, logits.stride(0), vocabulary, BLOCK=block, num_warps=8)
+    return found
