@@ -40,7 +40,7 @@ from zamba2.train.packing import IGNORED, collate_packed, pack
 from zamba2.train.prepare import labels, pair_row, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import RECIPES, Lora, Recipe, read_recipe
-from zamba2.train.rounding import RoundWeights, rounded_weights
+from zamba2.train.rounding import RoundWeights, divergence, rounded_weights
 from zamba2.weights.formats import FORMATS, GROUP, unpack
 from zamba2.weights.formats import pack as pack_weights
 from zamba2.weights.hub import RANDOM
@@ -361,9 +361,12 @@ def test_graphs_are_refused_where_they_cannot_be(tmp_path):
             recipe(tmp_path, "sft", **({"packing": True, "graph": True} | fields))
 
 
-@pytest.mark.parametrize(
-    ("stage", "fields"), [("sft", {}), ("dpo", {}), ("sft", {"optimizer": "muon"}), ("sft", {"rounding": "q4"})], ids=str
-)
+WAYS = [
+    ("sft", {}), ("dpo", {}), ("sft", {"optimizer": "muon"}), ("sft", {"rounding": "q4"}), ("sft", {"rounding": "q4", "distill": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "fields"), WAYS, ids=str)
 def test_resuming_changes_nothing(tmp_path, stage, fields):
     """A run that was cut after two of six steps and resumed has the losses and the very weights of one that was not."""
     through = recipe(tmp_path, stage, steps=6, save_every=2, keep=9, out=tmp_path / "through", **fields)
@@ -459,6 +462,39 @@ def test_a_rounded_step_trains_through_the_packed_model(tmp_path):
     moved = max((after[name] - value).abs().max() for name, value in model.state_dict().items())
     assert 0 < moved <= 2.02e-3  # AdamW's first steps are the learning rate
     assert losses(through.out)[1] == pytest.approx(losses(plainly.out)[1], rel=1e-3)  # every second step goes through the full weights
+
+
+def test_divergence_is_the_formula():
+    """The sum over scored places of p (log p - log q), p the teacher's and q the model's; none, and no gradient, where both are one."""
+    teacher, model = fresh_model().eval(), fresh_model().eval()
+    RoundWeights(model, model.model.config, Packing.named("q4")).on_step_begin(None, SimpleNamespace(global_step=0), None)
+    ids = torch.randint(3, 256, (2, 9))
+    labels = torch.where(torch.rand(2, 9) < 0.5, ids, -100)
+    found, count = divergence(model, teacher, {"input_ids": ids, "labels": labels})
+    with torch.no_grad():
+        p, q = (one(input_ids=ids).logits.double().softmax(-1) for one in (teacher, model))
+    places = [(i, t) for i in range(2) for t in range(8) if labels[i, t + 1] != -100]
+    expected = sum(float((p[place] * (p[place].log() - q[place].log())).sum()) for place in places)
+    assert found.item() == pytest.approx(expected, rel=1e-3) and int(count) == len(places) and expected > 0
+    same, _ = divergence(teacher, teacher, {"input_ids": ids, "labels": labels})
+    same.backward()
+    assert abs(same.item()) < 1e-5 and max(weight.grad.abs().max() for weight in teacher.parameters() if weight.grad is not None) < 1e-5
+
+
+def test_what_is_distilled_comes_nearer(tmp_path):
+    """The losses of a distilling run are the rounded weights' divergence from what the model was, in each step, and grow smaller."""
+    model = fresh_model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.2 if weight.ndim == 2 else 1)  # as it is, all words are equally likely to it
+    model.save_pretrained(tmp_path / "loud")
+    for file in module.TOKENIZER_FILES:
+        if (RANDOM / file).is_file():
+            (tmp_path / "loud" / file).write_bytes((RANDOM / file).read_bytes())
+    own = recipe(tmp_path, model=str(tmp_path / "loud"), steps=24, warmup=0.0, learning_rate=3e-4, rounding="q4", distill=True)
+    module.run(own)
+    found = losses(own.out)
+    assert min(found) > 0.1 and np.mean(found[-4:]) < 0.85 * np.mean(found[:4])
 
 
 def test_rounding_needs_all_of_whole_weights(tmp_path, monkeypatch):
@@ -621,6 +657,7 @@ BAD = {
     "negative weight": ({"sft_weight": -1}, "sft_weight is -1"),
     "uneven batch": ({"batch_size": 3, "device_batch_size": 2}, "not a multiple"),
     "no held out": ({"evaluate_every": 5}, "set held_out"),
+    "nothing to distill into": ({"distill": True}, "set rounding"),
 }
 
 

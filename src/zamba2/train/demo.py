@@ -1,10 +1,11 @@
 """The demonstration model: a small Zamba2 trained from nothing by the recipes ``demo-*``, on a subject narrow enough to be good at.
 
     base/       config.json, new weights, and a tokenizer learned from the generator's text
-    data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, practice.jsonl, and pairs.jsonl, sampled from
-                the SFT model
-    pretrain/, sft/, practice/, dpo/     the runs; practice is SFT's second part
-    averaged/                 the model between SFT's and DPO's
+    data/       what ``zamba2.train.instructions`` generates: pretrain.jsonl, sft.jsonl, practice.jsonl; pairs.jsonl, sampled from the SFT
+                model, and pairs2.jsonl, from what the first round of DPO made of it
+    pretrain/, sft/, practice/, dpo/, dpo2/     the runs; practice is SFT's second part
+    averaged/, averaged2/     the models between each round's first and last
+    q4/                       that model for 4 bits, trained to say in them what it says
     report.json               what was measured on held-out prompts after each stage and in each format
     model/                    the result, in q8, with its card
 """
@@ -50,14 +51,19 @@ WEAK = 0.3  # a kind of task below it is named
 TOGETHER = 32  # prompts in a batch
 FEWEST_PAIRS = 100  # of the model's own answers
 TEXT = 0.04  # texts to each conversation in SFT; about a tenth of its tokens
-SOURCES = {"pretrain": "base", "sft": "pretrain/model", "practice": "sft/model", "dpo": "practice/model"}  # what each stage begins with
+# What each run begins with. Behind a round of DPO comes the average of its weights and those.
+SOURCES = {
+    "pretrain": "base", "sft": "pretrain/model", "practice": "sft/model", "dpo": "practice/model", "dpo2": "averaged/model",
+    "q4": "averaged2/model",
+}  # fmt: skip
+AVERAGES = {"dpo": "averaged", "dpo2": "averaged2"}
 # What takes more practice than the rest: in SFT, and in its second part, where tables are learned by heart.
 PRACTICE = (*["arithmetic"] * 16, *["spell"] * 16)
 MORE = (*["arithmetic"] * 3, *["spell"] * 2, "follow_up", "words", "sentences", "sort", "compare")
 # What DPO is for: kinds with many right answers, which the checkers tell apart. Sums, counts and spelling have one, learned by heart, and
 # moving others away from it only shakes it (docs/log.md).
 CHOOSING = ("words", "sentences", "combined", "compare", "sort", "bullets", "story", "pick")
-AVERAGE = 0.3  # of DPO's weights in the result, the rest are SFT's: most of what it gains, and little of what it forgets
+AVERAGE = 0.3  # of a round's weights in its result, the rest are those it began with: most of what it gains, and little of what it forgets
 SAMPLES = 3  # answers sampled beside the greedy one, to make a pair of
 
 # Everything the 2.7B has, small: two shared blocks used in turn (A B A B), adapters per position, several heads.
@@ -74,7 +80,7 @@ class Sizes:
     documents: int = 40_000
     conversations: int = 300_000
     practice: int = 150_000
-    prompts: int = 50_000
+    prompts: int = 50_000  # for each round of DPO
     held_out: int = 2_000
     texts: int = 200
 
@@ -90,20 +96,20 @@ def build(
     write_base(folder / "base")
     write_data(folder / "data", sizes)
     for stage, source in SOURCES.items():
-        if stage == "dpo" and not (folder / "data" / "pairs.jsonl").exists():
-            say("sampling the SFT model; the checkers choose")
-            write_pairs(folder, sizes, say, processes)
+        if stage in AVERAGES:
+            write_pairs(folder, stage, sizes, say, processes)
         out = folder / stage
         if not (out / "model" / "tokenizer.json").exists():
             say(f"training: {stage}")
-            counts = {"pretrain": sizes.documents, "sft": sizes.conversations, "practice": sizes.practice, "dpo": sizes.prompts}
-            held_out = counts[stage] // 200 or 1
+            counts = {"pretrain": sizes.documents, "sft": sizes.conversations} | dict.fromkeys(AVERAGES, sizes.prompts)
+            held_out = counts.get(stage, sizes.practice) // 200 or 1
             own = [f"model={folder / source}", f"out={out}", f"data={json.dumps(data_of(stage, folder / 'data'))}", f"held_out={held_out}"]
-            train(f"demo-{stage}", [*own, *changes], out, processes)
-    average(folder / "practice" / "model", folder / "dpo" / "model", folder / "averaged" / "model")
+            train("demo-dpo" if stage in AVERAGES else f"demo-{stage}", [*own, *changes], out, processes)
+        if stage in AVERAGES:
+            average(folder / source, out / "model", folder / AVERAGES[stage] / "model")
     report = write_report(folder, sizes, say)
     target = folder / "model"
-    shutil.copytree(packed(folder, "averaged", "q8"), target, dirs_exist_ok=True)
+    shutil.copytree(packed(folder, "averaged2", "q8"), target, dirs_exist_ok=True)
     with replacing(target / "README.md") as place:
         place.write_text(card(report), encoding="utf-8")
     return target
@@ -116,6 +122,8 @@ def data_of(stage: str, folder: Path) -> list[str]:
         "sft": [f"messages:{folder}/sft.jsonl", f"text:{folder}/pretrain.jsonl={TEXT}"],
         "practice": [f"messages:{folder}/practice.jsonl", f"text:{folder}/pretrain.jsonl={TEXT}"],
         "dpo": [f"preferences:{folder}/pairs.jsonl"],
+        "dpo2": [f"preferences:{folder}/pairs2.jsonl"],
+        "q4": [f"messages:{folder}/practice.jsonl"],
     }[stage]
 
 
@@ -154,21 +162,26 @@ def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
         write_lines(folder / f"{name}.jsonl", ({"messages": task.messages} for task in chats))
 
 
-def write_pairs(folder: Path, sizes: Sizes, say: Callable[[str], None], processes: int = 1, seed: int = SEED) -> None:
-    """pairs.jsonl: a right and a wrong answer of the SFT model's own, the greedy one among them, to each prompt that has both.
+def write_pairs(folder: Path, stage: str, sizes: Sizes, say: Callable[[str], None], processes: int = 1, seed: int = SEED) -> None:
+    """A round's pairs: a right and a wrong answer of its first model's own, the greedy one among them, to each prompt that has both.
 
     Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md). A model that gives no
     right ones at all, as after a hundredth of the training, gets the generator's.
     """
-    asked = list(itertools.islice(tasks(f"pairs {seed}", split="train", kinds=CHOOSING), sizes.prompts))
+    number = stage.removeprefix("dpo")
+    path, model = folder / "data" / f"pairs{number}.jsonl", Path(SOURCES[stage]).parent.name
+    if path.exists():
+        return
+    say(f"sampling {model}; the checkers choose")
+    asked = list(itertools.islice(tasks(" ".join(["pairs", *number, str(seed)]), split="train", kinds=CHOOSING), sizes.prompts))
     rng = random.Random(seed)
-    every = list(zip(asked, sampled(packed(folder, "practice", "bf16"), asked, processes), strict=True))
+    every = list(zip(asked, sampled(packed(folder, model, "bf16"), asked, processes), strict=True))
     rows = [row for task, texts in every if (row := pair(task, texts, rng)) is not None]
     if len(rows) < FEWEST_PAIRS:
         say(f"{len(rows)} prompts have a right and a wrong answer of the model's; the generator's answers are taken as the right ones")
         rows = [row for task, texts in every if (row := pair(task, [*texts, task.messages[-1]["content"]], rng)) is not None]
     say(f"{len(rows)} pairs of answers to {len(asked)} prompts")
-    write_lines(folder / "data" / "pairs.jsonl", rows)
+    write_lines(path, rows)
 
 
 def sampled(model: Path, asked: Sequence[Task], processes: int = 1) -> list[tuple[str, ...]]:
@@ -387,8 +400,8 @@ def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict
     texts = list(itertools.islice(documents(f"test {SEED}", split="test"), sizes.texts))
     found: dict[str, Any] = {}
     for name, source, format in (
-        ("pretrain", "pretrain", "bf16"), ("sft", "practice", "bf16"), ("dpo", "averaged", "bf16"),
-        ("dpo q8", "averaged", "q8"), ("dpo q4", "averaged", "q4"),
+        ("pretrain", "pretrain", "bf16"), ("sft", "practice", "bf16"), ("dpo", "averaged2", "bf16"),
+        ("dpo q8", "averaged2", "q8"), ("dpo q4", "q4", "q4"),
     ):  # fmt: skip
         found[name] = measure(load(packed(folder, source, format), threads=1), asked, texts)
         mean, low, high = found[name]["all"]
@@ -428,9 +441,10 @@ def card(report: dict[str, Any]) -> str:
     return f"""# The demonstration model of `zamba2`
 
 A Zamba2 of {CONFIG.num_parameters / 1e6:.1f} M parameters (two shared attention blocks in turn, adapters at each position), trained from
-nothing by `zamba2 train demo`: plain text, then SFT in two parts, then DPO, whose weights are averaged with those before it. All that
-it read was made by a deterministic generator (`zamba2.train.instructions`). It follows short instructions in plain English of the kinds
-below, with words it knows, and knows nothing else. It exists so that every command works before a download.
+nothing by `zamba2 train demo`: plain text, then SFT in two parts, then DPO in two rounds, the weights of each averaged with those before
+it. For 4 bits it was trained on, to say through rounded weights what it says through its own. All that it read was made by a
+deterministic generator (`zamba2.train.instructions`). It follows short instructions in plain English of the kinds below, with words it
+knows, and knows nothing else. It exists so that every command works before a download.
 
 ## What it can do
 

@@ -78,6 +78,10 @@ class Recipe(Strict):
     rounding: Literal["none", "q8", "q4"] = Field(
         "none", description="every second step through weights rounded as this format packs them, so that a packed model loses less"
     )
+    distill: bool = Field(
+        False, description="sft, with rounding: imitate the model as it was, in place of the data's own words, with every step rounded; "
+        "the result is for that format alone",
+    )  # fmt: skip
     checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
     compile: bool = Field(False, description="torch.compile")
     graph: bool = Field(False, description="sft with packing, on one GPU: a step's passes as one CUDA graph, which saves launching kernels")
@@ -102,6 +106,8 @@ class Recipe(Strict):
             raise ValueError("graph is for stage sft with packing, and without checkpointing, compile and rounding; leave it out")
         if self.rounding != "none" and self.lora is not None:
             raise ValueError("rounding is for training all weights; adapters are never rounded: leave out rounding or lora")
+        if self.distill and (self.stage != "sft" or self.rounding == "none"):
+            raise ValueError("distill is for stage sft with rounding; set rounding, or leave it out")
         if self.evaluate_every is not None and not self.held_out:
             raise ValueError("evaluate_every needs examples to evaluate on; set held_out")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from zamba2.config import Config
+from zamba2.hf import IGNORED
 from zamba2.weights.formats import CANDIDATES, GROUP, Format
 from zamba2.weights.packed import Packing, parts
 
-__all__ = ["RoundWeights", "rounded_weights"]
+__all__ = ["RoundWeights", "divergence", "rounded_weights"]
 
 
 class RoundWeights(TrainerCallback):
@@ -21,10 +23,11 @@ class RoundWeights(TrainerCallback):
     rounded (straight-through: Bengio et al. 2013, section 3). The steps between keep the full weights good: without them these become
     the worse of the two (docs/log.md). Evaluations and checkpoints see the full weights.
 
-    model: a Zamba2ForCausalLM, whose matrices are whole.
+    model: a Zamba2ForCausalLM, whose matrices are whole. every: 1 rounds in each step, where nobody wants the full weights.
     """
 
-    def __init__(self, model: nn.Module, config: Config, packing: Packing) -> None:
+    def __init__(self, model: nn.Module, config: Config, packing: Packing, *, every: int = 2) -> None:
+        self.every = every
         found = dict(model.named_parameters())
         self.matrices: list[tuple[nn.Parameter, Format, int]] = []  # with how many pieces side by side are packed apart
         for part in parts(config):
@@ -37,7 +40,7 @@ class RoundWeights(TrainerCallback):
 
     @torch.no_grad()
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if state.global_step % 2:
+        if state.global_step % self.every:
             return
         self.full = [weight.detach().clone() for weight, _, _ in self.matrices]
         for weight, format, pieces in self.matrices:
@@ -49,6 +52,17 @@ class RoundWeights(TrainerCallback):
             for (weight, _, _), full in zip(self.matrices, self.full, strict=True):
                 weight.copy_(full)
         self.full = []
+
+
+def divergence(model: nn.Module, teacher: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """How far a model's predictions lie from a teacher's: KL(teacher || model) in nats, summed over the places that carry loss, and their
+    number (Hinton et al. 2015, section 2, at temperature 1). inputs: of ``Zamba2ForCausalLM``, with labels (b, T)."""
+    scored = inputs["labels"][:, 1:] != IGNORED
+    given = {name: value for name, value in inputs.items() if name != "labels"}
+    with torch.no_grad():
+        wanted = teacher(**given).logits[:, :-1][scored].float().log_softmax(-1)
+    found = model(**given).logits[:, :-1][scored].float().log_softmax(-1)
+    return F.kl_div(found, wanted, reduction="sum", log_target=True), scored.sum()
 
 
 def rounded_weights(weight: Tensor, format: Format) -> Tensor:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -49,7 +50,7 @@ from zamba2.train.packing import collate_packed
 from zamba2.train.prepare import Prepared, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import Recipe
-from zamba2.train.rounding import RoundWeights
+from zamba2.train.rounding import RoundWeights, divergence
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named
 from zamba2.weights.hub import resolve, upload
@@ -139,7 +140,8 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         model = add_lora(model, recipe.lora)
     callbacks: list[TrainerCallback] = [Watch(recipe, progress)]
     if recipe.rounding != "none":
-        callbacks.append(RoundWeights(model, model.model.config, Packing.named(recipe.rounding)))
+        packing = Packing.named(recipe.rounding)
+        callbacks.append(RoundWeights(model, model.model.config, packing, every=1 if recipe.distill else 2))
     device = device_of(recipe.device)
     workers = int(os.environ.get("WORLD_SIZE", 1))
     accumulate, rest = divmod(recipe.batch_size, recipe.device_batch_size * workers)
@@ -176,7 +178,9 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
     if recipe.stage == "sft":
         options = SFTConfig(**shared, max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True})
         collate = partial(collate_packed, size=recipe.max_tokens if recipe.packing else None, padding=tokenizer.pad_token_id)
+        teacher = deepcopy(model).eval().requires_grad_(False) if recipe.distill else None  # before a trainer wraps its forward
         trainer: Any = Conversations(args=options, data_collator=collate, **common)
+        trainer.teacher = None if teacher is None else teacher.to(trainer.accelerator.device)
         if recipe.graph:
             if workers > 1:
                 raise Zamba2Error(f"graph is for one GPU, and {workers} processes were started; use graph=false.")
@@ -228,6 +232,7 @@ class Conversations(Watched, SFTTrainer):
     """trl's SFTTrainer on packed rows."""
 
     graphed: GraphedStep | None = None
+    teacher: Any = None  # whom to imitate, in place of the data
 
     def packed_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, seq_idx: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """The loss of packed rows by the model's parts, none of which waits for the device. items: labels of the whole step."""
@@ -244,6 +249,10 @@ class Conversations(Watched, SFTTrainer):
             items = torch.as_tensor(num_items_in_batch, device=inputs["input_ids"].device)
             own = {name: inputs[name] for name in ("input_ids", "labels", "seq_idx")}
             loss = self.graphed(**own, items=items).requires_grad_()  # the gradients are there already: its backward adds nothing
+        elif self.teacher is not None and model.training:
+            with self.accelerator.autocast():
+                loss, count = divergence(model, self.teacher, inputs)
+            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         else:
             loss = model(**inputs, loss_only=True, num_items_in_batch=num_items_in_batch).loss
         if model.training:
