@@ -60,9 +60,13 @@ def test_the_card_tells_of_every_kind() -> None:
     a point of bf16; ten conversations follow."""
     assert all(0 <= claimed(kind, column) <= 1 for kind in KINDS for column in ("pretrain", "sft", "dpo", "dpo q8", "dpo q4"))
     assert all(claimed(kind, "sft") >= 0.3 for kind in KINDS) and claimed("**all**", "sft") >= 0.7
-    low = re.search(r"DPO against SFT: \S+ \((\S+)% to", CARD)
-    assert low is not None and float(low[1]) > 0
-    assert all(abs(claimed("**all**", format) - claimed("**all**", "dpo")) <= 0.01 for format in ("dpo q8", "dpo q4"))
+    for prompts in ("first 1000", "all 2000"):
+        row = re.search(rf"\| {prompts} \|(.*)\|", CARD)
+        assert row is not None
+        sft, dpo, gain, *packed = (re.findall(r"[+-]?\d+\.\d+(?=%)", cell) for cell in row[1].split("|"))
+        assert float(sft[0]) >= 70 and float(dpo[0]) > float(sft[0]) and float(gain[1]) > 0
+        assert len(packed) == 2 and all(abs(float(mean)) <= 1.0 for mean, _, _ in packed)
+    assert abs(claimed("**all**", "dpo q4") - claimed("**all**", "dpo")) <= 0.01
     assert CARD.count("**model:**") == 10 and "minutes" in CARD
 
 
