@@ -7,8 +7,15 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
+#include <atomic>
+#include <cerrno>
 #include <climits>
 #include <cstring>
+#include <mutex>
+#include <system_error>
+#include <thread>
 
 #include "engine.h"
 #include "probe.h"
@@ -114,36 +121,98 @@ nb::dict export_state(const State& state, const Engine& engine) {
   return d;
 }
 
-// parts: bytes of each part, in the order of export_state; asked for one by one, so that all may lie in the same memory.
-State import_state(const Engine& engine, int position, Floats conv, Floats ssm, const nb::iterable& parts, int adapter) {
-  const Config& c = engine.config;
+// Bytes of a tensor in a saved state's file, and where they go.
+struct Piece {
+  enum Kind { fp32, bf16, int8 };
+  uint8_t* to;
+  uint64_t at;
+  size_t bytes;
+  int tensor;
+  Kind kind;
+};
+
+// The tensor that could not be read, -1 for none, and why: an errno, 0 where the file ends, -1 for a value that is not finite.
+struct Unread {
+  int tensor = -1, why = 0;
+};
+
+// Whether no value is NaN or infinite.
+bool all_finite(const Piece& piece) {
+  bool bad = false;
+  if (piece.kind == Piece::fp32) {
+    const uint32_t* bits = reinterpret_cast<const uint32_t*>(piece.to);
+    for (size_t i = 0; i < piece.bytes / 4; ++i) bad |= (bits[i] & 0x7F800000u) == 0x7F800000u;
+  } else if (piece.kind == Piece::bf16) {
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(piece.to);
+    for (size_t i = 0; i < piece.bytes / 2; ++i) bad |= (bits[i] & 0x7F80u) == 0x7F80u;
+  }
+  return !bad;
+}
+
+// On several threads: memory that was never touched comes slower than a disk's bytes.
+Unread read_pieces(int file, const std::vector<Piece>& pieces, int threads) {
+  std::atomic<size_t> next{0};
+  std::mutex alone;
+  Unread unread;
+  auto work = [&] {
+    auto fail = [&](int tensor, int why) {
+      const std::lock_guard<std::mutex> hold(alone);
+      unread = {tensor, why};
+      next = pieces.size();
+    };
+    for (size_t i = next++; i < pieces.size(); i = next++) {
+      const Piece& piece = pieces[i];
+      for (size_t done = 0; done < piece.bytes;) {
+        const ssize_t got = pread(file, piece.to + done, piece.bytes - done, static_cast<off_t>(piece.at + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return fail(piece.tensor, got < 0 ? errno : 0);
+        done += static_cast<size_t>(got);
+      }
+      if (!all_finite(piece)) return fail(piece.tensor, -1);
+    }
+  };
+  std::vector<std::thread> others;
+  try {
+    while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(work);
+  } catch (const std::system_error&) {  // then those that are there do it
+  }
+  work();
+  for (std::thread& other : others) other.join();
+  return unread;
+}
+
+// The state in a file, or None; with it what could not be read, and why (Unread). offsets: of conv, ssm, and of every part of every
+// position, in the order of export_state.
+nb::tuple read_state(const Engine& engine, int position, int file, const std::vector<uint64_t>& offsets, int adapter) {
+  constexpr size_t kAtOnce = size_t{1} << 20;  // bytes
   const PageLayout& layout = engine.layout;
   State state = engine.new_state(adapter);
-  const size_t layers = static_cast<size_t>(c.num_hidden_layers);
-  if (position < 1 || position > kMostTokens || conv.size() != layers * static_cast<size_t>(c.mamba_d_conv - 1) * c.conv_dim || ssm.size() != layers * static_cast<size_t>(c.d_inner) * c.mamba_d_state)
-    throw std::invalid_argument("the saved state does not fit the model");
+  if (position < 1 || position > kMostTokens || offsets.size() != 2 + state.caches.size() * layout.parts.size()) throw std::invalid_argument("the saved state does not fit the model");
   state.position = position;
   state.conv = std::make_shared<Values>(engine.convs);
   state.ssm = std::make_shared<Values>(engine.ssms);
-  std::copy(conv.data(), conv.data() + conv.size(), state.conv->begin());
-  std::copy(ssm.data(), ssm.data() + ssm.size(), state.ssm->begin());
-  nb::iterator next = nb::iter(parts);
+  std::vector<Piece> pieces;
+  int tensor = 0;
+  for (Values* values : {state.conv.get(), state.ssm.get()}) {
+    const size_t whole = values->size() * sizeof(float);
+    for (size_t from = 0; from < whole; from += kAtOnce)
+      pieces.push_back({reinterpret_cast<uint8_t*>(values->data()) + from, offsets[static_cast<size_t>(tensor)] + from, std::min(kAtOnce, whole - from), tensor, Piece::fp32});
+    ++tensor;
+  }
   for (Cache& cache : state.caches) {
     cache.length = position;
     for (int t = 0; t < position; t += kPage) {
       cache.pages.push_back(std::make_shared<Page>(engine.pages));
       cache.pages.back()->used = std::min(kPage, position - t);
     }
-    for (const PageLayout::Part& part : layout.parts) {
-      if (next == nb::iterator::sentinel()) throw std::invalid_argument("the saved state does not fit the model");
-      const Bytes from = nb::cast<Bytes>(*next);
-      if (from.size() != static_cast<size_t>(layout.heads) * static_cast<size_t>(position) * part.row) throw std::invalid_argument("the saved state does not fit the model");
-      without_the_interpreter([&] { visit_rows(layout, part, cache, [&](uint8_t* rows, size_t at, size_t bytes) { std::memcpy(rows, from.data() + at, bytes); }); });
-      ++next;
+    for (size_t part = 0; part < layout.parts.size(); ++part, ++tensor) {
+      const Piece::Kind kind = part >= 2 ? Piece::fp32 : layout.format == KVFormat::bf16 ? Piece::bf16 : Piece::int8;
+      visit_rows(layout, layout.parts[part], cache, [&](uint8_t* rows, size_t at, size_t bytes) { pieces.push_back({rows, offsets[static_cast<size_t>(tensor)] + at, bytes, tensor, kind}); });
     }
   }
-  if (next != nb::iterator::sentinel()) throw std::invalid_argument("the saved state does not fit the model");
-  return state;
+  Unread unread;
+  without_the_interpreter([&] { unread = read_pieces(file, pieces, std::min(engine.threads(), 4)); });
+  return nb::make_tuple(unread.tensor < 0 ? nb::cast(std::move(state)) : nb::none(), unread.tensor, unread.why);
 }
 
 std::vector<std::pair<uintptr_t, size_t>> memory_of(const State& state) {
@@ -263,5 +332,5 @@ NB_MODULE(_engine, m) {
         if (s.record) without_the_interpreter([&] { e.keep(s, -1); });  // without one it is saved while a call on others runs
         return export_state(s, e);
       })
-      .def("import_state", &import_state, nb::arg("position"), nb::arg("conv"), nb::arg("ssm"), nb::arg("parts"), nb::arg("adapter") = -1);
+      .def("read_state", &read_state, nb::arg("position"), nb::arg("file"), nb::arg("offsets"), nb::arg("adapter") = -1);
 }

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,6 @@ __all__ = ["NativeBackend", "NativeState"]
 
 PREFILL_CHUNK = 256  # tokens; borders lie at multiples of it in the sequence
 SHORT = 8  # tokens of a call up to which each one's arithmetic is that of a call of its own, and together about as long (kMostRows)
-STORED: dict[str, Any] = {"F32": np.float32, "BF16": np.uint16, "I8": np.int8}  # dtypes of a saved state, in numpy
-AT_ONCE = 1 << 17  # values of a saved state that are looked at
 ENGINE_KEYS = (
     "hidden_size", "num_hidden_layers", "vocab_size", "num_mem_blocks", "mamba_d_state", "n_mamba_heads", "mamba_headdim",
     "mamba_ngroups", "mamba_d_conv", "d_inner", "conv_dim", "in_proj_dim", "num_attention_heads", "num_key_value_heads",
@@ -118,33 +115,19 @@ class NativeState:
             if (entry.dtype, entry.shape) != (dtype, (size,)):
                 raise Zamba2Error(f"{path}: {name} is {entry.dtype} {list(entry.shape)}; {dtype} [{size}] is needed.")
 
-        def values(name: str, data: memoryview) -> npt.NDArray[Any]:
-            array = np.frombuffer(data, dtype=STORED[file.entries[name].dtype])
-            if not all_finite(array):
-                raise Zamba2Error(f"{path}: {name} has values that are not finite; the file is damaged.")
-            return array
-
-        def parts(reader: Executor) -> Iterator[npt.NDArray[np.uint8]]:
-            """Keys and values, each read while the one before is checked and copied, in two rooms by turns: memory that was never touched
-            is slower than a disk."""
-            rooms = [np.empty(max(file.entries[name].nbytes for name, _, _ in caches), np.uint8).data for _ in range(2)]
-            names = [name for name, _, _ in caches]
-            coming = reader.submit(file.read, names[0], rooms[0])
-            for i, name in enumerate(names):
-                data = coming.result()
-                if i + 1 < len(names):
-                    coming = reader.submit(file.read, names[i + 1], rooms[(i + 1) % 2])
-                yield values(name, data).view(np.uint8)
-
+        names = [name for name, _, _ in sizes]
         try:
-            conv, ssm = (values(name, file.read(name)) for name in ("conv", "ssm"))
-            with ThreadPoolExecutor(1, "zamba2 read") as reader:
-                return engine.import_state(position, conv, ssm, parts(reader) if caches else (), number)
+            inner, unread, why = engine.read_state(position, file.fileno(), [file.entries[name].start for name in names], number)
         except MemoryError:
             needed = sum(file.entries[name].nbytes for name, _, _ in sizes)
             raise Zamba2Error(f"{path}: there is not enough memory for the state; {needed} bytes are needed.") from None
         except ValueError as error:
             raise Zamba2Error(f"{path}: {error}.") from None
+        if inner is None:
+            if why < 0:
+                raise Zamba2Error(f"{path}: {names[unread]} has values that are not finite; the file is damaged.")
+            raise file.unread(names[unread], why)
+        return inner
 
 
 class NativeBackend:
@@ -286,15 +269,6 @@ class NativeBackend:
         if not isinstance(state, NativeState) or state.backend is not self:
             raise ValueError("the state belongs to another backend")
         return state
-
-
-def all_finite(array: npt.NDArray[Any]) -> bool:
-    """Whether no value of float32, bf16 (as uint16) or int8 is NaN or infinite; piece by piece, since states are large."""
-    if array.dtype == np.int8:
-        return True
-    bits, exponent = (array, 0x7F80) if array.dtype == np.uint16 else (array.view(np.uint32), 0x7F800000)
-    pieces = (bits[start : start + AT_ONCE] & bits.dtype.type(exponent) for start in range(0, bits.size, AT_ONCE))
-    return all(bool((piece != exponent).all()) for piece in pieces)
 
 
 def behind(module: str, config: Config) -> tuple[str, int]:

@@ -6,6 +6,7 @@ the memory needs neither. Format: 8 bytes little-endian header length, JSON head
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -114,13 +115,21 @@ class TensorFile:
         if size < self._size:
             raise Zamba2Error(f"{self.path} shrank from {self._size} to {size} bytes while in use; write or download it again.")
 
-    def read(self, name: str, into: memoryview | None = None) -> memoryview:
-        """A copy of one tensor's bytes, one's own to write to; at the beginning of ``into``, if there is room given."""
+    def fileno(self) -> int:
+        """The file's descriptor, open while this object lives."""
+        return self._fd
+
+    def unread(self, name: str, error: int) -> Zamba2Error:
+        """What to say where a tensor's bytes cannot be read. error: the system's errno, 0 where the file has ended."""
+        return Zamba2Error(f"{self.path} cannot be read ({os.strerror(error)}).") if error else self._bad(f"it ended inside tensor {name}")
+
+    def read(self, name: str) -> memoryview:
+        """A copy of one tensor's bytes, one's own to write to."""
         import numpy as np  # here, so that `zamba2 --help` does without
 
         entry = self.entries[name]
         try:
-            target = np.empty(entry.nbytes, np.uint8).data if into is None else into[: entry.nbytes]  # not filled with zeros
+            target = np.empty(entry.nbytes, np.uint8).data  # not filled with zeros
         except MemoryError:
             raise Zamba2Error(f"{self.path}: there is not enough memory for tensor {name}; {entry.nbytes} bytes are needed.") from None
         done = 0
@@ -128,9 +137,9 @@ class TensorFile:
             try:
                 got = os.preadv(self._fd, [target[done : done + (1 << 30)]], entry.start + done)
             except OSError as error:
-                raise Zamba2Error(f"{self.path} cannot be read ({error.strerror}).") from None
+                raise self.unread(name, error.errno or errno.EIO) from None
             if got == 0:
-                raise self._bad(f"it ended inside tensor {name}")
+                raise self.unread(name, 0)
             done += got
         return target
 
