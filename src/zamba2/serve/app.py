@@ -621,6 +621,7 @@ TEXT, NUMBER, ANYTHING = {"type": "string"}, {"type": "integer"}, {"type": "arra
 OPENAI_ERROR = schema(error=schema(message=TEXT, type=TEXT, param={}, code={}))
 ANTHROPIC_ERROR = schema(type={"const": "error"}, error=schema(type=TEXT, message=TEXT))
 COMPLETION = schema(id=TEXT, object=TEXT, created=NUMBER, model=TEXT, choices=ANYTHING, usage={"type": "object"})
+EVENT = {"type": "object", "required": ["data"], "properties": {"event": TEXT, "data": TEXT}}  # each of a stream's, as OpenAPI 3.1 has it
 FAILURES = {
     400: "Something is wrong with the request.", 401: "The key is missing or wrong.", 403: "Another host name is needed.",
     404: "There is no such model.", 408: "The body came too slowly.", 413: "The body is too large.", 429: "The queue is full.",
@@ -630,7 +631,7 @@ FAILURES = {
 
 def documented(good: dict[str, Any], *, stream: bool = False, error: dict[str, Any] = OPENAI_ERROR) -> dict[int | str, dict[str, Any]]:
     """What an endpoint answers, for the OpenAPI document."""
-    content: dict[str, Any] = {"application/json": {"schema": good}} | ({"text/event-stream": {"schema": TEXT}} if stream else {})
+    content: dict[str, Any] = {"application/json": {"schema": good}} | ({"text/event-stream": {"schema": EVENT}} if stream else {})
     failures: dict[int | str, Any] = {
         status: {"description": what, "content": {"application/json": {"schema": error}}} for status, what in FAILURES.items()
     }
