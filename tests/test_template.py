@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from types import MappingProxyType
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from zamba2.errors import Zamba2Error
 from zamba2.language import template as module
-from zamba2.language.messages import CHATML, ROLES, check_messages
+from zamba2.language.messages import CHATML, ROLES, brief, check_messages
 from zamba2.language.template import render
 
 USER = [{"role": "user", "content": "hi"}]
@@ -154,6 +155,32 @@ def test_errors_carry_the_templates_words():
         render(HOSTILE["raises"], USER)
     with pytest.raises(Zamba2Error, match="line 2"):
         render("x\n{% if", USER)
+
+
+def test_what_python_would_ignore_is_not_raised():
+    """Where the garbage collector calls a finalizer behind the deadline, the deadline is not spent on it: Python would ignore what is
+    raised there, and trace no more."""
+
+    class Thing:
+        def __del__(self):
+            len("x")
+
+    known, before = weakref.WeakSet(), sys.gettrace()
+    forgotten, finalized = Thing(), Thing()
+    known.add(forgotten)
+    module._budget.deadline = 0.0
+    sys.settrace(module._budget.trace)
+    try:
+        del forgotten
+        del finalized
+        tracing, stopped = sys.gettrace() == module._budget.trace, False
+        try:
+            brief("any function")
+        except module._Stop:
+            stopped = True
+    finally:
+        sys.settrace(before)
+    assert tracing and stopped and not known
 
 
 def test_attacks_stay_small():

@@ -14,6 +14,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import datetime
 from types import FrameType
@@ -50,6 +51,7 @@ CALLS_ONLY = {
     __file__,
     *(module.__file__ for module in (jinja2.lexer, jinja2.parser, jinja2.nodes, jinja2.visitor, jinja2.idtracking, jinja2.compiler)),
 }
+FINALIZERS = {weakref.finalize.__call__.__code__.co_filename, weakref.WeakSet.add.__code__.co_filename}  # they forget what is gone
 # No chat needs these; their cost follows from neither the size of what goes in nor that of what comes out.
 UNWANTED_FILTERS = ("batch", "center", "filesizeformat", "pprint", "random", "slice", "sum", "urlize", "wordwrap", "xmlattr")
 
@@ -129,8 +131,21 @@ class _Budget(threading.local):
         """Called by Python for every function that the template and jinja2 enter, and for every line of most."""
         # A generator may be entered to be thrown away: Python ignores what is raised there, and traces no more.
         if event == "line" or (event == "call" and not frame.f_code.co_flags & inspect.CO_GENERATOR):
-            self.check()
+            try:
+                self.check()
+            except _Stop:
+                if not _swallowed(frame):
+                    raise
         return None if frame.f_code.co_filename in CALLS_ONLY else self.trace
+
+
+def _swallowed(frame: FrameType | None) -> bool:
+    """Whether Python would ignore what is raised here, and trace no more: below a finalizer that the garbage collector has called."""
+    while frame is not None and frame.f_code is not _run.__code__:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename in FINALIZERS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _budget = _Budget()
