@@ -5,8 +5,8 @@
 
 acceptance  greedy replies of the demonstration model to editing prompts, with guesses and without: the same tokens, in fewer calls
 cost        the true 2.7B shape in q4, random weights: continuations forced from a list, which edits the prompt so that as many tokens
-            come of a call as above; and the text of a novel, and random tokens, which cannot be guessed. With guesses and without in
-            turn, medians of ratios.
+            come of a call as above; and the text of a novel, and random tokens, which cannot be guessed. With guesses and without
+            by turns, a token of each, medians of ratios.
 
 The last line of standard output is one JSON document. --small takes seconds, on a shape shrunk to nothing.
 """
@@ -31,7 +31,7 @@ import tokenizers
 import zamba2
 from zamba2.commands.bench import config_of, synthetic
 from zamba2.errors import Zamba2Error
-from zamba2.language.generate import Request, collect
+from zamba2.language.generate import Request, collect, run
 from zamba2.language.speculate import Guesses
 from zamba2.runtime.backend import Backend, Logits, Row
 from zamba2.runtime.processors import machine
@@ -108,14 +108,22 @@ def text_tokens(count: int, *, small: bool) -> list[int]:
     return found
 
 
-def timed(backend: Any, prompt: Sequence[int], forced: Sequence[int], speculate: bool) -> tuple[float, int]:
-    """Seconds of the forced tokens behind the first, and how many there are."""
-    request = Request(prompt, max_tokens=len(forced), constraint=Forced(forced))
-    times = []
-    found = collect(backend, [request], on_piece=lambda piece: times.append(time.perf_counter()), speculate=speculate)[0]
-    if found.tokens != list(forced):
+def timed(backend: Any, prompt: Sequence[int], forced: Sequence[int]) -> tuple[float, float]:
+    """Seconds of the forced tokens behind the first, with guesses and without: two replies by turns, a token of each, so that a machine's
+    moods, which last for seconds, fall on both alike."""
+    seconds, found = {True: 0.0, False: 0.0}, {True: list[int](), False: list[int]()}
+    replies = {
+        guessing: run(backend, [Request(prompt, max_tokens=len(forced), constraint=Forced(forced))], speculate=guessing)
+        for guessing in (True, False)
+    }
+    for i in range(len(forced)):
+        for guessing in (True, False) if i % 2 else (False, True):
+            begun = time.perf_counter()
+            found[guessing].append(next(replies[guessing]).token)
+            seconds[guessing] += time.perf_counter() - begun if i else 0.0  # the first comes with the prompt
+    if any(own != list(forced) for own in found.values()):
         raise Zamba2Error("a forced continuation came out changed.")
-    return times[-1] - times[0], len(forced) - 1
+    return seconds[True], seconds[False]
 
 
 def calls_of(prompt: Sequence[int], forced: Sequence[int], together: int) -> float:
@@ -162,11 +170,10 @@ def cost(wanted: float, repeats: int, shape: str, texts: Sequence[Sequence[int]]
     for name, pairs in cases.items():
         ratios, rates = [], []
         for i, (prompt, forced) in enumerate(pairs):
-            # with guesses between two without: a machine's mood that changes halves its mark on the ratio
-            before, with_guesses, after = (timed(backend, prompt, forced, speculate) for speculate in (False, True, False))
-            seconds, count = (before[0] + after[0]) / 2, before[1]
-            ratios.append(seconds / with_guesses[0])
-            rates.append([count / seconds, count / with_guesses[0]])
+            with_guesses, without = timed(backend, prompt, forced)
+            count = len(forced) - 1
+            ratios.append(without / with_guesses)
+            rates.append([count / without, count / with_guesses])
             said = f"{rates[-1][0]:.1f} and {rates[-1][1]:.1f} tokens/s, {ratios[-1]:.2f} x"
             print(f"{name} {i + 1} of {len(pairs)}: {said}", file=sys.stderr, flush=True)
         found[name] = {"ratio": statistics.median(ratios), "ratios": ratios, "tokens_per_second": rates}
