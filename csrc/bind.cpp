@@ -172,6 +172,7 @@ Unread read_pieces(int file, const std::vector<Piece>& pieces, int threads) {
     }
   };
   std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(std::max(threads, 1)));  // no room asked for while others run
   try {
     while (static_cast<int>(others.size()) + 1 < threads) others.emplace_back(work);
   } catch (const std::system_error&) {  // then those that are there do it
