@@ -6,10 +6,12 @@
     PYTHONPATH=src python scripts/gpu.py --out /tmp/toy --device cpu --tiny  # the same code at toy sizes, in Triton's interpreter
     python scripts/gpu.py --table FOLDER/gpu.json                            # the results beside limits, rivals and goals
 
-Sections (SECTIONS below) run one after another, each in a process of its own: a crash or a lack of memory ends that section alone,
-and memory peaks are its own. A section yields its results one by one, so that what came before a crash is kept. MAMBA_SSM is a folder
-that holds the Python package mamba_ssm (an unpacked sdist): its Triton kernels are the rival of the scan. Weights, prompts and labels
-are random; inputs of checks are drawn anew in each run. Exit code 1 if a section or a check failed.
+Each section (SECTIONS below) runs in a process of its own: a crash or a lack of memory ends that section alone, and memory peaks are
+its own. It yields its results one by one, so that what came before a crash is kept. First all checks run side by side, and beside them
+the rivals whose kernels Triton tunes, unmeasured, so that those are compiled; then what is measured, one section after another.
+--kernels keeps what was compiled for the next run. MAMBA_SSM is a folder that holds the Python package mamba_ssm (an unpacked sdist):
+its Triton kernels are the rival of the scan. Weights, prompts and labels are random; inputs of checks are drawn anew in each run. Exit
+code 1 if a section or a check failed.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -275,20 +277,28 @@ def ops(setting: Setting) -> Iterator[Result]:
     cases = [dataclasses.replace(case, seed=setting.seed + number) for number, case in enumerate(op_cases.CASES)]
     if setting.tiny:
         cases = [case for case in cases if case.sizes.get("T", 1) < 10]
-    checks: list[Check] = []
     with pool(setting) as executor:
         futures = {executor.submit(check_case, case, setting.device): case for case in cases}
+        if not setting.cuda:
+            wait(futures)  # the interpreter runs one kernel at a time
+        checks: list[Check] = []
+        for case, gradients in large_cases(setting):
+            free_memory(setting)
+            try:
+                checks += large_check(case, gradients, setting.device)
+            except Exception:
+                checks.append(failed_check(case, traceback.format_exc()))
+            yield {"true_shapes": summary(checks)}
+        checks = []
         for future in as_completed(futures):
             checks += checks_of(futures[future], future)
             yield {"table": summary(checks)}
-    checks = []
-    for case, gradients in large_cases(setting):
-        free_memory(setting)
-        try:
-            checks += large_check(case, gradients, setting.device)
-        except Exception:
-            checks.append(failed_check(case, traceback.format_exc()))
-        yield {"true_shapes": summary(checks)}
+
+
+def worker() -> None:
+    """Of the pool. One thread each for what is computed on the processor, the truth in fp64: there are as many processes as that."""
+    torch.set_num_threads(1)
+    poison()
 
 
 def poison() -> None:
@@ -300,7 +310,7 @@ def poison() -> None:
 def pool(setting: Setting) -> Iterator[Executor]:
     """Processes for the cases, which share nothing but the compiled kernels; on a CPU one thread, whose turn comes after another."""
     if setting.cuda:
-        with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=poison) as processes:
+        with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=worker) as processes:
             yield processes
     else:
         with ThreadPoolExecutor(1) as thread:
@@ -425,7 +435,8 @@ def tests(setting: Setting) -> Iterator[Result]:
         command += ["-n", str(WORKERS)]
     if setting.tiny:
         command.append("--collect-only")
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}  # of each worker
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     lines = done.stdout.splitlines()
     counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", "".join(lines[-1:]))}
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
@@ -912,14 +923,14 @@ def rival_step(setting: Setting) -> Iterator[Result]:
 
     step = training_step(setting, torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True), loss)
     try:
-        yield step_times(setting, step, 5) | {"checkpointing": False}
+        yield step_times(setting, step, 3) | {"checkpointing": False}
         return
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
     yield {"without checkpointing": reason}
     model.zero_grad(set_to_none=True)
     model.gradient_checkpointing_enable()
-    yield step_times(setting, step, 5) | {"checkpointing": True}
+    yield step_times(setting, step, 3) | {"checkpointing": True}
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------------
@@ -1033,35 +1044,46 @@ def table(results: Result) -> str:
 
 
 class Section(NamedTuple):
-    """run: yields results; seconds: after which it is ended."""
+    """run: yields results; seconds: after which it is ended; check: it may run beside others, as nothing is timed; rehearsed: it runs
+    beside the checks too, unmeasured, so that kernels are compiled; imports: modules that may be there before it begins."""
 
     run: Callable[[Setting], Iterator[Result]]
     seconds: int
+    check: bool = False
+    rehearsed: bool = False
+    imports: tuple[str, ...] = ("zamba2.runtime.torch",)
 
 
+THEIRS = ("zamba2.bench.transformers_peer", "transformers.models.zamba2.modeling_zamba2")
 SECTIONS = {
-    "machine": Section(machine, 60),
-    "ops": Section(ops, 120),
-    "tests": Section(tests, 120),
-    "scan": Section(scan, 150),
+    "ops": Section(ops, 240, check=True, imports=()),
+    "tests": Section(tests, 240, check=True, imports=()),
+    "documents": Section(documents, 240, check=True),
+    "machine": Section(machine, 60, imports=()),
     "generate": Section(generate, 150),
-    "rival": Section(rival, 90),
-    "documents": Section(documents, 60),
-    "train": Section(train, 90),
-    "rival_train": Section(rival_train, 90),
-    "rival_kernels": Section(rival_kernels, 90),
-    "rival_train_kernels": Section(rival_train_kernels, 90),
+    "train": Section(train, 90, imports=("zamba2.model.model", "zamba2.model.ops.triton_loss", "zamba2.train.graph")),
+    "rival": Section(rival, 90, imports=THEIRS),
+    "rival_train": Section(rival_train, 90, imports=THEIRS),
+    "scan": Section(scan, 150, rehearsed=True, imports=("zamba2.model.ops.triton_scan",)),
+    "rival_kernels": Section(rival_kernels, 90, rehearsed=True, imports=()),  # what transformers finds is decided first
+    "rival_train_kernels": Section(rival_train_kernels, 90, imports=()),
 }
 OWN_KERNELS = "generate"  # this section compiles anew, to time it
 
 
 def child(name: str, setting: Setting) -> None:
-    """Run a section; results go as JSON lines to standard output, all else that is printed to standard error."""
+    """Run a section, once standard input says so; results go as JSON lines to standard output, all else that is printed to standard
+    error."""
     records = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.manual_seed(setting.seed)
     if not setting.cuda:
         importlib.import_module("triton_interpreter")  # of the tests
+    for module in SECTIONS[name].imports:
+        with suppress(ImportError):  # the section says what is not there
+            importlib.import_module(module)
+    if not sys.stdin.readline():
+        return
     try:
         for result in SECTIONS[name].run(setting):
             print(json.dumps(result), file=records, flush=True)
@@ -1069,43 +1091,59 @@ def child(name: str, setting: Setting) -> None:
         print(json.dumps({"not there": str(error)}), file=records, flush=True)
 
 
-def run_section(name: str, setting: Setting, limit: float, kernels: Path, keep: Callable[[Result], None]) -> Result:
-    """Run a section in a child and give its results, ``keep`` being called for each that comes. A failure is a result: "error"."""
-    start, found = time.perf_counter(), Result()
-    environment = os.environ | {"TRITON_CACHE_DIR": str(kernels / (name if name == OWN_KERNELS else "shared")), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    if not setting.cuda:
-        environment["TRITON_INTERPRET"] = "1"
-    log = kernels / f"{name}.log"
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--section", name, "--setting", json.dumps(asdict(setting))], stdout=subprocess.PIPE, stderr=errors,
-            text=True, env=environment, start_new_session=True,
+class Child:
+    """A section in a process that has what it imports and waits; ``run`` lets it begin."""
+
+    def __init__(self, name: str, setting: Setting, kernels: Path) -> None:
+        self.own = tempfile.mkdtemp(prefix="zamba2-gpu-") if name == OWN_KERNELS else None
+        environment = os.environ | {"TRITON_CACHE_DIR": self.own or str(kernels), "HF_HUB_OFFLINE": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if not setting.cuda:
+            environment["TRITON_INTERPRET"] = "1"
+        # open as long as the process is
+        self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--section", name, "--setting", json.dumps(asdict(setting))], stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment, start_new_session=True,
         )  # fmt: skip
+
+    def run(self, limit: float, keep: Callable[[Result], None]) -> Result:
+        """The section's results, ``keep`` being called for each that comes. A failure is a result: "error"."""
+        start, found, process = time.perf_counter(), Result(), self.process
         ended = threading.Event()
 
         def end() -> None:
             ended.set()
-            os.killpg(process.pid, signal.SIGKILL)
+            self.end()
 
         timer = threading.Timer(limit, end)
         timer.start()
-        assert process.stdout is not None
+        assert process.stdin is not None and process.stdout is not None
         try:
+            with suppress(BrokenPipeError):  # it ended early, and its code says so
+                process.stdin.write("begin\n")
+                process.stdin.close()
             for line in process.stdout:
                 found |= json.loads(line)
                 keep(found)
             code = process.wait()
         finally:
             timer.cancel()
-            if process.poll() is None:  # interrupted here
-                end()
-    said = log.read_text(errors="replace")[-4000:]
-    if ended.is_set():
-        found["error"] = f"{said}\nended after {limit:.0f} seconds"
-    elif code:
-        found["error"] = f"ended with code {code}\n{said}"
-    return found | {"duration_seconds": time.perf_counter() - start}
+            self.end()
+        self.log.seek(0)
+        said = self.log.read()[-4000:]
+        if ended.is_set():
+            found["error"] = f"{said}\nended after {limit:.0f} seconds"
+        elif code:
+            found["error"] = f"ended with code {code}\n{said}"
+        return found | {"duration_seconds": time.perf_counter() - start}
+
+    def end(self) -> None:
+        """At once, with all that it began."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.own is not None:
+            shutil.rmtree(self.own, ignore_errors=True)
 
 
 def outcome(found: Result) -> str:
@@ -1130,39 +1168,86 @@ def failures(results: Any, name: str = "") -> list[str]:
     return found
 
 
+class Run:
+    """All chosen sections, within a time; gpu.json is written behind each result."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        seed = time.time_ns() % 1_000_000_007
+        mamba = None if arguments.mamba is None else str(arguments.mamba.resolve())
+        self.setting = Setting(arguments.device, arguments.tiny, mamba, seed)
+        self.names = [name for name in SECTIONS if name in (arguments.only or SECTIONS)]
+        self.budget, self.start = arguments.budget, time.perf_counter()
+        self.target = arguments.out / "gpu.json"
+        self.results: Result = {"config": self.setting.config.to_dict(), "setting": asdict(self.setting)}
+        self.lock = threading.Lock()
+        self.kernels = arguments.kernels or Path(tempfile.mkdtemp(prefix="zamba2-gpu-"))
+        self.children: list[Child] = []
+        self.kernels.mkdir(parents=True, exist_ok=True)
+        print(f"seed {seed}", flush=True)
+
+    def keep(self, name: str, found: Result) -> None:
+        with self.lock:
+            self.results[name] = dict(found)
+            self.target.write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def ready(self, name: str) -> Child:
+        self.children.append(Child(name, self.setting, self.kernels))
+        return self.children[-1]
+
+    def section(self, name: str, one: Child, keep: bool = True) -> None:
+        left = self.budget - (time.perf_counter() - self.start)
+        if left < 5:
+            one.end()
+            found: Result = {"error": "not begun: the time was used up"}
+        else:
+            limit = left if self.setting.tiny else min(left, SECTIONS[name].seconds)
+            found = one.run(limit, partial(self.keep, name) if keep else lambda _: None)
+        if keep:
+            self.keep(name, found)
+        so_far, title = time.perf_counter() - self.start, name if keep else f"{name}, unmeasured"
+        print(f"{so_far:5.0f} s  {title}: {found.get('duration_seconds', 0):.1f} s, {outcome(found)}", flush=True)
+
+    def all(self) -> None:
+        try:
+            checks = [name for name in self.names if SECTIONS[name].check]
+            measured = [name for name in self.names if not SECTIONS[name].check]
+            with ThreadPoolExecutor(len(SECTIONS)) as together:
+                futures = [together.submit(self.section, name, self.ready(name)) for name in checks]
+                if checks and self.setting.mamba is not None:
+                    rehearsed = [name for name in measured if SECTIONS[name].rehearsed]
+                    futures += [together.submit(self.section, name, self.ready(name), False) for name in rehearsed]
+                for future in futures:
+                    future.result()
+            one = self.ready(measured[0]) if measured else None
+            for name, after in zip(measured, [*measured[1:], None], strict=True):
+                assert one is not None
+                following = None if after is None else self.ready(after)  # imports meanwhile
+                self.section(name, one)
+                one = following
+        finally:
+            for one in self.children:
+                one.end()
+            if self.kernels.name.startswith("zamba2-gpu-"):
+                shutil.rmtree(self.kernels, ignore_errors=True)
+
+    def report(self) -> int:
+        """Prints what came of it; returns the exit code."""
+        results, seconds = self.results, time.perf_counter() - self.start
+        results |= {"duration_seconds": seconds, "table": [line._asdict() for line in lines(results)]}
+        self.target.write_text(json.dumps(results, indent=1) + "\n")
+        bad = failures(results)
+        print("\n".join([*(f"FAILED {one[:300]}" for one in bad[:20]), table(results)]))
+        print(f"{len(bad)} failures, {seconds:.0f} s", flush=True)
+        return 1 if bad else 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """All chosen sections; returns the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a child in the making is ended too
-    seed = time.time_ns() % 1_000_000_007
-    setting = Setting(arguments.device, arguments.tiny, None if arguments.mamba is None else str(arguments.mamba.resolve()), seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    target = arguments.out / "gpu.json"
-    results: Result = {"config": setting.config.to_dict(), "setting": asdict(setting)}
-    start = time.perf_counter()
-    print(f"seed {seed}", flush=True)
-    kernels = Path(tempfile.mkdtemp(prefix="zamba2-gpu-"))
-    try:
-        for name in arguments.only or SECTIONS:
-            left = arguments.budget - (time.perf_counter() - start)
-            if left < 5:
-                results[name] = {"error": "not begun: the time was used up"}
-                continue
-
-            def keep(found: Result, name: str = name) -> None:
-                results[name] = found
-                target.write_text(json.dumps(results, indent=1) + "\n")
-
-            found = run_section(name, setting, left if setting.tiny else min(left, SECTIONS[name].seconds), kernels, keep)
-            keep(found)
-            print(f"{name}: {found['duration_seconds']:.1f} s, {outcome(found)}", flush=True)
-    finally:
-        shutil.rmtree(kernels, ignore_errors=True)
-    results |= {"duration_seconds": time.perf_counter() - start, "table": [line._asdict() for line in lines(results)]}
-    target.write_text(json.dumps(results, indent=1) + "\n")
-    bad = failures(results)
-    print("\n".join([*(f"FAILED {one[:300]}" for one in bad[:20]), table(results)]))
-    print(f"{len(bad)} failures, {results['duration_seconds']:.0f} s", flush=True)
-    return 1 if bad else 0
+    running = Run(arguments)
+    running.all()
+    return running.report()
 
 
 def main() -> int:
@@ -1170,6 +1255,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder for gpu.json (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), metavar="SECTION", help=", ".join(SECTIONS))
     parser.add_argument("--mamba", type=Path, help="folder that holds the package mamba_ssm")
+    parser.add_argument("--kernels", type=Path, metavar="FOLDER", help="keep what Triton compiles here, for the next run")
     parser.add_argument("--budget", type=float, default=480, help="seconds after which no section goes on (%(default)s)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try this script")
