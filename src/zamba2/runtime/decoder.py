@@ -293,7 +293,6 @@ class Decoder:
         y = attend(
             qkv, self.pages, self.table, positions, slots, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
             head_dim=config.attention_head_dim, scale=config.attention_scale, rope=self.frequencies, layer=layer.position,
-            early=self.early,
         )  # fmt: skip
         o = self._linear(y, attention.o_proj.weight)
         (down, up), norm = _matrices(mlp.gate_up_proj_adapter_list[str(layer.position)]), block.pre_ff_layernorm.weight

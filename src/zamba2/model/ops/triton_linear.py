@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from zamba2.model.ops.triton_early import prefetch, wait
 from zamba2.model.packed import Packed
 from zamba2.weights.formats import BLOCK, GROUP
 
@@ -30,7 +29,6 @@ __all__ = ["dequantize", "embedding", "linear"]
 MOST = 64  # rows of x
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 FEW, MANY = 512, 4096  # columns of a result, where other tiles begin
-AHEAD_BYTES = 12_000_000  # of a matrix, asked for before the kernel in front has ended
 # Arguments of kernels, since one logical instruction takes no second constant beside its mask.
 EXPONENT = 0x4B000000  # of 2 ** 23
 SIGNS = -0x7F7F7F80  # of four bytes
@@ -64,6 +62,14 @@ def _inputs(loaded, plus_ptr, beside_ptr, norm_ptr):
     if norm_ptr is not None:
         v *= loaded[len(loaded) - 1]
     return v, squares
+
+
+@triton.jit
+def _wait(EARLY: tl.constexpr):
+    """Until the kernels before this one have ended; the one behind it may begin (programmatic dependent launch)."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -188,7 +194,7 @@ def _halves(words, HALF: tl.constexpr):
 def _matvec(
     x_ptr, plus_ptr, beside_ptr, norm_ptr, eps, w_ptr, hoisted_ptr, a_ptr, b_ptr, b_scales_ptr, residual_ptr, out_ptr, rows,
     K: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
-    SETS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    SETS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of x and a plain matrix of 32-bit words; SETS is 2 for GeGLU, whose gate and up rows one program has."""
     J: tl.constexpr = 1 if HALF is None else 2
@@ -200,10 +206,7 @@ def _matvec(
     k = tl.arange(0, WORDS * J)
     w_ptrs = w_ptr + row.to(tl.int64)[:, None, None] * (K // J) + n
     w = tl.load(w_ptrs, mask=inside[:, None, None] & (n < K // J), other=0, eviction_policy="evict_first")
-    FURTHER: tl.constexpr = min(AHEAD, 4 * (K // J - WORDS))
-    if FURTHER > 0:
-        prefetch(w_ptr + row.to(tl.int64) * (K // J) + WORDS, inside, FURTHER, SETS * ROWS)
-    wait(EARLY)
+    _wait(EARLY)
     low = tl.zeros((SETS * ROWS,), tl.float32)
     if a_ptr is not None:
         low = _low(a_ptr, b_ptr, b_scales_ptr, row, inside, RANK, RANKS, B_BYTES, B_BITS)
@@ -298,28 +301,12 @@ def _chunk(word_ptrs, scale_ptrs, g, there, c, GROUPS: tl.constexpr, G: tl.const
 
 
 @triton.jit
-def _prefetch_blocks(
-    words_ptr, first, rows, SETS: tl.constexpr, ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr, BEGUN: tl.constexpr, AHEAD: tl.constexpr
-):
-    """Ask for what follows the first BEGUN bytes of the blocks that hold ROWS rows from ``first``, of each half for GeGLU: AHEAD bytes a
-    row. Programs that share a block ask for a part each."""
-    BLOCKS: tl.constexpr = (ROWS + 15) // 16
-    PARTS: tl.constexpr = 16 * BLOCKS // ROWS
-    BYTES: tl.constexpr = min(16 * AHEAD, BLOCK_BYTES - BEGUN) // (16 * PARTS) * 16
-    if BYTES > 0:
-        i = tl.arange(0, SETS * BLOCKS)
-        block = first // 16 + i % BLOCKS
-        at = (block + i // BLOCKS * (rows // SETS // 16)).to(tl.int64) * BLOCK_BYTES + BEGUN + first % 16 // ROWS * BYTES
-        prefetch(words_ptr + at // 4, block * 16 < rows // SETS, BYTES, SETS * BLOCKS)
-
-
-@triton.jit
 def _matvec_packed(
     x_ptr, plus_ptr, beside_ptr, norm_ptr, eps, words_ptr, scales_ptr, hoisted_ptr, a_ptr, b_ptr, b_scales_ptr, residual_ptr, out_ptr,
     rows, signs,
     K: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
-    SETS: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, V: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    SETS: tl.constexpr, ROWS: tl.constexpr, G: tl.constexpr, V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of x and a packed matrix, of which a program has ROWS rows, with GeGLU of each of the two halves.
 
@@ -339,8 +326,7 @@ def _matvec_packed(
     if B_CODES:
         b_ptrs, b_scale_ptrs, b_g = _matvec_pointers(b_ptr, b_scales_ptr, row, RANK, B_BITS, B_BYTES, B_G, B_BITS)
         b_words, b_scales = _chunk(b_ptrs, b_scale_ptrs, b_g, there, 0, (RANK + 31) // 32, B_G, B_BITS)
-    _prefetch_blocks(words_ptr, tl.program_id(0) * ROWS, rows, SETS, ROWS, BLOCK_BYTES, G * 64 * BITS, AHEAD)
-    wait(EARLY)
+    _wait(EARLY)
     P: tl.constexpr = max(1, 32 // (V * SETS * ROWS))
     k = _places_in_groups(G, P)
     v, squares = _inputs(_loaded(x_ptr, plus_ptr, beside_ptr, norm_ptr, k, k < K), plus_ptr, beside_ptr, norm_ptr)
@@ -373,7 +359,7 @@ def _prepare(
     K: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """norm * (x + plus), rounded, and the norm's scale, of one row; for q4 in the order of the codes."""
-    wait(EARLY)
+    _wait(EARLY)
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     if plus_ptr is not None:
@@ -411,7 +397,6 @@ def _matmul(
     K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     SETS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """M prepared rows and a plain matrix; N: M, up to 16, 32 or 64."""
     i = tl.arange(0, SETS * ROWS)
@@ -422,9 +407,7 @@ def _matmul(
     k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
     y_ptrs = y_ptr + m[None, :] * K + k[:, None]
-    if AHEAD > 0:
-        prefetch(w_ptr + row.to(tl.int64) * K, inside, min(AHEAD, 2 * K), SETS * ROWS)
-    wait(EARLY)
+    _wait(EARLY)
     total = tl.zeros((SETS * ROWS, N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         w = tl.load(w_ptrs + start, mask=inside[:, None] & (start + k < K)[None, :], other=0.0, eviction_policy="evict_first")
@@ -455,7 +438,6 @@ def _matmul_packed(
     RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
     PRECISION: tl.constexpr,
     SETS: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """M prepared rows and a packed matrix, of which a program has BLOCKS blocks (for GeGLU of each of the two halves)."""
     GROUPS: tl.constexpr = (K + 31) // 32
@@ -467,8 +449,7 @@ def _matmul_packed(
     m = tl.arange(0, N)
     k = tl.arange(0, G * 32)
     y_ptrs = y_ptr + m[None, :] * (GROUPS * 32) + k[:, None]
-    _prefetch_blocks(words_ptr, tl.program_id(0) * BLOCKS * 16, rows, SETS, BLOCKS * 16, BLOCK_BYTES, 0, AHEAD)
-    wait(EARLY)
+    _wait(EARLY)
     total = tl.zeros((SETS * BLOCKS * 16, N), tl.float32)
     for start in tl.range(0, GROUPS, G, num_stages=STAGES):
         mask = there & (start + g < GROUPS)
@@ -573,7 +554,7 @@ def linear(
     around = {
         "hoisted_ptr": hoisted, "a_ptr": a, "b_ptr": b_data, "b_scales_ptr": b_scales, "residual_ptr": residual, "out_ptr": out,
         "rows": rows, "K": K, "RANK": rank, "RANKS": max(16, triton.next_power_of_2(rank)), "B_BYTES": b_bytes, "B_BITS": b_bits,
-        "SETS": 1 + geglu, "EARLY": early, "AHEAD": _ahead(weight) if early else 0,
+        "SETS": 1 + geglu, "EARLY": early,
     }  # fmt: skip
     if isinstance(weight, Packed):
         packed = {
@@ -628,15 +609,6 @@ def linear(
         around |= {"ROWS": n, "BLOCK_K": block, "STAGES": 4 if few or M <= 32 else 3, "DTYPE": tl.bfloat16 if rounded else tl.float32}
         _matmul[(triton.cdiv(columns, n),)](**around, w_ptr=weight, num_warps=4, **launch)
     return out
-
-
-def _ahead(weight: Tensor | Packed) -> int:
-    """Bytes of each row that are asked for before the kernel in front has ended; 0 where rows are not aligned for that."""
-    if isinstance(weight, Packed):
-        data, rows, aligned = weight.data, weight.rows, weight.block_bytes % 16 == 0
-    else:
-        data, rows, aligned = weight, weight.shape[0], weight.shape[1] * weight.element_size() % 16 == 0
-    return AHEAD_BYTES // rows // 128 * 128 if aligned and data.data_ptr() % 16 == 0 else 0
 
 
 def _stride(t: Tensor | None) -> int:

@@ -24,8 +24,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from zamba2.model.ops.triton_early import prefetch, wait
-
 __all__ = ["PAGE", "attend", "choose", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
 
 PAGE = 64  # tokens
@@ -108,7 +106,8 @@ def _mixer_step(
     ring_x = _load_all(conv, CHANNELS, of_x, in_x, TAPS)
     ring_BC = _load_all(conv, CHANNELS, of_BC, in_BC, TAPS)
     if EARLY:  # all but the projection was written a token ago
-        wait(EARLY)
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
         new_x = tl.load(projected + INNER + of_x, mask=in_x, other=0.0)
         new_BC = tl.load(projected + INNER + of_BC, mask=in_BC, other=0.0)
         z = tl.load(projected + of_p, mask=in_p, other=0.0)
@@ -207,7 +206,7 @@ def _rotate(qkv, positions, frequencies, rotated, qkv_stride, HEAD_DIM: tl.const
 def _attend(
     q, k, v, pages, table, positions, slots, out, weighted, sums, q_stride, v_stride, table_stride, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One head of one row over every SPLITS-th block of BLOCK_T old tokens; split 0 also over the new token.
 
@@ -222,15 +221,6 @@ def _attend(
     lines, columns = tl.arange(0, BLOCK_T), tl.arange(0, WIDTH)
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row)
     table += slot * table_stride
-    if EARLY:  # all but qkv was written a token ago
-        first = split + tl.arange(0, 2) * SPLITS
-        there = first * BLOCK_T < position
-        of_first = tl.load(table + first * BLOCK_T // PAGE, mask=there, other=0).to(tl.int64)
-        keys = pages + of_first * (2 * HALF_PAGE) + (kv_head * PAGE + first * BLOCK_T % PAGE) * HEAD_DIM
-        BYTES: tl.constexpr = BLOCK_T * HEAD_DIM * pages.dtype.element_ty.primitive_bitwidth // 8
-        prefetch(keys, there, BYTES, 2)
-        prefetch(keys + HALF_PAGE, there, BYTES, 2)
-    wait(EARLY)
 
     q += row.to(tl.int64) * q_stride + head * HEAD_DIM
     k += row.to(tl.int64) * q_stride + kv_head * HEAD_DIM
@@ -289,11 +279,8 @@ def _attend(
 
 
 @triton.jit
-def _combine(
-    weighted, sums, out, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr
-):
+def _combine(weighted, sums, out, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
     """The softmax of one head of one row from its splits."""
-    wait(EARLY)
     one = tl.program_id(0).to(tl.int64)
     splits, columns = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     here, inside = splits < SPLITS, columns < HEAD_DIM
@@ -308,7 +295,7 @@ def _combine(
 
 def attend(
     qkv: Tensor, pages: Tensor, table: Tensor, positions: Tensor, slots: Tensor, *, heads: int, kv_heads: int, head_dim: int,
-    scale: float, layer: int, rope: Tensor | None = None, splits: int | None = None, early: bool = False,
+    scale: float, layer: int, rope: Tensor | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of one new token of M sequences over all before it and itself; its key and value join the pages, in place.
 
@@ -317,13 +304,11 @@ def attend(
     its tokens; positions: (M,) int32, the tokens a sequence has in its pages, that is, where the new one goes; slots: (M,) int32;
     rope: (head_dim / 2,) fp32, angles per position. The softmax of scale q k is fp32; query head h reads head h // (heads / kv_heads).
     splits: programs among which each head's tokens are divided; chosen by M if None (never by the positions: a graph is captured
-    once). early: the kernels may begin while the one before them in the stream ends, and read all but ``qkv`` before that has ended.
-    Returns (M, heads head_dim) fp32. Raises ValueError if tensors are not contiguous where they must be.
+    once). Returns (M, heads head_dim) fp32. Raises ValueError if tensors are not contiguous where they must be.
     """
     if not (pages.is_contiguous() and qkv.stride(1) == 1 and table.stride(1) == 1):
         raise ValueError("the pages and the rows of qkv and of the table must be contiguous")
     rows, device = qkv.shape[0], qkv.device
-    launch = {"launch_pdl": True} if early else {}
     if splits is None:
         splits = min(MOST_SPLITS, max(1, ATTENTION_PROGRAMS // (rows * heads)))
     out = torch.empty(rows, heads * head_dim, dtype=torch.float32, device=device)
@@ -337,13 +322,12 @@ def attend(
     _attend[rows, heads, splits](
         qk, qk[:, heads * head_dim :], v, pages[layer], table, positions, slots, out, weighted, sums,
         qk.stride(0), v.stride(0), table.stride(0), scale * math.log2(math.e),
-        heads, kv_heads, head_dim, PAGE, splits, BLOCK_T=32, WIDTH=min(32, head_dim & -head_dim), EARLY=early, **launch,
+        heads, kv_heads, head_dim, PAGE, splits, BLOCK_T=32, WIDTH=min(32, head_dim & -head_dim),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * heads,)](
-            weighted, sums, out, head_dim, splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(head_dim),
-            EARLY=early, **launch,
-        )  # fmt: skip
+            weighted, sums, out, head_dim, splits, BLOCK_S=triton.next_power_of_2(splits), BLOCK_D=triton.next_power_of_2(head_dim)
+        )
     return out
 
 
