@@ -142,6 +142,27 @@ def test_other_tiles(name: str, M: int, few: int, many: int, monkeypatch: pytest
     check(draw(M, 64), 64, name, norm=draw(64), low=8, geglu=True)
 
 
+@pytest.mark.parametrize("name", [*DENSE, *PACKED])
+@pytest.mark.parametrize(("M", "rows", "K"), [(2, 40, 1300), (33, 72, 300)])
+def test_parts_are_the_product_once_added_up(name: str, M: int, rows: int, K: int) -> None:
+    """A split product's parts add up to it, be there fewer tiles than parts or a tail; x, plus and the total take parts as their sum."""
+    torch.manual_seed(6)
+    x, norm, other = draw(M, K), draw(K), draw(3, M, K)
+    (weight, w), total = matrix(rows, K, name), torch.full((M, K), torch.nan, device=DEVICE)
+    parts = linear(x, weight, norm=norm, eps=EPS, split=True)
+    assert parts.shape == (triton_linear.PARTS, M, rows)
+    bound = 2e-3 if name == "fp16" and not INTERPRETED else 2e-5
+    for found, v, given in (
+        (parts.sum(0), x, {"norm": norm}),
+        (linear(other, weight, norm=norm, eps=EPS, plus=x, total=total), other.sum(0) + x, {"norm": norm}),
+        (linear(x, weight, plus=other, split=True).sum(0), x + other.sum(0), {}),
+    ):
+        wanted = truth(v, w, name, **given)
+        # a sum in another order is rounded to another bf16 now and then
+        assert (found.double() - wanted).norm() <= max(bound, 2e-4 if v is not x else 0) * wanted.norm()
+    assert (total - other.sum(0) - x).norm() <= 1e-6 * total.norm()
+
+
 @pytest.mark.parametrize("name", ["q8", "q4"])
 def test_inputs_of_any_size(name: str) -> None:
     """Groups of zeros, of tiny and of huge inputs are rounded each by its own scale; what is no number makes all results none."""
@@ -178,6 +199,10 @@ def test_what_does_not_fit_is_refused(shape: tuple[int, int]) -> None:
         linear(draw(*shape), draw(8, 64))
     with pytest.raises(ValueError, match="two halves"):
         linear(draw(1, 64), draw(7, 64), geglu=True)
+    with pytest.raises(ValueError, match="nothing behind it"):
+        linear(draw(2, 64), draw(8, 64), geglu=True, split=True)
+    with pytest.raises(ValueError, match="of several rows"):
+        linear(draw(1, 64), draw(8, 64), plus=draw(2, 1, 64))
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -44,6 +45,14 @@ FIRST_SLOTS, FIRST_PAGES, FIRST_WIDTH = 5, 65, 64  # of the pools, which double 
 GATED_EPS = 1e-5  # not rms_norm_eps (FACTS 2)
 
 Rows = tuple[Tensor, Tensor]  # slots and positions of the rows, (count,) int32 each
+
+
+@dataclass
+class Stream:
+    """The residual stream of some rows, fp32: (M, H), and what has yet to be added to it, (M, H) or parts of that (parts, M, H)."""
+
+    sum: Tensor
+    parts: Tensor | None = None
 
 
 class Slot:
@@ -259,7 +268,7 @@ class Decoder:
         ids, slots, positions = self.given[:, :count]
         weight = model.embed_tokens.weight
         x0 = embedding(ids.long(), weight) if isinstance(weight, Packed) else F.embedding(ids.long(), weight).float()
-        x, at, hoisted = x0, (slots, positions), dict[int, Tensor]()
+        x, at, hoisted = Stream(x0), (slots, positions), dict[int, Tensor]()
         for layer in model.layers:
             assert isinstance(layer, DecoderLayer)
             t = None
@@ -267,25 +276,33 @@ class Decoder:
                 assert layer.layer.block is not None
                 block = model.shared_blocks[layer.layer.block]
                 assert isinstance(block, SharedBlock)
-                t = self._linear(self._block(x, x0, block, layer.layer, at, hoisted), layer.linear.weight)
-            x = self._mixer(x, t, layer, at)
+                t = self._linear(self._block(x, x0, block, layer.layer, at, hoisted), layer.linear.weight, split=True)
+            self._mixer(x, t, layer, at)
         head = weight if model.lm_head is None else model.lm_head.weight
-        logits = self._linear(x, head, norm=model.final_layernorm.weight, eps=config.rms_norm_eps)
+        logits = self._read(x, head, norm=model.final_layernorm.weight, eps=config.rms_norm_eps)
         return logits, choose(logits, ids, slots, positions)
 
     def _linear(self, x: Tensor, weight: Tensor | Packed, **around: Any) -> Tensor:
         return linear(x, weight, early=self.early, **around)
 
-    def _block(self, x: Tensor, x0: Tensor, block: SharedBlock, layer: Layer, at: Rows, hoisted: dict[int, Tensor]) -> Tensor:
+    def _read(self, x: Stream, weight: Tensor | Packed, **around: Any) -> Tensor:
+        """A product of the residual stream, whose parts are added up on the way."""
+        if x.parts is None:
+            return self._linear(x.sum, weight, **around)
+        before, x.sum = x.sum, torch.empty_like(x.sum)
+        parts, x.parts = x.parts, None
+        return self._linear(before, weight, plus=parts, total=x.sum, **around)
+
+    def _block(self, x: Stream, x0: Tensor, block: SharedBlock, layer: Layer, at: Rows, hoisted: dict[int, Tensor]) -> Tensor:
         config, attention, mlp, (slots, positions) = self.config, block.self_attn, block.feed_forward, at
         assert attention.split is not None and layer.block is not None and layer.position is not None
         (left, right), weight = attention.split, block.input_layernorm.weight
         if layer.block not in hoisted:
             hoisted[layer.block] = self._linear(x0 * weight[config.hidden_size :], right)
         first = weight[: config.hidden_size]
-        qkv = self._linear(x, left, norm=first, eps=block.eps, beside=x0, hoisted=hoisted[layer.block])
+        qkv = self._read(x, left, norm=first, eps=block.eps, beside=x0, hoisted=hoisted[layer.block])
         if attention.adapters:
-            normed, scale = self.model.ops.concat_rms_norm(x, x0, weight, block.eps)
+            normed, scale = self.model.ops.concat_rms_norm(x.sum, x0, weight, block.eps)
             u = torch.cat([normed, x0 * weight[config.hidden_size :] * scale], dim=-1)
             lists = (attention.linear_q_adapter_list, attention.linear_k_adapter_list, attention.linear_v_adapter_list)
             adapters = [_matrices(own[str(layer.position)]) for own in lists]
@@ -294,25 +311,29 @@ class Decoder:
             qkv, self.pages, self.table, positions, slots, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
             head_dim=config.attention_head_dim, scale=config.attention_scale, rope=self.frequencies, layer=layer.position,
         )  # fmt: skip
-        o = self._linear(y, attention.o_proj.weight)
+        o = self._linear(y, attention.o_proj.weight, split=True)
         (down, up), norm = _matrices(mlp.gate_up_proj_adapter_list[str(layer.position)]), block.pre_ff_layernorm.weight
         low = (self._linear(o, down, norm=norm, eps=block.eps), up)
         f = self._linear(o, mlp.gate_up_proj.weight, norm=norm, eps=block.eps, low=low, geglu=True)
-        return self._linear(f, mlp.down_proj.weight)
+        return self._linear(f, mlp.down_proj.weight, split=True)
 
-    def _mixer(self, x: Tensor, t: Tensor | None, layer: DecoderLayer, at: Rows) -> Tensor:
+    def _mixer(self, x: Stream, t: Tensor | None, layer: DecoderLayer, at: Rows) -> None:
         config, mixer, i, (slots, positions) = self.config, layer.mamba, layer.layer.index, at
         assert isinstance(mixer, Mamba2)
-        projected = self._linear(x, mixer.in_proj.weight, norm=layer.input_layernorm.weight, eps=layer.eps, plus=t)
+        plus = {} if t is None else {"plus": t}  # behind a block, which has added up the stream's parts
+        projected = self._read(x, mixer.in_proj.weight, norm=layer.input_layernorm.weight, eps=layer.eps, **plus)
         gated = mixer_step(
             projected, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias, mixer.A_log, mixer.D, self.conv[i], self.ssm[i],
             slots, positions, heads=config.n_mamba_heads, head_dim=config.mamba_headdim, groups=config.mamba_ngroups,
             state_size=config.mamba_d_state, early=self.early,
         )  # fmt: skip
-        if config.mamba_ngroups == 1:
-            return self._linear(gated, mixer.out_proj.weight, norm=mixer.norm.weight, eps=GATED_EPS, residual=x)
-        gated = self.model.ops.rms_norm(gated, mixer.norm.weight, GATED_EPS, groups=config.mamba_ngroups)
-        return self._linear(gated, mixer.out_proj.weight, residual=x)
+        norm: dict[str, Any] = {"norm": mixer.norm.weight, "eps": GATED_EPS}
+        if config.mamba_ngroups > 1:
+            gated, norm = self.model.ops.rms_norm(gated, mixer.norm.weight, GATED_EPS, groups=config.mamba_ngroups), {}
+        if len(gated) > 1:
+            x.parts = self._linear(gated, mixer.out_proj.weight, split=True, **norm)
+        else:
+            x.sum = self._linear(gated, mixer.out_proj.weight, residual=x.sum, **norm)
 
 
 def bucket_of(count: int) -> int:

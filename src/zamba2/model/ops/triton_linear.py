@@ -6,7 +6,9 @@ scale is a factor of the finished sum, so the squares are summed in the same loo
   one row       a program takes a few rows of the matrix and all inputs. What bounds it is memory, so the next tile of weights
                 is on its way while one is used. Multiply-adds in fp32; packed weights meet inputs rounded to int8 per group of
                 32 and are added up in integers, four at a time, as in the native engine.
-  2 to 64 rows  the inputs are normed and rounded to the weights' type by a small kernel first, then tensor cores.
+  2 to 64 rows  the inputs are normed and rounded to the weights' type by a small kernel first, then tensor cores. A matrix of few
+                rows would leave processors idle: its columns are divided too, and the parts of the sums are added up by the
+                small kernel of the product that reads them.
 
 The packed formats are those of ``zamba2.weights.formats``, byte for byte.
 """
@@ -29,6 +31,7 @@ __all__ = ["dequantize", "embedding", "linear"]
 MOST = 64  # rows of x
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 FEW, MANY = 512, 4096  # columns of a result, where other tiles begin
+PARTS = 4  # of the columns of a matrix with at most MANY rows
 # Arguments of kernels, since one logical instruction takes no second constant beside its mask.
 EXPONENT = 0x4B000000  # of 2 ** 23
 SIGNS = -0x7F7F7F80  # of four bytes
@@ -354,19 +357,36 @@ def _matvec_packed(
 
 
 @triton.jit
+def _summed(ptr, part_stride, k, inside, PARTS: tl.constexpr):
+    """The sum of PARTS vectors at k, fp32."""
+    v = tl.load(ptr + k, mask=inside, other=0.0).to(tl.float32)
+    for i in tl.static_range(1, PARTS):
+        v += tl.load(ptr + i * part_stride + k, mask=inside, other=0.0)
+    return v
+
+
+@triton.jit
 def _prepare(
-    x_ptr, x_stride, plus_ptr, plus_stride, beside_ptr, beside_stride, norm_ptr, eps, y_ptr, scale_ptr,
+    x_ptr, x_part, x_stride, plus_ptr, plus_part, plus_stride, beside_ptr, beside_stride, norm_ptr, eps, total_ptr, y_ptr, scale_ptr,
+    X_PARTS: tl.constexpr, PLUS_PARTS: tl.constexpr,
     K: tl.constexpr, PADDED: tl.constexpr, BLOCK_K: tl.constexpr, BITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """norm * (x + plus), rounded, and the norm's scale, of one row; for q4 in the order of the codes."""
+    """norm * (x + plus), rounded, and the norm's scale, of one row; for q4 in the order of the codes. x + plus goes to total."""
     _wait(EARLY)
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
+    inside = k < K
+    v = _summed(x_ptr + m * x_stride, x_part, k, inside, X_PARTS)
     if plus_ptr is not None:
-        plus_ptr += m * plus_stride
+        v += _summed(plus_ptr + m * plus_stride, plus_part, k, inside, PLUS_PARTS)
+    if total_ptr is not None:
+        tl.store(total_ptr + m * K + k, v, mask=inside)
+    loaded = (v,)
     if beside_ptr is not None:
-        beside_ptr += m * beside_stride
-    v, squares = _inputs(_loaded(x_ptr + m * x_stride, plus_ptr, beside_ptr, norm_ptr, k, k < K), plus_ptr, beside_ptr, norm_ptr)
+        loaded += (tl.load(beside_ptr + m * beside_stride + k, mask=inside, other=0.0),)  # type: ignore[assignment]
+    if norm_ptr is not None:
+        loaded += (tl.load(norm_ptr + k, mask=inside, other=0.0),)  # type: ignore[assignment]
+    v, squares = _inputs(loaded, None, beside_ptr, norm_ptr)
     tl.store(scale_ptr + m + tl.arange(0, 1), _scale(squares, beside_ptr, norm_ptr, eps, K))
     if BITS == 4:
         v = tl.reshape(_in_words(v, BLOCK_K // 32, BITS), (BLOCK_K,))
@@ -393,23 +413,25 @@ def _low_dot(
 @triton.jit
 def _matmul(
     y_ptr, scale_ptr, w_ptr, hoisted_ptr, hoisted_stride, a_ptr, a_stride, b_ptr, b_scales_ptr, residual_ptr, residual_stride,
-    out_ptr, out_stride, M, rows,
-    K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
+    out_ptr, out_part, out_stride, M, rows,
+    K: tl.constexpr, PARTS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     SETS: tl.constexpr, ROWS: tl.constexpr, N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """M prepared rows and a plain matrix; N: M, up to 16, 32 or 64."""
+    """M prepared rows and a plain matrix, of whose columns a program has one of PARTS; N: M, up to 16, 32 or 64."""
+    LENGTH: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + PARTS - 1) // PARTS * BLOCK_K
+    begin = tl.program_id(1) * LENGTH
     i = tl.arange(0, SETS * ROWS)
     first = tl.program_id(0) * ROWS + i % ROWS
     inside = first < rows // SETS
     row = first + i // ROWS * (rows // SETS)
     m = tl.arange(0, N)
-    k = tl.arange(0, BLOCK_K)
+    k = begin + tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + row.to(tl.int64)[:, None] * K + k[None, :]
     y_ptrs = y_ptr + m[None, :] * K + k[:, None]
     _wait(EARLY)
     total = tl.zeros((SETS * ROWS, N), tl.float32)
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    for start in tl.range(0, LENGTH, BLOCK_K, num_stages=STAGES):
         w = tl.load(w_ptrs + start, mask=inside[:, None] & (start + k < K)[None, :], other=0.0, eviction_policy="evict_first")
         y = tl.load(y_ptrs + start, mask=(m < M)[None, :] & (start + k < K)[:, None], other=0.0)
         total = tl.dot(w.to(DTYPE), y.to(DTYPE), total, input_precision=PRECISION)
@@ -419,6 +441,7 @@ def _matmul(
     scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
     total, low = tl.reshape(total, (SETS, ROWS, N)), tl.reshape(low, (SETS, ROWS, N))
     row, inside = tl.reshape(row, (SETS, ROWS)), tl.reshape(inside, (SETS, ROWS))
+    out_ptr += tl.program_id(1).to(tl.int64) * out_part
     _finish(
         total, scale, low, row, inside, m, M, rows, hoisted_ptr, hoisted_stride, residual_ptr, residual_stride, out_ptr, out_stride
     )
@@ -433,14 +456,17 @@ def _weights(words, scales, exponent, BITS: tl.constexpr):
 @triton.jit
 def _matmul_packed(
     y_ptr, scale_ptr, words_ptr, scales_ptr, hoisted_ptr, hoisted_stride, a_ptr, a_stride, b_ptr, b_scales_ptr, residual_ptr,
-    residual_stride, out_ptr, out_stride, M, rows, exponent,
-    K: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+    residual_stride, out_ptr, out_part, out_stride, M, rows, exponent,
+    K: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
     RANK: tl.constexpr, RANKS: tl.constexpr, B_BYTES: tl.constexpr, B_BITS: tl.constexpr,
     PRECISION: tl.constexpr,
     SETS: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """M prepared rows and a packed matrix, of which a program has BLOCKS blocks (for GeGLU of each of the two halves)."""
+    """M prepared rows and a packed matrix, of which a program has BLOCKS blocks (for GeGLU of each of the two halves) and one of PARTS of
+    their columns."""
     GROUPS: tl.constexpr = (K + 31) // 32
+    LENGTH: tl.constexpr = ((GROUPS + G - 1) // G + PARTS - 1) // PARTS * G
+    begin = tl.program_id(1) * LENGTH
     i = tl.arange(0, SETS * BLOCKS)
     first = tl.program_id(0) * BLOCKS + i % BLOCKS
     there = (first * 16 < rows // SETS)[:, None, None, None, None]
@@ -451,7 +477,7 @@ def _matmul_packed(
     y_ptrs = y_ptr + m[None, :] * (GROUPS * 32) + k[:, None]
     _wait(EARLY)
     total = tl.zeros((SETS * BLOCKS * 16, N), tl.float32)
-    for start in tl.range(0, GROUPS, G, num_stages=STAGES):
+    for start in tl.range(begin, begin + LENGTH, G, num_stages=STAGES):
         mask = there & (start + g < GROUPS)
         words = tl.load(word_ptrs + start * (16 * BITS), mask=mask, other=0, eviction_policy="evict_first")
         scales = tl.load(scale_ptrs + start * 16, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -467,6 +493,7 @@ def _matmul_packed(
     scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
     total, low = tl.reshape(total, (SETS, BLOCKS * 16, N)), tl.reshape(low, (SETS, BLOCKS * 16, N))
     row, inside = tl.reshape(row, (SETS, BLOCKS * 16)), tl.reshape(inside, (SETS, BLOCKS * 16))
+    out_ptr += tl.program_id(1).to(tl.int64) * out_part
     _finish(
         total, scale, low, row, inside, m, M, rows, hoisted_ptr, hoisted_stride, residual_ptr, residual_stride, out_ptr, out_stride
     )
@@ -507,7 +534,8 @@ def _embedding(ids_ptr, w_ptr, scales_ptr, out_ptr, K: tl.constexpr, BITS: tl.co
 def linear(
     x: Tensor, weight: Tensor | Packed, *, norm: Tensor | None = None, eps: float = 0.0, plus: Tensor | None = None,
     beside: Tensor | None = None, hoisted: Tensor | None = None, low: tuple[Tensor, Tensor | Packed] | None = None,
-    geglu: bool = False, residual: Tensor | None = None, out: Tensor | None = None, early: bool = False,
+    geglu: bool = False, residual: Tensor | None = None, out: Tensor | None = None, total: Tensor | None = None, split: bool = False,
+    early: bool = False,
 ) -> Tensor:  # fmt: skip
     """A projection with all that surrounds it. x: (M, K) fp32, M from 1 to 64; weight: W (rows, K), bf16, fp16, fp32 or packed.
 
@@ -524,19 +552,27 @@ def linear(
     norm * v (and a q8 or q4 B beside it a) rounded to int8 per group of 32 inputs, scale = largest / 127: an error of about
     0.4 % of the product's norm, the native engine's. A packed bf16 W is unpacked first. Returns fp32 (M, rows), with geglu (M, rows / 2).
 
+    split: for M > 1 the result may be parts (parts, M, rows) that have yet to be added up; of a product with at most a norm before it.
+    x and plus may be such parts, for M > 1. total: for M > 1, (M, K) fp32, contiguous, where x + plus goes.
+
     early: kernels may begin while those before them in the stream end (programmatic dependent launch, sm_90), and so read W
     before these have ended; only for weights that no running kernel writes. Nothing waits for the host: the call can be
     captured in a CUDA graph. Raises ValueError for shapes that do not fit.
     """
-    M, K = x.shape
+    M, K = x.shape[-2:]
     rows = weight.rows if isinstance(weight, Packed) else weight.shape[0]
     cols = weight.cols if isinstance(weight, Packed) else weight.shape[1]
     if cols != K or not 1 <= M <= MOST:
         raise ValueError(f"x {tuple(x.shape)} does not fit a matrix {rows, cols}: 1 to {MOST} rows of {cols} inputs are needed")
+    if split and (geglu or any(behind is not None for behind in (hoisted, low, residual, out))):
+        raise ValueError("only a product with nothing behind it can be split")
+    if M == 1 and (total is not None or _parts(x) + _parts(plus) > 2):
+        raise ValueError("parts and a total are of several rows, not of one")
     if geglu and rows % 2:
         raise ValueError(f"geglu needs two halves, and the matrix has {rows} rows")
     if geglu and isinstance(weight, Packed) and rows % (2 * BLOCK):  # the halves share a block
-        gate, up = linear(x, weight, norm=norm, eps=eps, plus=plus, beside=beside, hoisted=hoisted, low=low).chunk(2, dim=1)
+        both = linear(x, weight, norm=norm, eps=eps, plus=plus, beside=beside, hoisted=hoisted, low=low, total=total)
+        gate, up = both.chunk(2, dim=1)
         r = F.gelu(gate) * up if residual is None else F.gelu(gate) * up + residual
         return r if out is None else out.copy_(r)
     if isinstance(weight, Packed) and weight.format == "bf16":
@@ -544,8 +580,9 @@ def linear(
     if M == 1 and K % 2 and isinstance(weight, Tensor):  # no whole words
         weight, early = weight.float(), False
     columns = rows // 2 if geglu else rows  # of the result
+    parts = PARTS if split and M > 1 and columns <= MANY else 1
     if out is None:
-        out = x.new_empty(M, columns)
+        out = x.new_empty(parts, M, columns) if parts > 1 else x.new_empty(M, columns)
     early = early and not INTERPRETED
     launch = {"launch_pdl": True} if early else {}
     a, b = low if low is not None else (None, None)
@@ -588,31 +625,37 @@ def linear(
     padded = triton.cdiv(K, GROUP) * GROUP if isinstance(weight, Packed) else K
     y, scale = x.new_empty(M, padded, dtype=dtype), x.new_empty(M)
     _prepare[(M,)](
-        x, x.stride(0), plus, _stride(plus), beside, _stride(beside), norm, eps, y, scale,
-        K, padded, max(GROUP, triton.next_power_of_2(K)), weight.bits if isinstance(weight, Packed) else 0, early, num_warps=8, **launch,
+        x, x.stride(0), x.stride(-2), plus, 0 if plus is None else plus.stride(0), _stride(plus), beside, _stride(beside), norm, eps, total,
+        y, scale, _parts(x), _parts(plus), K, padded, max(GROUP, triton.next_power_of_2(K)),
+        weight.bits if isinstance(weight, Packed) else 0, early, num_warps=8, **launch,
     )  # fmt: skip
     around |= {
         "y_ptr": y, "scale_ptr": scale, "hoisted_stride": _stride(hoisted), "a_stride": _stride(a), "residual_stride": _stride(residual),
-        "out_stride": out.stride(0), "M": M, "N": max(16, triton.next_power_of_2(M)),
+        "out_part": out.stride(0), "out_stride": out.stride(-2), "PARTS": parts, "M": M, "N": max(16, triton.next_power_of_2(M)),
         "PRECISION": "tf32" if isinstance(weight, Tensor) and weight.dtype == torch.float16 else "ieee",
     }  # fmt: skip
     # What is on its way to all processors must be some megabytes: few rows take longer tiles, many columns of x fewer stages.
     few = columns <= MANY
-    n = 32 if few else 64
+    n = 32 if few and parts == 1 else 64
     if isinstance(weight, Packed):
         blocks, stages = n // BLOCK // (1 + geglu), 4 if M > 32 else 6
         around |= {"BLOCKS": blocks, "G": 8 if few else 4, "STAGES": stages}
-        _matmul_packed[(triton.cdiv(columns, blocks * BLOCK),)](**around, **packed, exponent=EXPONENT, num_warps=8 if few else 4, **launch)
+        warps = 8 if few else 4
+        _matmul_packed[triton.cdiv(columns, blocks * BLOCK), parts](**around, **packed, exponent=EXPONENT, num_warps=warps, **launch)
     else:
         n //= 1 + geglu
         block = (256 if few else 128) if rounded else 32
         around |= {"ROWS": n, "BLOCK_K": block, "STAGES": 4 if few or M <= 32 else 3, "DTYPE": tl.bfloat16 if rounded else tl.float32}
-        _matmul[(triton.cdiv(columns, n),)](**around, w_ptr=weight, num_warps=4, **launch)
+        _matmul[triton.cdiv(columns, n), parts](**around, w_ptr=weight, num_warps=4, **launch)
     return out
 
 
 def _stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
+    return 0 if t is None else t.stride(-2)
+
+
+def _parts(t: Tensor | None) -> int:
+    return 1 if t is None or t.dim() == 2 else t.shape[0]
 
 
 def _views(weight: Tensor | Packed | None) -> tuple[Tensor | None, Tensor | None, int, int]:
