@@ -277,22 +277,16 @@ def ops(setting: Setting) -> Iterator[Result]:
     cases = [dataclasses.replace(case, seed=setting.seed + number) for number, case in enumerate(op_cases.CASES)]
     if setting.tiny:
         cases = [case for case in cases if case.sizes.get("T", 1) < 10]
-    with pool(setting) as executor:
-        futures = {executor.submit(check_case, case, setting.device): case for case in cases}
+    with pool(setting, WORKERS) as executor, pool(setting, 3) as few:  # of those with true shapes, as they need memory
+        table = {executor.submit(check_case, case, setting.device): case for case in cases}
         if not setting.cuda:
-            wait(futures)  # the interpreter runs one kernel at a time
-        checks: list[Check] = []
-        for case, gradients in large_cases(setting):
-            free_memory(setting)
-            try:
-                checks += large_check(case, gradients, setting.device)
-            except Exception:
-                checks.append(failed_check(case, traceback.format_exc()))
-            yield {"true_shapes": summary(checks)}
-        checks = []
-        for future in as_completed(futures):
-            checks += checks_of(futures[future], future)
-            yield {"table": summary(checks)}
+            wait(table)  # the interpreter runs one kernel at a time
+        large = {few.submit(large_check, *one, setting): one[0] for one in large_cases(setting)}
+        for name, futures in (("true_shapes", large), ("table", table)):
+            checks: list[Check] = []
+            for future in as_completed(futures):
+                checks += checks_of(futures[future], future)
+                yield {name: summary(checks)}
 
 
 def worker() -> None:
@@ -307,10 +301,10 @@ def poison() -> None:
 
 
 @contextmanager
-def pool(setting: Setting) -> Iterator[Executor]:
+def pool(setting: Setting, workers: int) -> Iterator[Executor]:
     """Processes for the cases, which share nothing but the compiled kernels; on a CPU one thread, whose turn comes after another."""
     if setting.cuda:
-        with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=worker) as processes:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=worker) as processes:
             yield processes
     else:
         with ThreadPoolExecutor(1) as thread:
@@ -330,10 +324,9 @@ def check_case(case: Any, device: str) -> list[Check]:
 
 
 def compared(case: Any, what: str, found: Tensor, expected: Tensor) -> Check:
-    from op_cases import OPS, relative_error
+    from op_cases import allowed, relative_error
 
-    tolerance = OPS[case.dtype]
-    bound = tolerance.gradient if what.startswith("gradient") else tolerance.output
+    bound = allowed(case.dtype, what)
     error = relative_error(found.to(expected.device), expected)
     return Check(str(case), case.op, str(case.dtype).removeprefix("torch."), what, error, bound)
 
@@ -389,11 +382,12 @@ def large_cases(setting: Setting) -> Iterator[tuple[Any, bool]]:
         yield Case("geglu", dtype, {"shape": (1, rows, setting.pick(10240, 160))}, seed := seed + 1), True
 
 
-def large_check(case: Any, gradients: bool, device: str) -> list[Check]:
+def large_check(case: Any, gradients: bool, setting: Setting) -> list[Check]:
     """Against torch in fp64 on the device; a second time with activations that are views of wider rows, as the model passes them."""
     from op_cases import OUTPUTS, call, inputs, results, select
 
-    arguments = inputs(case, device=device)
+    free_memory(setting)
+    arguments = inputs(case, device=setting.device)
     floats = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()}
     exact = arguments | {name: value.double() for name, value in floats.items()}
     checks = []
@@ -768,7 +762,7 @@ def rival_speed(setting: Setting) -> Iterator[Result]:
 
 # Of hidden states, of all gradients together, of each. fp32, which decides: tests/op_cases.MODEL. bf16: documents are cut into chunks at
 # other places in a row than alone, and so are rounded otherwise (6.6e-2 of all gradients on an H200); this only catches what is broken.
-DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (3e-2, 1e-1, 0.5)}
+DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (6e-2, 2e-1, 0.5)}
 
 
 def documents(setting: Setting) -> Iterator[Result]:
@@ -1218,12 +1212,10 @@ class Run:
                     futures += [together.submit(self.section, name, self.ready(name), False) for name in rehearsed]
                 for future in futures:
                     future.result()
-            one = self.ready(measured[0]) if measured else None
-            for name, after in zip(measured, [*measured[1:], None], strict=True):
-                assert one is not None
-                following = None if after is None else self.ready(after)  # imports meanwhile
-                self.section(name, one)
-                one = following
+            waiting = [self.ready(name) for name in measured[:1]]
+            for number, name in enumerate(measured):
+                waiting += [self.ready(after) for after in measured[number + 1 : number + 2]]  # imports meanwhile
+                self.section(name, waiting[number])
         finally:
             for one in self.children:
                 one.end()

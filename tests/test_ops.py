@@ -16,6 +16,7 @@ from op_cases import (
     OPS,
     OUTPUTS,
     Case,
+    allowed,
     call,
     device_for,
     implementations,
@@ -53,10 +54,9 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, w
 @every_case
 def test_agrees_with_the_definition(case: Case, name: str) -> None:
     """Outputs, states and gradients are those of the reference in fp64."""
-    expected, tolerance = truth(case), OPS[case.dtype]
+    expected = truth(case)
     for what, found in results(select(name), case, inputs(case, device=device_for(name))):
-        bound = tolerance.gradient if what.startswith("gradient") else tolerance.output
-        error = relative_error(found, expected[what])
+        error, bound = relative_error(found, expected[what]), allowed(case.dtype, what)
         assert error <= bound, f"{what}: relative error {error:.2e}, at most {bound:.0e} is allowed"
 
 

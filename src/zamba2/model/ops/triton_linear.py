@@ -635,8 +635,8 @@ def linear(
         "PRECISION": "tf32" if isinstance(weight, Tensor) and weight.dtype == torch.float16 else "ieee",
     }  # fmt: skip
     # What is on its way to all processors must be some megabytes: few rows take longer tiles, many columns of x fewer stages.
-    few = columns <= MANY
-    n = 32 if few and parts == 1 else 64
+    few = columns <= MANY and parts == 1
+    n = 32 if few else 64
     if isinstance(weight, Packed):
         blocks, stages = n // BLOCK // (1 + geglu), 4 if M > 32 else 6
         around |= {"BLOCKS": blocks, "G": 8 if few else 4, "STAGES": stages}
