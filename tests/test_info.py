@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import zamba2
 from zamba2 import _engine
 from zamba2.cli import run
 from zamba2.commands.info import bytes_per_token, draw
 from zamba2.config import PRESETS, Config
+from zamba2.runtime.processors import versions
 from zamba2.weights.formats import FORMATS
 from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import parts, quantize
@@ -174,3 +177,9 @@ def test_packed_checkpoint(format: str, tmp_path: Path, capsys: pytest.CaptureFi
     config = Config.from_file(RANDOM / "config.json")
     assert runs["weight_bytes_per_token"] == pytest.approx(config.weights_per_token() * FORMATS[format].bits / 8, rel=0.3)
     assert f"read per token in {format}" in info(capsys, str(tmp_path / "packed"))
+
+
+def test_versions_of_what_is_there() -> None:
+    """Results name what is installed, our own version even where zamba2 is a folder on the path and no distribution."""
+    found = versions("numpy", "no-such-distribution")
+    assert found == {"zamba2": zamba2.__version__, "numpy": np.__version__}

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from zamba2.bench.rivals import RIVALS, parameters
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.processors import machine
+from zamba2.runtime.processors import versions as installed
 from zamba2.weights.files import replacing
 from zamba2.weights.packed import Packing
 from zamba2.weights.synthetic import packed_bytes
@@ -294,7 +294,7 @@ def gpu_name(device: str) -> str | None:
 
 
 def versions(settings: Settings) -> dict[str, str]:
-    found = {name: version(name) for name in ("zamba2", "torch", "transformers") if find_spec(name) is not None}
+    found = installed("torch", "transformers")
     python = llama_cpp_python() if "llama.cpp" in settings.engines else None
     if python is not None:
         for info in python.parents[1].glob("lib/python*/site-packages/llama_cpp_python-*.dist-info"):

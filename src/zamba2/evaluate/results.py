@@ -7,11 +7,10 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zamba2.runtime.processors import machine
+from zamba2.runtime.processors import machine, versions
 from zamba2.weights.files import replacing
 
 __all__ = ["CARD", "beside_the_card", "document", "slug", "write_result"]
@@ -24,27 +23,16 @@ CARD: Mapping[str, tuple[str, float, float]] = {
     "H2O-Danube-4B-Chat": ("4B", 52.57, 37.96),
     "StableLM-Zephyr-3B": ("3B", 66.43, 38.27),
 }
-LIBRARIES = ("zamba2", "torch", "transformers", "lm_eval", "numpy", "tokenizers")
+LIBRARIES = ("torch", "transformers", "lm_eval", "numpy", "tokenizers")
 
 
 def document(kind: str, about: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """Everything needed to trust and repeat a result. kind: the command; about: of what was measured; seconds: of this run."""
     return {
         "evaluation": kind, **about, "scores": dict(scores), "settings": dict(settings), "seconds": round(seconds, 3),
-        "machine": machine(), "versions": {"python": platform.python_version(), **versions()},
+        "machine": machine(), "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """Of the libraries that are installed."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> Path:

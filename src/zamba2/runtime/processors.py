@@ -1,15 +1,17 @@
-"""This machine's processors: what they are, how many threads a computation should have, and on which of them."""
+"""This machine: its processors, how many threads a computation should have and on which of them, and what is installed."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from zamba2 import __version__
 from zamba2.errors import Zamba2Error
 
-__all__ = ["MOST_THREADS", "cores", "default_threads", "machine", "processors_for", "quota"]
+__all__ = ["MOST_THREADS", "cores", "default_threads", "machine", "processors_for", "quota", "versions"]
 
 MOST_THREADS = 1024
 SYSTEM = Path("/sys")
@@ -23,6 +25,17 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of zamba2, which may be a folder on the path, and of those of the named distributions that are installed."""
+    found = {"zamba2": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def default_threads() -> int:

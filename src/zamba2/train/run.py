@@ -22,7 +22,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.hf import Zamba2ForCausalLM
 from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
+from zamba2.runtime.processors import versions
 from zamba2.runtime.torch import device_of
 from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.card import model_card
@@ -60,7 +60,7 @@ __all__ = ["checkpoints", "make_trainer", "run"]
 
 COMPLETE = "complete"  # written into a checkpoint when all of it is on disk
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-LIBRARIES = ("zamba2", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
+LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 STILL_STEPS = 20  # optimizer steps behind the warm-up over which a DPO loss must leave ln 2 ...
 STILL = 1e-3  # ... by more than this on average
 
@@ -99,7 +99,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
 def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
     """The result's card, its packed copies, and its way to the Hub. Raises Zamba2Error."""
     with replacing(folder / "README.md") as place:
-        place.write_text(model_card(recipe, report, _versions(), recipe.out / "metrics.jsonl"), encoding="utf-8")
+        place.write_text(model_card(recipe, report, versions(*LIBRARIES), recipe.out / "metrics.jsonl"), encoding="utf-8")
     for name in recipe.pack:
         target = recipe.out / f"model-{name}"
         if not is_packed(target):
@@ -369,14 +369,10 @@ def _write_facts(recipe: Recipe, prepared: Prepared) -> None:
     for name, text in (
         ("recipe.yaml", recipe.to_yaml()),
         ("data.json", json.dumps(prepared.report, indent=1)),
-        ("versions.json", json.dumps(_versions() | machine | {"command": sys.argv, "started": started}, indent=1)),
+        ("versions.json", json.dumps(versions(*LIBRARIES) | machine | {"command": sys.argv, "started": started}, indent=1)),
     ):
         with replacing(recipe.out / name) as place:
             place.write_text(text, encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
 
 
 @contextmanager
