@@ -1094,6 +1094,7 @@ class Child:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
         if not setting.cuda:
             environment["TRITON_INTERPRET"] = "1"
+        self.over = False
         # open as long as the process is
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -1133,7 +1134,10 @@ class Child:
         return found | {"duration_seconds": time.perf_counter() - start}
 
     def end(self) -> None:
-        """At once, with all that it began."""
+        """At once, with all that it began; a second time nothing, as its number may be another's then."""
+        if self.over:
+            return
+        self.over = True
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.own is not None:
@@ -1174,9 +1178,10 @@ class Run:
         self.target = arguments.out / "gpu.json"
         self.results: Result = {"config": self.setting.config.to_dict(), "setting": asdict(self.setting)}
         self.lock = threading.Lock()
-        self.kernels = arguments.kernels or Path(tempfile.mkdtemp(prefix="zamba2-gpu-"))
-        self.children: list[Child] = []
+        self.kept = arguments.kernels is not None
+        self.kernels = arguments.kernels.resolve() if self.kept else Path(tempfile.mkdtemp(prefix="zamba2-gpu-"))
         self.kernels.mkdir(parents=True, exist_ok=True)
+        self.children: list[Child] = []
         print(f"seed {seed}", flush=True)
 
     def keep(self, name: str, found: Result) -> None:
@@ -1210,17 +1215,23 @@ class Run:
                 if checks and self.setting.mamba is not None:
                     rehearsed = [name for name in measured if SECTIONS[name].rehearsed]
                     futures += [together.submit(self.section, name, self.ready(name), False) for name in rehearsed]
-                for future in futures:
-                    future.result()
+                try:
+                    for future in futures:
+                        future.result()
+                finally:  # interrupted, threads wait for their sections
+                    self.end()
             waiting = [self.ready(name) for name in measured[:1]]
             for number, name in enumerate(measured):
                 waiting += [self.ready(after) for after in measured[number + 1 : number + 2]]  # imports meanwhile
                 self.section(name, waiting[number])
         finally:
-            for one in self.children:
-                one.end()
-            if self.kernels.name.startswith("zamba2-gpu-"):
+            self.end()
+            if not self.kept:
                 shutil.rmtree(self.kernels, ignore_errors=True)
+
+    def end(self) -> None:
+        for one in self.children:
+            one.end()
 
     def report(self) -> int:
         """Prints what came of it; returns the exit code."""
