@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zamba2 import __version__
 from zamba2.bench import llama_cpp_peer
 from zamba2.bench.peers import BeyondLimits, DoesNotFit, Limits, Worker, llama_cpp, llama_cpp_python
 from zamba2.bench.rivals import RIVALS, parameters
@@ -294,7 +295,7 @@ def gpu_name(device: str) -> str | None:
 
 
 def versions(settings: Settings) -> dict[str, str]:
-    found = installed("torch", "transformers")
+    found = {"zamba2": __version__} | installed("torch", "transformers")
     python = llama_cpp_python() if "llama.cpp" in settings.engines else None
     if python is not None:
         for info in python.parents[1].glob("lib/python*/site-packages/llama_cpp_python-*.dist-info"):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from zamba2 import __version__
 from zamba2.runtime.processors import machine, versions
 from zamba2.weights.files import replacing
 
@@ -30,7 +31,7 @@ def document(kind: str, about: Mapping[str, Any], settings: Mapping[str, Any], s
     """Everything needed to trust and repeat a result. kind: the command; about: of what was measured; seconds: of this run."""
     return {
         "evaluation": kind, **about, "scores": dict(scores), "settings": dict(settings), "seconds": round(seconds, 3),
-        "machine": machine(), "versions": {"python": platform.python_version(), **versions(*LIBRARIES)},
+        "machine": machine(), "versions": {"python": platform.python_version(), "zamba2": __version__, **versions(*LIBRARIES)},
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 

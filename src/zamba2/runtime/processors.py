@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from zamba2 import __version__
 from zamba2.errors import Zamba2Error
 
 __all__ = ["MOST_THREADS", "cores", "default_threads", "machine", "processors_for", "quota", "versions"]
@@ -28,8 +27,8 @@ def machine() -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Of zamba2, which may be a folder on the path, and of those of the named distributions that are installed."""
-    found = {"zamba2": __version__}
+    """Of those of the named distributions that are installed."""
+    found = {}
     for name in names:
         try:
             found[name] = version(name)

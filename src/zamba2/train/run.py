@@ -35,6 +35,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from zamba2 import __version__
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.hf import Zamba2ForCausalLM
@@ -99,7 +100,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
 def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
     """The result's card, its packed copies, and its way to the Hub. Raises Zamba2Error."""
     with replacing(folder / "README.md") as place:
-        place.write_text(model_card(recipe, report, versions(*LIBRARIES), recipe.out / "metrics.jsonl"), encoding="utf-8")
+        place.write_text(model_card(recipe, report, _versions(), recipe.out / "metrics.jsonl"), encoding="utf-8")
     for name in recipe.pack:
         target = recipe.out / f"model-{name}"
         if not is_packed(target):
@@ -369,10 +370,14 @@ def _write_facts(recipe: Recipe, prepared: Prepared) -> None:
     for name, text in (
         ("recipe.yaml", recipe.to_yaml()),
         ("data.json", json.dumps(prepared.report, indent=1)),
-        ("versions.json", json.dumps(versions(*LIBRARIES) | machine | {"command": sys.argv, "started": started}, indent=1)),
+        ("versions.json", json.dumps(_versions() | machine | {"command": sys.argv, "started": started}, indent=1)),
     ):
         with replacing(recipe.out / name) as place:
             place.write_text(text, encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    return {"zamba2": __version__} | versions(*LIBRARIES)
 
 
 @contextmanager

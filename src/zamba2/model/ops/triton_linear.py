@@ -31,12 +31,12 @@ __all__ = ["dequantize", "embedding", "linear"]
 MOST = 64  # rows of x
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 FEW, MANY = 512, 4096  # columns of a result, where other tiles begin
-PARTS = 4  # of the columns of a matrix with at most MANY rows
 # Arguments of kernels, since one logical instruction takes no second constant beside its mask.
 EXPONENT = 0x4B000000  # of 2 ** 23
 SIGNS = -0x7F7F7F80  # of four bytes
 INTERPRETED = triton.knobs.runtime.interpret  # where few large programs take the least time
 EMULATED = tl.constexpr(INTERPRETED)  # there is no inline assembly then
+PARTS = 2 if INTERPRETED else 4  # of the columns of a matrix with at most MANY rows
 
 
 @triton.jit
