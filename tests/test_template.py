@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -157,30 +159,44 @@ def test_errors_carry_the_templates_words():
         render("x\n{% if", USER)
 
 
-def test_what_python_would_ignore_is_not_raised():
-    """Where the garbage collector calls a finalizer behind the deadline, the deadline is not spent on it: Python would ignore what is
-    raised there, and trace no more."""
+def test_what_python_would_ignore_is_not_raised(monkeypatch):
+    """Where the garbage collector calls a finalizer or a callback behind the deadline, the deadline is not spent on it: Python would ignore
+    what is raised there, and trace no more."""
 
     class Thing:
         def __del__(self):
             len("x")
 
-    known, before = weakref.WeakSet(), sys.gettrace()
-    forgotten, finalized = Thing(), Thing()
-    known.add(forgotten)
-    module._budget.deadline = 0.0
-    sys.settrace(module._budget.trace)
-    try:
-        del forgotten
-        del finalized
-        tracing, stopped = sys.gettrace() == module._budget.trace, False
+    calls = []
+
+    def collected(phase, info):
+        calls.append(textwrap.dedent("a function of Python's own"))
+
+    def run():
+        known, before = weakref.WeakSet(), sys.gettrace()
+        forgotten, finalized = Thing(), Thing()
+        known.add(forgotten)
+        module._budget.deadline = 0.0
+        sys.settrace(module._budget.trace)
+        gc.callbacks.append(collected)
         try:
-            brief("any function")
-        except module._Stop:
-            stopped = True
-    finally:
-        sys.settrace(before)
-    assert tracing and stopped and not known
+            del forgotten
+            del finalized
+            gc.collect()
+            tracing, stopped = sys.gettrace() == module._budget.trace, 0
+            for function in (brief, textwrap.dedent):
+                try:
+                    function("what a template leads to")
+                except module._Stop:
+                    stopped += 1
+                    sys.settrace(module._budget.trace)
+        finally:
+            gc.callbacks.remove(collected)
+            sys.settrace(before)
+        assert tracing and stopped == 2 and not known and len(calls) == 2
+
+    monkeypatch.setattr(module, "_run", run)  # where the template's own frames begin
+    run()
 
 
 def test_attacks_stay_small():
@@ -265,15 +281,17 @@ def test_malformed_messages_are_located(messages, match):
 
 def test_the_deadline_is_not_lost_in_a_discarded_generator(monkeypatch):
     """When time is up while jinja2 drops a generator halfway, where Python ignores what is raised, the next step still stops."""
-    namespace: dict[str, object] = {}
-    exec(compile("def numbers():\n    yield 1\n    yield 2\n", module.jinja2.lexer.__file__, "exec"), namespace)
-
-    def late(text):
-        halfway = namespace["numbers"]()
-        next(halfway)
-        module._budget.deadline, halfway = 0, None  # an error raised in here would be a warning, and the end of tracing
-        return list(map(len, [text]))
-
-    monkeypatch.setattr(module, "_compile", late)
+    numbers = "def numbers():\n    yield 1\n    yield 2\n"
+    late = """
+def late(text):
+    halfway = numbers()
+    next(halfway)
+    budget.deadline, halfway = 0, None  # an error raised in here would be a warning, and the end of tracing
+    return list(map(len, [text]))
+"""
+    namespace = {"budget": module._budget}
+    for source, place in ((numbers, module.jinja2.lexer), (late, module.jinja2.runtime)):
+        exec(compile(source, place.__file__, "exec"), namespace)
+    monkeypatch.setattr(module, "_compile", namespace["late"])
     with pytest.raises(Zamba2Error, match="seconds"):
         render("x", USER)

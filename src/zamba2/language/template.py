@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import re
 import sys
 import threading
@@ -17,12 +18,14 @@ import time
 import weakref
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import datetime
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jinja2
 import jinja2.idtracking
 import jinja2.visitor
+import markupsafe
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension, loopcontrols
@@ -52,6 +55,8 @@ CALLS_ONLY = {
     *(module.__file__ for module in (jinja2.lexer, jinja2.parser, jinja2.nodes, jinja2.visitor, jinja2.idtracking, jinja2.compiler)),
 }
 FINALIZERS = {weakref.finalize.__call__.__code__.co_filename, weakref.WeakSet.add.__code__.co_filename}  # they forget what is gone
+# Where the code that a template leads to lies, but for its own. What else Python runs meanwhile it was not asked for.
+PLACES = tuple(str(Path(file).parent) + os.sep for file in (jinja2.__file__, markupsafe.__file__, str(Path(__file__).parent), os.__file__))
 # No chat needs these; their cost follows from neither the size of what goes in nor that of what comes out.
 UNWANTED_FILTERS = ("batch", "center", "filesizeformat", "pprint", "random", "slice", "sum", "urlize", "wordwrap", "xmlattr")
 
@@ -140,12 +145,20 @@ class _Budget(threading.local):
 
 
 def _swallowed(frame: FrameType | None) -> bool:
-    """Whether Python would ignore what is raised here, and trace no more: below a finalizer that the garbage collector has called."""
+    """Whether Python would ignore what is raised here, and trace no more: below a finalizer or a callback of the garbage collector's."""
     while frame is not None and frame.f_code is not _run.__code__:
-        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename in FINALIZERS:
+        if frame.f_code.co_name == "__del__" or _is_elsewhere(frame.f_code.co_filename):
             return True
         frame = frame.f_back
     return False
+
+
+@functools.cache
+def _is_elsewhere(file: str) -> bool:
+    """Whether no template leads to a file's code. Compiled templates, and what Python has in itself, have names in brackets."""
+    if file in FINALIZERS or (not file.startswith("<") and not file.startswith(PLACES)):
+        return True
+    return not file.startswith(PLACES[:-1]) and ("site-packages" in file or "dist-packages" in file)  # these may lie in Python's folder
 
 
 _budget = _Budget()
