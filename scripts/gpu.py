@@ -762,7 +762,7 @@ def rival_speed(setting: Setting) -> Iterator[Result]:
 
 # Of hidden states, of all gradients together, of each. fp32, which decides: tests/op_cases.MODEL. bf16: documents are cut into chunks at
 # other places in a row than alone, and so are rounded otherwise (6.6e-2 of all gradients on an H200); this only catches what is broken.
-DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (6e-2, 2e-1, 0.5)}
+DOCUMENT_BOUNDS = {torch.float32: (2e-4, 1e-3, 1e-3), BF16: (3e-2, 1e-1, 0.5)}
 
 
 def documents(setting: Setting) -> Iterator[Result]:

@@ -18,7 +18,6 @@ import time
 import weakref
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from datetime import datetime
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -56,7 +55,7 @@ CALLS_ONLY = {
 }
 FINALIZERS = {weakref.finalize.__call__.__code__.co_filename, weakref.WeakSet.add.__code__.co_filename}  # they forget what is gone
 # Where the code that a template leads to lies, but for its own. What else Python runs meanwhile it was not asked for.
-PLACES = tuple(str(Path(file).parent) + os.sep for file in (jinja2.__file__, markupsafe.__file__, str(Path(__file__).parent), os.__file__))
+PLACES = tuple(os.path.dirname(file) + os.sep for file in (jinja2.__file__, markupsafe.__file__, os.path.dirname(__file__), os.__file__))
 # No chat needs these; their cost follows from neither the size of what goes in nor that of what comes out.
 UNWANTED_FILTERS = ("batch", "center", "filesizeformat", "pprint", "random", "slice", "sum", "urlize", "wordwrap", "xmlattr")
 
