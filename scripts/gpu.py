@@ -1272,7 +1272,11 @@ def main() -> int:
     if arguments.section is not None:
         child(arguments.section, Setting(**json.loads(arguments.setting)))
         return 0
-    return run(arguments)
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print(f"interrupted; {arguments.out / 'gpu.json'} has what was found before", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
