@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,23 @@ class Adapter(nn.Sequential):
         super().__init__(Linear(in_features, rank), Linear(rank, out_features))
 
 
+class Ends(NamedTuple):
+    """Where texts end that have padding behind them, which leaves states as they are."""
+
+    text: Tensor  # (b, T, 1) bool, False at padding
+    last: Tensor  # (b, K-1) places of each text's last inputs; negative ones lie before it
+
+    @classmethod
+    def of(cls, lengths: Tensor, columns: Tensor, taps: int) -> Ends:
+        """lengths: (b,); columns: (T,), those of the call."""
+        return cls((columns < lengths[:, None])[..., None], lengths[:, None] + torch.arange(1 - taps, 0, device=lengths.device))
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Each text's last K-1 rows of x, (b, T, C), zeros before it. (b, K-1, C)."""
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return x[rows, self.last.clamp(min=0)] * (self.last >= 0)[..., None]
+
+
 @dataclass
 class Context:
     """What all layers of one call share."""
@@ -98,6 +115,7 @@ class Context:
     state: ModelState | None
     records: list[LayerRecord] | None
     hoisted: dict[int | None, list[Tensor]]  # block -> W_right (w2 x0), (b, T, rows), of q, k, v or of the three together
+    ends: Ends | None = None  # where there is padding at the right
 
 
 class Attention(nn.Module):
@@ -239,17 +257,21 @@ class Mamba2(nn.Module):
 
     def recur(
         self, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
-        seq_idx: Tensor | None = None,
+        seq_idx: Tensor | None = None, ends: Ends | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Convolution and scan. xBC: (b, T, conv_dim); dt: (b, T, heads) before softplus. Returns y (b, T, d_inner), states."""
         config = self.config
+        inputs = xBC
         xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx)
         if real is not None:
             xBC = xBC * real  # the convolution's bias is not zero
+        steps = F.softplus(wide(dt) + wide(self.dt_bias))  # no clamp
+        if ends is not None:
+            conv, steps = ends.inputs(inputs), steps * ends.text  # a step of size zero leaves the SSM state as it is
         x, B, C = xBC.split([config.d_inner, *[config.mamba_ngroups * config.mamba_d_state] * 2], dim=-1)
         y, S = ops.ssd_scan(
             x.unflatten(-1, (config.n_mamba_heads, -1)),
-            F.softplus(wide(dt) + wide(self.dt_bias)),  # no clamp
+            steps,
             -torch.exp(wide(self.A_log)),
             B.unflatten(-1, (config.mamba_ngroups, -1)),
             C.unflatten(-1, (config.mamba_ngroups, -1)),
@@ -262,10 +284,10 @@ class Mamba2(nn.Module):
 
     def between(
         self, z: Tensor, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
-        seq_idx: Tensor | None,
+        seq_idx: Tensor | None, ends: Ends | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """All between the two projections. z: (b, T, d_inner); the rest as in ``recur``. Returns (b, T, d_inner) and the states."""
-        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx)
+        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx, ends)
         groups = self.config.mamba_ngroups
         return ops.rms_norm(y, self.norm.weight, 1e-5, gate=z, groups=groups), conv, S  # not rms_norm_eps (FACTS 2)
 
@@ -275,7 +297,7 @@ class Mamba2(nn.Module):
             u = u * context.real
         z, xBC, dt = self.in_proj(u).split([config.d_inner, config.conv_dim, config.n_mamba_heads], dim=-1)
         before = (None, None) if state is None else (state.conv[layer.index], state.ssm[layer.index])
-        between = partial(self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx)
+        between = partial(self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx, ends=context.ends)
         gated, conv, S = again_in_backward(between, z, xBC, dt) if state is None else between(z, xBC, dt)
         if state is not None:
             state.conv[layer.index], state.ssm[layer.index] = conv, S
@@ -344,9 +366,14 @@ class Zamba2(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, state: ModelState | None = None,
-        attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, record: bool = False,
+        attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None, record: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H)."""
+        """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H).
+
+        lengths: (b,), for the first call of a state alone: how much of each row is text, with padding behind it. Unlike padding at the
+        left it takes no mask. SSM and convolution states are then those behind the texts; keys and values of padding follow the texts',
+        and are the caller's to cut off, as is ``position``, which counts them.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -356,7 +383,11 @@ class Zamba2(nn.Module):
             raise ValueError("a state holds one document per row; seq_idx cannot be used with it")
         if record and state is None:
             raise ValueError("record needs a state")
+        if lengths is not None and (state is None or state.position or attention_mask is not None or record):
+            raise ValueError("lengths belong to the first call of a state, without attention_mask or record")
         context = self.context(x, state, attention_mask, seq_idx, record)
+        if lengths is not None:
+            context.ends = Ends.of(lengths, torch.arange(x.shape[1], device=x.device), self.config.mamba_d_conv)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             shared = self.shared_blocks[layer.layer.block] if layer.layer.block is not None else None

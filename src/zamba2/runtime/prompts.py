@@ -1,6 +1,6 @@
 """The beginning of a text on a GPU: up to 4,096 tokens read as one CUDA graph, for launching a thousand kernels takes longer than they do.
 
-A graph has one length, so texts are padded on the left to the next of a few; the model skips padding (``left_padding`` in model.model).
+A graph has one length, so texts are padded to the next of a few: on the right, where no token sees padding and attention needs no mask.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Prompts:
         self.model, self.config = model, model.config
         self.device = model.final_layernorm.weight.device
         self.ids = torch.zeros(1, LONGEST, dtype=torch.int64, device=self.device)
-        self.padding = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.count = torch.ones(1, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # of all graphs: one runs at a time
         self.eager = self.device.type != "cuda"
@@ -41,18 +41,18 @@ class Prompts:
         """The state behind a text of 1 to LONGEST tokens, and the scores at its last ``wanted`` places, (wanted, V)."""
         count = len(tokens)
         length = next(length for length in LENGTHS if length >= count)
-        self.ids[0, :length] = torch.from_numpy(np.pad(np.asarray(tokens, np.int64), (length - count, 0)))
-        self.padding.fill_(length - count)
+        self.ids[0, :length] = torch.from_numpy(np.pad(np.asarray(tokens, np.int64), (0, length - count)))
+        self.count.fill_(count)
         x, last, conv, ssm, kv = self._outputs(length)
         state = ModelState.empty(self.config)
         state.position = count
         state.conv, state.ssm = list(conv.clone().split(1)), list(ssm.clone().split(1))  # the graph writes to the same place next time
         for position, tensor in enumerate(kv):
             cache = KVCache()
-            cache.append(*tensor[:, :, :, length - count :])
+            cache.append(*tensor[:, :, :, :count])
             state.kv[position] = cache
         if wanted > 1:
-            return state, self.model.logits(x[:, length - wanted : length])[0]
+            return state, self.model.logits(x[:, count - wanted : count])[0]
         return state, last[1 - wanted :].clone()
 
     def _outputs(self, length: int) -> Outputs:
@@ -74,9 +74,8 @@ class Prompts:
 
     def _compute(self, length: int) -> Outputs:
         state = ModelState.empty(self.config)
-        state.padding = self.padding
-        x = self.model.hidden_states(self.ids[:, :length], state=state)
+        x = self.model.hidden_states(self.ids[:, :length], state=state, lengths=self.count)
         conv, ssm, kv = (
             [tensor for tensor in some if tensor is not None] for some in (state.conv, state.ssm, [own.tensor() for own in state.kv])
         )
-        return x, self.model.logits(x[:, -1:])[0], torch.cat(conv), torch.cat(ssm), kv
+        return x, self.model.logits(x[0, self.count - 1]), torch.cat(conv), torch.cat(ssm), kv
