@@ -265,7 +265,7 @@ class Mamba2(nn.Module):
         xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx)
         if real is not None:
             xBC = xBC * real  # the convolution's bias is not zero
-        steps = F.softplus(wide(dt) + wide(self.dt_bias))  # no clamp
+        steps = F.softplus(dt + wide(self.dt_bias))  # in the wider dtype, no clamp
         if ends is not None:
             conv, steps = ends.inputs(inputs), steps * ends.text  # a step of size zero leaves the SSM state as it is
         x, B, C = xBC.split([config.d_inner, *[config.mamba_ngroups * config.mamba_d_state] * 2], dim=-1)
