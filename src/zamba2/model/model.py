@@ -87,20 +87,23 @@ class Adapter(nn.Sequential):
 
 
 class Ends(NamedTuple):
-    """Where texts end that have padding behind them, which leaves states as they are."""
+    """Where texts end that have padding behind them, which leaves states as they are. Made once a call: every layer asks."""
 
     text: Tensor  # (b, T, 1) bool, False at padding
-    last: Tensor  # (b, K-1) places of each text's last inputs; negative ones lie before it
+    rows: Tensor  # (b, 1), numbers of the rows
+    last: Tensor  # (b, K-1) places of each text's last inputs, 0 for those before it
+    inside: Tensor  # (b, K-1, 1) bool, False for those before it
 
     @classmethod
     def of(cls, lengths: Tensor, columns: Tensor, taps: int) -> Ends:
         """lengths: (b,); columns: (T,), those of the call."""
-        return cls((columns < lengths[:, None])[..., None], lengths[:, None] + torch.arange(1 - taps, 0, device=lengths.device))
+        last = lengths[:, None] + torch.arange(1 - taps, 0, device=lengths.device)
+        rows = torch.arange(len(lengths), device=lengths.device)[:, None]
+        return cls((columns < lengths[:, None])[..., None], rows, last.clamp(min=0), (last >= 0)[..., None])
 
     def inputs(self, x: Tensor) -> Tensor:
         """Each text's last K-1 rows of x, (b, T, C), zeros before it. (b, K-1, C)."""
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        return x[rows, self.last.clamp(min=0)] * (self.last >= 0)[..., None]
+        return x[self.rows, self.last] * self.inside
 
 
 @dataclass
@@ -115,7 +118,7 @@ class Context:
     state: ModelState | None
     records: list[LayerRecord] | None
     hoisted: dict[int | None, list[Tensor]]  # block -> W_right (w2 x0), (b, T, rows), of q, k, v or of the three together
-    ends: Ends | None = None  # where there is padding at the right
+    ends: Ends | None  # where there is padding at the right
 
 
 class Attention(nn.Module):
@@ -370,8 +373,8 @@ class Zamba2(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H).
 
-        lengths: (b,), for the first call of a state alone: how much of each row is text, with padding behind it. Unlike padding at the
-        left it takes no mask. SSM and convolution states are then those behind the texts; keys and values of padding follow the texts',
+        lengths: (b,), 1 to T, for the first call of a state alone: how much of each row is text, with padding behind it. Unlike
+        padding at the left it takes no mask. SSM and convolution states are then those behind the texts; keys and values of padding follow the texts',
         and are the caller's to cut off, as is ``position``, which counts them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -385,9 +388,7 @@ class Zamba2(nn.Module):
             raise ValueError("record needs a state")
         if lengths is not None and (state is None or state.position or attention_mask is not None or record):
             raise ValueError("lengths belong to the first call of a state, without attention_mask or record")
-        context = self.context(x, state, attention_mask, seq_idx, record)
-        if lengths is not None:
-            context.ends = Ends.of(lengths, torch.arange(x.shape[1], device=x.device), self.config.mamba_d_conv)
+        context = self.context(x, state, attention_mask, seq_idx, record, lengths)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             shared = self.shared_blocks[layer.layer.block] if layer.layer.block is not None else None
@@ -398,9 +399,10 @@ class Zamba2(nn.Module):
         return self.ops.rms_norm(x, self.final_layernorm.weight, self.config.rms_norm_eps)
 
     def context(
-        self, x0: Tensor, state: ModelState | None, attention_mask: Tensor | None, seq_idx: Tensor | None, record: bool
-    ) -> Context:
-        """Masks and rotary angles of one call."""
+        self, x0: Tensor, state: ModelState | None, attention_mask: Tensor | None, seq_idx: Tensor | None, record: bool,
+        lengths: Tensor | None,
+    ) -> Context:  # fmt: skip
+        """Masks, ends and rotary angles of one call."""
         length, past = x0.shape[1], 0 if state is None else state.position
         padding, device = None if state is None else state.padding, x0.device  # padding: (b,) columns to skip at the left
         if attention_mask is not None:
@@ -425,7 +427,8 @@ class Zamba2(nn.Module):
             mask = (mask | (keys == columns[:, None]))[:, None]  # padding sees itself, or its softmax would be empty
         real = None if padding is None or past else (columns >= start[:, None])[..., None]
         rope = self.rotary_angles(positions) if self.config.use_mem_rope else None
-        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {})
+        ends = None if lengths is None else Ends.of(lengths, columns, self.config.mamba_d_conv)
+        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {}, ends)
 
     def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * base ** (-2i / d). positions: (b, T). Returns (b, 1, T, head_dim), fp32."""
