@@ -374,8 +374,8 @@ class Zamba2(nn.Module):
         """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H).
 
         lengths: (b,), 1 to T, for the first call of a state alone: how much of each row is text, with padding behind it. Unlike
-        padding at the left it takes no mask. SSM and convolution states are then those behind the texts; keys and values of padding follow the texts',
-        and are the caller's to cut off, as is ``position``, which counts them.
+        padding at the left it takes no mask. SSM and convolution states are then those behind the texts; keys and values of padding
+        follow the texts', and are the caller's to cut off, as is ``position``, which counts them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
