@@ -6,6 +6,7 @@ ZAMBA2_TEST_PROFILE=thorough draws ten times as many examples.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -51,3 +52,9 @@ def pytest_configure() -> None:
     except ImportError:  # the tests of what needs no torch still run
         return
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    # A full collection looks at what all test modules imported, which takes up to a second, in the middle of whatever test is running.
+    gc.collect()
+    gc.freeze()

@@ -142,10 +142,15 @@ HOSTILE = {
 def test_hostile_templates_end_in_one_sentence(name, monkeypatch):
     """Every attack is a short Zamba2Error soon after the deadline, and the trace function is what it was."""
     monkeypatch.setattr(module, "SECONDS", 0.4)  # the real one is for the test below
+    gc.disable()  # its time over what other tests left is not the template's
     before, start = sys.gettrace(), time.thread_time()
-    with pytest.raises(Zamba2Error) as error:
-        render(HOSTILE[name], USER)
-    assert time.thread_time() - start < 1
+    try:
+        with pytest.raises(Zamba2Error) as error:
+            render(HOSTILE[name], USER)
+        took = time.thread_time() - start
+    finally:
+        gc.enable()
+    assert took < 1
     assert sys.gettrace() is before
     message = str(error.value)
     assert message.startswith("the chat template") and len(message) < 400 and "\n" not in message
