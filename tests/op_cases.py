@@ -145,19 +145,28 @@ def _concat_rms_norm(g: torch.Generator, shape: tuple[int, ...], scale: float = 
 
 
 def _causal_conv(
-    g: torch.Generator, T: int, b: int = 2, C: int = 5, K: int = 4, state: bool = False, seq_idx: bool = False, scale: float = 1.0
-) -> dict[str, Any]:
+    g: torch.Generator, T: int, b: int = 2, C: int = 5, K: int = 4, state: bool = False, seq_idx: bool = False, scale: float = 1.0,
+    lengths: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     arguments: dict[str, Any] = {"x": _normal(g, b, T, C, scale=scale), "weight": _normal(g, C, K, scale=0.5), "bias": _normal(g, C)}
     if state:
         arguments["state"] = _normal(g, b, K - 1, C, scale=scale)
     if seq_idx:
         arguments["seq_idx"] = document_numbers(g, b, T)
-    return arguments
+    return arguments | ({"lengths": _lengths(g, b, T)} if lengths else {})
+
+
+def _lengths(g: torch.Generator, b: int, T: int) -> Tensor:
+    """How much of each row is text: all of the first, as little as one token of others."""
+    lengths = torch.randint(1, T + 1, (b,), generator=g)
+    lengths[:1] = T
+    lengths[-1:] = min(2, T)
+    return lengths
 
 
 def _ssd_scan(
     g: torch.Generator, T: int, b: int = 2, H: int = 4, P: int = 3, G: int = 1, N: int = 5, chunk: int = 256, state: bool = False,
-    seq_idx: bool = False, dt: str = "usual", A: float = 1.0,
+    seq_idx: bool = False, dt: str = "usual", A: float = 1.0, dt_bias: bool = False, lengths: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     steps = torch.exp(torch.empty(b, T, H, dtype=torch.float64).uniform_(math.log(1e-3), math.log(1e-1), generator=g))
     if dt == "tiny":
@@ -175,11 +184,15 @@ def _ssd_scan(
         "D": 1 + _normal(g, H, scale=0.1),
         "chunk_size": chunk,
     }
+    if dt_bias:  # steps and rates before softplus and exp
+        arguments["dt_bias"] = _normal(g, H)
+        arguments["dt"] = steps + torch.log(-torch.expm1(-steps)) - arguments["dt_bias"]
+        arguments["A"] = torch.log(-arguments["A"])
     if state:
         arguments["state"] = _normal(g, b, H, P, N)
     if seq_idx:
         arguments["seq_idx"] = document_numbers(g, b, T)
-    return arguments
+    return arguments | ({"lengths": _lengths(g, b, T)} if lengths else {})
 
 
 def _geglu(g: torch.Generator, shape: tuple[int, ...], scale: float = 1.0) -> dict[str, Any]:
@@ -208,7 +221,7 @@ OUTPUTS = {
     "geglu": ("y",),
     "add_hoisted": ("y",),
 }
-FP32 = {"weight", "bias", "dt", "A", "D", "state", "scale"}  # stay fp32 beside bf16 activations, as in the model
+FP32 = {"weight", "bias", "dt", "A", "D", "dt_bias", "state", "scale"}  # stay fp32 beside bf16 activations, as in the model
 POSITIONAL = {"x", "x0", "weight", "eps", "bias", "dt", "A", "B", "C", "D", "projected", "adapted", "hoisted", "scale"}
 
 
@@ -217,7 +230,8 @@ def inputs(case: Case, *, device: str = "cpu") -> dict[str, Any]:
     arguments = GENERATORS[case.op](torch.Generator().manual_seed(case.seed), **case.sizes)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            keep = name in FP32 and not (case.op == "causal_conv" and name == "state")
+            projected = (case.op == "causal_conv" and name == "state") or (name == "dt" and "dt_bias" in arguments)
+            keep = name in FP32 and not projected
             dtype = torch.float32 if keep and case.dtype.itemsize < 4 else case.dtype
             arguments[name] = value.to(device=device, dtype=dtype)
         elif isinstance(value, Tensor):
@@ -304,6 +318,15 @@ CASES = [
     *(Case("ssd_scan", F32, {"T": 300, "b": 1, "H": 3, "A": A, "state": True}) for A in (1e-6, 1e3, 1e6)),
     Case("ssd_scan", F32, {"T": 300, "b": 2, "H": 2, "dt": "spikes", "A": 1e2, "seq_idx": True}),
     *(Case("ssd_scan", BF16, {"T": T, "b": 1, "H": 4, "P": 8, "G": 2, "N": 16, "state": True}) for T in (1, 3, 257)),
+    # as the mixer calls them: dt and A before softplus and exp; and padding behind the texts, from a state and from none
+    *(Case("causal_conv", F32, {"T": T, "b": 3, "state": s, "lengths": True}) for T in (1, 5, 257) for s in (False, True)),
+    Case("causal_conv", BF16, {"T": 5, "b": 3, "C": 33, "lengths": True}),
+    Case("causal_conv", F32, {"T": 37, "b": 3, "state": True, "seq_idx": True, "lengths": True}),
+    *(Case("ssd_scan", d, {"T": T, "dt_bias": True, "state": s}) for d in (F32, BF16) for T in (1, 3, 257) for s in (False, True)),
+    *(Case("ssd_scan", F32, {"T": 300, "b": 1, "H": 3, "dt": dt, "dt_bias": True, "state": True}) for dt in ("tiny", "huge", "spikes")),
+    *(Case("ssd_scan", F32, {"T": T, "b": 3, "dt_bias": r, "state": True, "lengths": True}) for T in (1, 37, 257) for r in (False, True)),
+    Case("ssd_scan", BF16, {"T": 65, "b": 3, "P": 8, "N": 16, "dt_bias": True, "lengths": True}),
+    Case("ssd_scan", F32, {"T": 37, "b": 3, "dt_bias": True, "state": True, "seq_idx": True, "lengths": True}),
     # fp64 stays fp64
     Case("rms_norm", F64, {"shape": (2, 5, 12), "gate": True, "groups": 2}),
     Case("concat_rms_norm", F64, {"shape": (2, 5, 12)}),

@@ -242,6 +242,20 @@ def test_packed_is_separate(name: str, op: str, data: st.DataObject) -> None:
 @every_implementation
 @recurrent_ops
 @given(st.data())
+def test_padding_behind_lengths_is_not_there(name: str, op: str, data: st.DataObject) -> None:
+    """A row's outputs up to its length, and the state behind it, are those of the row cut off there."""
+    case = recurrent(data, op, lengths=True, **({"dt_bias": data.draw(st.booleans(), "dt_bias")} if op == "ssd_scan" else {}))
+    arguments = inputs(case, device=device_for(name))
+    y, state = call(select(name), op, arguments)
+    for row, length in enumerate(arguments.pop("lengths").tolist()):
+        found, final = call(select(name), op, part(arguments, slice(length), slice(row, row + 1)))
+        close(y[row : row + 1, :length], found, what=f"row {row}")
+        close(state[row : row + 1], final, what="state")
+
+
+@every_implementation
+@recurrent_ops
+@given(st.data())
 def test_row_is_alone(name: str, op: str, data: st.DataObject) -> None:
     """A row of a batch is the same row alone."""
     case = recurrent(data, op, b=3, seq_idx=data.draw(st.booleans(), "seq_idx"))

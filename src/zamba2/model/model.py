@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -86,26 +86,6 @@ class Adapter(nn.Sequential):
         super().__init__(Linear(in_features, rank), Linear(rank, out_features))
 
 
-class Ends(NamedTuple):
-    """Where texts end that have padding behind them, which leaves states as they are. Made once a call: every layer asks."""
-
-    text: Tensor  # (b, T, 1) bool, False at padding
-    rows: Tensor  # (b, 1), numbers of the rows
-    last: Tensor  # (b, K-1) places of each text's last inputs, 0 for those before it
-    inside: Tensor  # (b, K-1, 1) bool, False for those before it
-
-    @classmethod
-    def of(cls, lengths: Tensor, columns: Tensor, taps: int) -> Ends:
-        """lengths: (b,); columns: (T,), those of the call."""
-        last = lengths[:, None] + torch.arange(1 - taps, 0, device=lengths.device)
-        rows = torch.arange(len(lengths), device=lengths.device)[:, None]
-        return cls((columns < lengths[:, None])[..., None], rows, last.clamp(min=0), (last >= 0)[..., None])
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Each text's last K-1 rows of x, (b, T, C), zeros before it. (b, K-1, C)."""
-        return x[self.rows, self.last] * self.inside
-
-
 @dataclass
 class Context:
     """What all layers of one call share."""
@@ -118,7 +98,7 @@ class Context:
     state: ModelState | None
     records: list[LayerRecord] | None
     hoisted: dict[int | None, list[Tensor]]  # block -> W_right (w2 x0), (b, T, rows), of q, k, v or of the three together
-    ends: Ends | None  # where there is padding at the right
+    lengths: Tensor | None  # (b,), how much of each row is text, where there is padding at the right
 
 
 class Attention(nn.Module):
@@ -260,37 +240,35 @@ class Mamba2(nn.Module):
 
     def recur(
         self, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
-        seq_idx: Tensor | None = None, ends: Ends | None = None,
+        seq_idx: Tensor | None = None, lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Convolution and scan. xBC: (b, T, conv_dim); dt: (b, T, heads) before softplus. Returns y (b, T, d_inner), states."""
         config = self.config
-        inputs = xBC
-        xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx)
+        xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx, lengths=lengths)
         if real is not None:
             xBC = xBC * real  # the convolution's bias is not zero
-        steps = F.softplus(dt + wide(self.dt_bias))  # in the wider dtype, no clamp
-        if ends is not None:
-            conv, steps = ends.inputs(inputs), steps * ends.text  # a step of size zero leaves the SSM state as it is
         x, B, C = xBC.split([config.d_inner, *[config.mamba_ngroups * config.mamba_d_state] * 2], dim=-1)
         y, S = ops.ssd_scan(
             x.unflatten(-1, (config.n_mamba_heads, -1)),
-            steps,
-            -torch.exp(wide(self.A_log)),
+            dt,
+            self.A_log,
             B.unflatten(-1, (config.mamba_ngroups, -1)),
             C.unflatten(-1, (config.mamba_ngroups, -1)),
             self.D,
             chunk_size=config.chunk_size,
+            dt_bias=self.dt_bias,
             state=S,
             seq_idx=seq_idx,
+            lengths=lengths,
         )
         return y.flatten(-2), conv, S
 
     def between(
         self, z: Tensor, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
-        seq_idx: Tensor | None, ends: Ends | None,
+        seq_idx: Tensor | None, lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """All between the two projections. z: (b, T, d_inner); the rest as in ``recur``. Returns (b, T, d_inner) and the states."""
-        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx, ends)
+        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx, lengths)
         groups = self.config.mamba_ngroups
         return ops.rms_norm(y, self.norm.weight, 1e-5, gate=z, groups=groups), conv, S  # not rms_norm_eps (FACTS 2)
 
@@ -300,7 +278,9 @@ class Mamba2(nn.Module):
             u = u * context.real
         z, xBC, dt = self.in_proj(u).split([config.d_inner, config.conv_dim, config.n_mamba_heads], dim=-1)
         before = (None, None) if state is None else (state.conv[layer.index], state.ssm[layer.index])
-        between = partial(self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx, ends=context.ends)
+        between = partial(
+            self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx, lengths=context.lengths
+        )
         gated, conv, S = again_in_backward(between, z, xBC, dt) if state is None else between(z, xBC, dt)
         if state is not None:
             state.conv[layer.index], state.ssm[layer.index] = conv, S
@@ -427,8 +407,7 @@ class Zamba2(nn.Module):
             mask = (mask | (keys == columns[:, None]))[:, None]  # padding sees itself, or its softmax would be empty
         real = None if padding is None or past else (columns >= start[:, None])[..., None]
         rope = self.rotary_angles(positions) if self.config.use_mem_rope else None
-        ends = None if lengths is None else Ends.of(lengths, columns, self.config.mamba_d_conv)
-        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {}, ends)
+        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {}, lengths)
 
     def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * base ** (-2i / d). positions: (b, T). Returns (b, 1, T, head_dim), fp32."""

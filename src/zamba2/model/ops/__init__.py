@@ -31,12 +31,13 @@ class Ops(Protocol):
     def concat_rms_norm(self, x: Tensor, x0: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
 
     def causal_conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def ssd_scan(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk_size: int,
-        state: Tensor | None = None, seq_idx: Tensor | None = None,
+        dt_bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def geglu(self, projected: Tensor, adapted: Tensor) -> Tensor: ...

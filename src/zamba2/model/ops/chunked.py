@@ -22,7 +22,7 @@ CPU_CHUNK = 64  # tokens; one chunk's decays then fit the second-level cache (me
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One multiply-add per tap over the whole length; see ``reference.causal_conv``."""
     length, taps = x.shape[1], weight.shape[-1]
@@ -38,20 +38,18 @@ def causal_conv(
         if seq_idx is not None:
             earlier = earlier * (seq_idx[:, k : k + length] == seq_idx[:, taps - 1 :])[..., None]
         total = torch.addcmul(total, wide(earlier), columns[k])
-    final = inputs[:, length:]
-    if seq_idx is not None:
-        final = final * (seq_idx[:, length:] == seq_idx[:, -1:])[..., None]
+    final = reference.last_inputs(inputs, taps - 1, seq_idx, lengths)
     return F.silu(total).to(x.dtype), final.clone()  # a view would keep all inputs alive
 
 
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk_size: int,
-    state: Tensor | None = None, seq_idx: Tensor | None = None,
+    dt_bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One step for one token, else chunks (Mamba2 paper, section 6); memory O(chunk). See ``reference.ssd_scan``."""
     b, length, heads, channels = x.shape
     groups, n = B.shape[2:]
-    dt, A, D = wide(dt), wide(A), wide(D)
+    (dt, A), D = reference.steps_and_rates(dt, A, dt_bias, lengths), wide(D)
     S = dt.new_zeros(b, heads, channels, n) if state is None else state
     S = S.unflatten(1, (groups, -1))  # (b, G, H/G, P, N)
     if length == 1:

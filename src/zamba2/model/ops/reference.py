@@ -46,13 +46,14 @@ def concat_rms_norm(x: Tensor, x0: Tensor, weight: Tensor, eps: float) -> tuple[
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """SiLU of a depthwise causal convolution; weight[:, K-1] multiplies the newest input.
 
     x: (b, T, C); weight: (C, K); bias: (C,); state: (b, K-1, C), the inputs before x (zeros if None), oldest first;
-    seq_idx: (b, T), taps do not reach over a change of it and the state belongs to seq_idx[:, 0].
-    Returns y (b, T, C) and the new state (b, K-1, C) in x's dtype.
+    seq_idx: (b, T), taps do not reach over a change of it and the state belongs to seq_idx[:, 0]; lengths: (b,), 1 to T,
+    tokens of each row that are text, with padding behind them. Returns y (b, T, C) and the new state, the inputs before the
+    text's end, (b, K-1, C), in x's dtype.
     """
     taps = weight.shape[-1]
     if state is None:
@@ -66,15 +67,28 @@ def causal_conv(
         if seq_idx is not None:
             window = window * (seq_idx[:, t : t + taps] == seq_idx[:, t + taps - 1, None])[..., None]
         outputs.append(F.silu((window * wide(weight).T).sum(1) + wide(bias)))
-    final = inputs[:, x.shape[1] :]
-    if seq_idx is not None:
-        final = final * (seq_idx[:, x.shape[1] :] == seq_idx[:, -1:])[..., None]
-    return torch.stack(outputs, dim=1).to(x.dtype), final
+    return torch.stack(outputs, dim=1).to(x.dtype), last_inputs(inputs, taps - 1, seq_idx, lengths)
+
+
+def last_inputs(inputs: Tensor, count: int, seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """What ``causal_conv`` keeps of its inputs (b, count + T, C), the old state in front; seq_idx: (b, count + T). (b, count, C)."""
+
+    def last(m: Tensor) -> Tensor:
+        if lengths is None:
+            return m[:, m.shape[1] - count :]
+        rows, places = torch.arange(len(m), device=m.device), torch.arange(count, device=m.device)
+        return m[rows[:, None], lengths[:, None] + places]
+
+    final = last(inputs)
+    if seq_idx is None:
+        return final
+    documents = last(seq_idx)
+    return final * (documents == documents[:, -1:])[..., None]
 
 
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk_size: int,
-    state: Tensor | None = None, seq_idx: Tensor | None = None,
+    dt_bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The state-space recurrence, token by token (Mamba2 paper, equation 2 with scalar A):
 
@@ -83,10 +97,14 @@ def ssd_scan(
     x: (b, T, H, P); dt: (b, T, H), positive, fp32; A: (H,), negative; B, C: (b, T, G, N), head h uses group h // (H/G);
     D: (H,); state: (b, H, P, N) (zeros if None); seq_idx: (b, T), the state is reset where it changes and the given
     state belongs to seq_idx[:, 0]. chunk_size never changes the result. Returns y (b, T, H, P) and the state, in fp32.
+
+    dt_bias: (H,); with it dt and A come as the mixer has them, and softplus(dt + dt_bias) and -exp(A) take their places.
+    lengths: (b,), 1 to T, tokens of each row that are text: steps behind them are zero, which leaves the state as it is.
     """
     b, length, heads, channels = x.shape
     per_group = heads // B.shape[2]
-    x, dt, A, D = wide(x), wide(dt), wide(A), wide(D)
+    dt, A = steps_and_rates(dt, A, dt_bias, lengths)
+    x, D = wide(x), wide(D)
     B, C = (wide(m).repeat_interleave(per_group, dim=2) for m in (B, C))  # (b, T, H, N)
     S = x.new_zeros(b, heads, channels, B.shape[-1]) if state is None else wide(state).to(x.dtype)
     outputs = []
@@ -97,6 +115,17 @@ def ssd_scan(
         S = decay * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         outputs.append((S * C[:, t, :, None, :]).sum(-1) + D[:, None] * x[:, t])
     return torch.stack(outputs, dim=1), S
+
+
+def steps_and_rates(dt: Tensor, A: Tensor, dt_bias: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Step sizes (b, T, H) and rates (H,) of ``ssd_scan`` from its arguments."""
+    if dt_bias is None:
+        dt, A = wide(dt), wide(A)
+    else:
+        dt, A = F.softplus(dt + wide(dt_bias)), -torch.exp(wide(A))  # the sum is in the wider dtype
+    if lengths is not None:
+        dt = dt * (torch.arange(dt.shape[1], device=dt.device) < lengths[:, None])[..., None]
+    return dt, A
 
 
 def geglu(projected: Tensor, adapted: Tensor) -> Tensor:

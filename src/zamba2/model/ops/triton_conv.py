@@ -38,12 +38,21 @@ def _document(seq_ptr, t, length):
     return tl.load(seq_ptr + tl.minimum(tl.maximum(t, 0), length - 1))
 
 
+@triton.jit
+def _end(lengths_ptr, b, length):
+    """Where the text of a row ends."""
+    end = length.to(tl.int64)
+    if lengths_ptr is not None:
+        end = tl.load(lengths_ptr + b)
+    return end
+
+
 @triton.jit(do_not_specialize=["length"])
 def _forward(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, y_ptr, final_ptr, length, channels, x_batch, x_row,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, lengths_ptr, y_ptr, final_ptr, length, channels, x_batch, x_row,
     K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y of ROWS times and COLUMNS channels; the programs at the end also write the final state."""
+    """y of ROWS times and COLUMNS channels; the programs where the text ends also write the final state."""
     b = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * ROWS
     t = first.to(tl.int64) + tl.arange(0, ROWS)
@@ -64,18 +73,19 @@ def _forward(
         total += inputs * tl.load(weight_ptr + c * K + k, mask=real, other=0.0).to(tl.float32)[None, :]
     y = total / (1 + tl.exp(-total))
     tl.store(y_ptr + (b * length + t[:, None]) * channels + c[None, :], y, mask=(t < length)[:, None] & real[None, :])
-    if first + ROWS >= length:
+    end = _end(lengths_ptr, b, length)
+    if (first < end) & (first + ROWS >= end):
         for k in tl.static_range(K - 1):
-            last = length.to(tl.int64) - (K - 1) + k
+            last = end - (K - 1) + k
             kept = _inputs(x_ptr, state_ptr, last, c, length, channels, x_row, K)
             if seq_ptr is not None:
-                kept = tl.where(_document(seq_ptr, last, length) == _document(seq_ptr, length - 1, length), kept, 0.0)
+                kept = tl.where(_document(seq_ptr, last, length) == _document(seq_ptr, end - 1, length), kept, 0.0)
             tl.store(final_ptr + (b * (K - 1) + k) * channels + c, kept, mask=real)
 
 
 @triton.jit(do_not_specialize=["length"])
 def _backward(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr, sums_ptr,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, seq_ptr, lengths_ptr, dy_ptr, dfinal_ptr, dx_ptr, dstate_ptr, sums_ptr,
     length, channels, x_batch, x_row, dy_batch, dy_row,
     K: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -93,9 +103,10 @@ def _backward(
     dy_ptr += b * dy_batch
     if state_ptr is not None:
         state_ptr += b * (K - 1) * channels
+    end = _end(lengths_ptr, b, length)
     if seq_ptr is not None:
         seq_ptr += b * length
-        newest = _document(seq_ptr, length - 1, length)
+        newest = _document(seq_ptr, end - 1, length)
 
     bias = tl.load(bias_ptr + c, mask=real, other=0.0).to(tl.float32)
     taps, inputs, gradients, documents, sums = (), (), (), (), (tl.zeros([COLUMNS], tl.float32),)
@@ -146,7 +157,7 @@ def _backward(
                     seen = tl.where(documents[i] == documents[i + k], seen, 0.0)
                 gathered += taps[K - 1 - k] * seen
             if dfinal_ptr is not None:
-                place = earlier - (length - (K - 1))
+                place = earlier - (end - (K - 1))
                 after = tl.load(dfinal_ptr + (b * (K - 1) + place) * channels + c, mask=(place >= 0) & (place < K - 1) & real, other=0.0)
                 if seq_ptr is not None:
                     after = tl.where(documents[i] == newest, after, 0.0)
@@ -164,12 +175,12 @@ def _backward(
 
 
 def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, *, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.causal_conv``; x may have any strides over rows and batch. The new state is a tensor of its own."""
     if x.dtype == torch.float64:
-        return chunked.causal_conv(x, weight, bias, state=state, seq_idx=seq_idx)
-    y, final = _CausalConv.apply(x, weight, bias, state, seq_idx)
+        return chunked.causal_conv(x, weight, bias, state=state, seq_idx=seq_idx, lengths=lengths)
+    y, final = _CausalConv.apply(x, weight, bias, state, seq_idx, lengths)
     return y, final
 
 
@@ -181,28 +192,29 @@ def _dense(x: Tensor) -> Tensor:
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, seq_idx: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, seq_idx: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         b, length, channels = x.shape
         taps = weight.shape[1]
         x, weight, bias = _dense(x), weight.contiguous(), bias.contiguous()
         state = None if state is None else state.to(x.dtype).contiguous()
         seq_idx = None if seq_idx is None else seq_idx.contiguous()
+        lengths = None if lengths is None else lengths.long().contiguous()
         y, final = x.new_empty(b, length, channels), x.new_empty(b, taps - 1, channels)
         rows = 1 if length == 1 else 8 if length <= 64 else 32
         grid = (triton.cdiv(channels, COLUMNS), triton.cdiv(length, rows), b)
         _forward[grid](
-            x, weight, bias, state, seq_idx, y, final, length, channels, x.stride(0), x.stride(1),
+            x, weight, bias, state, seq_idx, lengths, y, final, length, channels, x.stride(0), x.stride(1),
             K=taps, ROWS=rows, COLUMNS=COLUMNS, num_warps=1 if length == 1 else 4,
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, state, seq_idx)
+        ctx.save_for_backward(x, weight, bias, state, seq_idx, lengths)
         ctx.set_materialize_grads(False)
         return y, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, state, seq_idx = ctx.saved_tensors
+        x, weight, bias, state, seq_idx, lengths = ctx.saved_tensors
         b, length, channels = x.shape
         taps = weight.shape[1]
         dy = x.new_zeros(x.shape) if dy is None else _dense(dy)
@@ -212,11 +224,11 @@ class _CausalConv(torch.autograd.Function):
         stretches = triton.cdiv(length + taps - 1, STEP * steps - (taps - 1))
         sums = x.new_empty(b * stretches, taps + 1, channels, dtype=torch.float32) if any(ctx.needs_input_grad[1:3]) else None
         _backward[(triton.cdiv(channels, COLUMNS), stretches, b)](
-            x, weight, bias, state, seq_idx, dy, dfinal, dx, dstate, sums,
+            x, weight, bias, state, seq_idx, lengths, dy, dfinal, dx, dstate, sums,
             length, channels, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
             K=taps, STEP=STEP, STEPS=steps, COLUMNS=COLUMNS, num_warps=1,
         )  # fmt: skip
         if sums is None:
-            return dx, None, None, dstate, None
+            return dx, None, None, dstate, None, None
         total = sums.sum(0)
-        return dx, total[1:].T, total[0], dstate, None
+        return dx, total[1:].T, total[0], dstate, None, None

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zamba2.model.ops import chunked
+from zamba2.model.ops.reference import steps_and_rates
 
 __all__ = ["ssd_scan"]
 
@@ -44,14 +45,28 @@ WARPS = 132 * 8  # of ``_gradients`` that run at a time: its programs are no mor
 HEADS = tl.constexpr(16)  # per program of ``_sum_logs``
 
 
+@triton.jit
+def softplus(x):
+    e = tl.exp(-tl.abs(x))
+    u = 1.0 + e
+    return tl.maximum(x, 0.0) + tl.log(u) + (e - (u - 1.0)) / u  # the last term is what the sum's rounding lost
+
+
 @triton.jit(do_not_specialize=["length"])
-def _sum_logs(dt_ptr, A_ptr, seq_ptr, sums_ptr, dt_b, dt_t, dt_h, length, heads, Q: tl.constexpr):
-    """a and f of one chunk and some heads, into (2, b, H, chunks * Q)."""
+def _sum_logs(dt_ptr, A_ptr, bias_ptr, seq_ptr, lengths_ptr, sums_ptr, dt_b, dt_t, dt_h, length, heads, Q: tl.constexpr):
+    """a and f of one chunk and some heads, into (2, b, H, chunks * Q). With a bias, steps and rates are still to be made of dt and A."""
     chunk, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = (chunk * Q + tl.arange(0, Q))[:, None]
     h = (tl.program_id(0) * HEADS + tl.arange(0, HEADS))[None, :]
-    dt = tl.load(dt_ptr + row * dt_b + t.to(tl.int64) * dt_t + h * dt_h, mask=(t < length) & (h < heads), other=0.0)
+    dt = tl.load(dt_ptr + row * dt_b + t.to(tl.int64) * dt_t + h * dt_h, mask=(t < length) & (h < heads), other=0.0).to(tl.float32)
     A = tl.load(A_ptr + h, mask=h < heads, other=0.0)
+    if bias_ptr is not None:
+        dt = softplus(dt + tl.load(bias_ptr + h, mask=h < heads, other=0.0))
+        A = -tl.exp(A)
+    if lengths_ptr is not None:
+        dt = tl.where(t < tl.load(lengths_ptr + row), dt, 0.0)
+    elif bias_ptr is not None:
+        dt = tl.where(t < length, dt, 0.0)
     log = tl.maximum(dt.to(tl.float64) * (A.to(tl.float64) * LOG2_E), FORGOTTEN)
     if seq_ptr is not None:
         inner = (t > 0) & (t < length)
@@ -323,34 +338,40 @@ def _gradients(
 
 def ssd_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, chunk_size: int,
-    state: Tensor | None = None, seq_idx: Tensor | None = None,
+    dt_bias: Tensor | None = None, state: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The state-space recurrence in chunks, differentiable in all float arguments; see ``reference.ssd_scan``.
 
-    x: (b, T, H, P); B, C: (b, T, G, N) in x's dtype (bf16, fp16 or fp32), any strides; dt: (b, T, H), A, D: (H,), fp32;
-    state: (b, H, P, N), fp32; seq_idx: (b, T), integers. Returns y (b, T, H, P) in x's dtype, rounded once, and the state
-    (b, H, P, N) in fp32. Products have operands in x's dtype (fp16: TF32) and fp32 sums. The chunks are this module's own:
-    ``chunk_size`` is ignored. One token and fp64 go to ``chunked.ssd_scan``.
+    x: (b, T, H, P); B, C: (b, T, G, N) in x's dtype (bf16, fp16 or fp32), any strides; dt: (b, T, H), A, D, dt_bias: (H,),
+    state: (b, H, P, N), fp32, but before its bias dt may be in x's dtype; seq_idx: (b, T), lengths: (b,), integers. Returns y
+    (b, T, H, P) in x's dtype, rounded once, and the state (b, H, P, N) in fp32. Products have operands in x's dtype (fp16: TF32)
+    and fp32 sums. The chunks are this module's own: ``chunk_size`` is ignored. One token and fp64 go to ``chunked.ssd_scan``.
     """
     if x.shape[1] == 1 or x.dtype == torch.float64:
-        y, final = chunked.ssd_scan(x, dt, A, B, C, D, chunk_size=chunk_size, state=state, seq_idx=seq_idx)
+        y, final = chunked.ssd_scan(
+            x, dt, A, B, C, D, chunk_size=chunk_size, dt_bias=dt_bias, state=state, seq_idx=seq_idx, lengths=lengths
+        )
         return y.to(x.dtype), final
     x, B, C = (m if m.stride(-1) == 1 else m.contiguous() for m in (x, B, C))
+    if torch.is_grad_enabled():
+        dt, A = steps_and_rates(dt, A, dt_bias, lengths)
     A, D = A.float().contiguous(), D.float().contiguous()
     state = None if state is None else state.float().contiguous()
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
-    if not torch.is_grad_enabled():
-        return _scan(x, dt.float(), A, B, C, D, state, seq_idx)
-    y, final = _Scan.apply(x, dt.float(), A, B, C, D, state, seq_idx)
-    return y, final
+    if torch.is_grad_enabled():
+        y, final = _Scan.apply(x, dt.float(), A, B, C, D, state, seq_idx)
+        return y, final
+    dt_bias = None if dt_bias is None else dt_bias.float().contiguous()
+    return _scan(x, dt, A, B, C, D, state, seq_idx, dt_bias, lengths)
 
 
 def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, seq_idx: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``ssd_scan`` on fp32 dt, A, D and state, all contiguous but dt and, in all but the last dimension, x, B and C."""
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, seq_idx: Tensor | None,
+    dt_bias: Tensor | None = None, lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``ssd_scan`` on fp32 A, D, dt_bias and state, all contiguous but dt and, in all but the last dimension, x, B and C."""
     plan = _Plan(x, B, SEGMENT)
-    sums, states = plan.sums(dt, A, seq_idx), state
+    sums, states = plan.sums(dt, A, seq_idx, dt_bias, lengths), state
     if plan.segments > 1:
         states = plan.states(torch.float32, x, sums, B, state)
     y, final = x.new_empty(x.shape), x.new_empty(plan.state_shape, dtype=torch.float32)
@@ -424,11 +445,13 @@ class _Plan:
             "DOT": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32, "PRECISION": "ieee" if ieee else "tf32",
         }  # fmt: skip
 
-    def sums(self, dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> Tensor:
+    def sums(
+        self, dt: Tensor, A: Tensor, seq_idx: Tensor | None, dt_bias: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
         """a and f of all tokens, (2, b, H, T rounded up to chunks)."""
         sums = dt.new_empty(2, self.rows, self.heads, self.chunks * self.chunk, dtype=self.sums_dtype)
         _sum_logs[_ceil(self.heads, HEADS.value), self.chunks, self.rows](
-            dt, A, seq_idx, sums, *dt.stride(), dt.shape[1], self.heads, Q=self.chunk, num_warps=4
+            dt, A, dt_bias, seq_idx, lengths, sums, *dt.stride(), dt.shape[1], self.heads, Q=self.chunk, num_warps=4
         )
         return sums
 

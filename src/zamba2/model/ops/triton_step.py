@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from zamba2.model.ops.triton_scan import softplus
+
 __all__ = ["PAGE", "attend", "choose", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
 
 PAGE = 64  # tokens
@@ -37,13 +39,6 @@ LOWEST = tl.constexpr(-1e30)  # stands for the maximum of nothing; unlike -inf i
 def _silu(x):
     e = tl.exp(-tl.abs(x))  # never overflows
     return x * tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _softplus(x):
-    e = tl.exp(-tl.abs(x))
-    u = 1.0 + e
-    return tl.maximum(x, 0.0) + tl.log(u) + (e - (u - 1.0)) / u  # the last term is what the sum's rounding lost
 
 
 @triton.jit
@@ -114,7 +109,7 @@ def _mixer_step(
         dt = tl.load(projected + INNER + CHANNELS + head)
 
     new_x, new_BC = new_x.to(conv.dtype.element_ty), new_BC.to(conv.dtype.element_ty)
-    dt = _softplus(dt + bias)
+    dt = softplus(dt + bias)
     x, _ = tl.split(_convolve(ring_x, new_x, weights_x, bias_x, newest, TAPS))
     B, C = tl.split(_convolve(ring_BC, new_BC, weights_BC, bias_BC, newest, TAPS))
     S = tl.exp(-tl.exp(A) * dt) * S + (dt * x)[:, None] * B[None, :]
