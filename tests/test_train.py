@@ -526,6 +526,22 @@ def test_checkpointing_and_bf16_train(tmp_path, monkeypatch):
         assert losses(other.out) == pytest.approx(losses(plain.out), rel=near)
 
 
+def test_a_cpu_without_bf16_products_does_not_wait_for_them(tmp_path, monkeypatch, capsys):
+    """Where a CPU has no instructions for products of bf16, mixed precision multiplies in fp32 and says so; bf16 weights stay."""
+    found = {}
+    for has, precision, sentence in (
+        (True, "bf16-mixed", None), (False, "fp32", None), (False, "bf16-mixed", module.SLOW_MIXED), (False, "bf16", module.SLOW_BF16),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        own = recipe(tmp_path, out=tmp_path / f"{precision} {has}", precision=precision, steps=2)
+        module.run(own)
+        said = " ".join(capsys.readouterr().err.split())
+        assert [line for line in (module.SLOW_MIXED, module.SLOW_BF16) if line in said] == [sentence] * (sentence is not None)
+        found[precision, has] = losses(own.out)
+    assert found["bf16-mixed", False] == found["fp32", False]
+    assert found["bf16-mixed", True] != found["fp32", False] != found["bf16", False]
+
+
 def test_a_run_lowers_its_loss_and_says_all_about_itself(tmp_path):
     """A few dozen steps learn the data; the folder holds recipe, data report, versions, metrics, plots and a model that loads."""
     wanted = recipe(tmp_path, steps=30, held_out=8, evaluate_every=10, learning_rate=3e-3)

@@ -57,6 +57,9 @@ class Progress:
     def prepared(self, examples: int) -> None:
         self._bar.update(self._task, description=f"reading, tokenizing and packing the data: {examples:,} examples")
 
+    def say(self, line: str) -> None:
+        self.console.print(line)
+
     def coverage(self, rows: Sequence[Coverage]) -> None:
         """The table of what is trained."""
         from rich import box
