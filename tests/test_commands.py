@@ -563,6 +563,7 @@ def served(line: str) -> None:
 
 # lm_eval, transformers and datasets warn of each other.
 @pytest.mark.filterwarnings("ignore", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.timeout(900)  # one trains a model: minutes on a slow machine
 @pytest.mark.parametrize("line", readme_commands())
 def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each command of the README runs as printed, with the tiny model in the place of one that must be downloaded, and small shapes in

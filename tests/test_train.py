@@ -688,6 +688,7 @@ def test_bad_recipes_are_named(tmp_path, name):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.timeout(900)  # a minute, and several on a slow machine
 def test_the_demonstration_model_is_built_from_nothing(tmp_path):
     """All stages run at a ten-thousandth of their size, a second call goes on from what is there, and the card holds what was measured."""
     from zamba2.train.demo import Sizes, build
