@@ -371,6 +371,8 @@ def large_cases(setting: Setting) -> Iterator[tuple[Any, bool]]:
         yield Case("ssd_scan", dtype, sizes, seed := seed + 1), True
         sizes = {"T": setting.pick(1000, 40), "b": 1, "H": setting.pick(112, 4), "P": 64, "N": 64, "G": 2}
         yield Case("ssd_scan", dtype, sizes, seed := seed + 1), True
+        sizes = {"T": setting.pick(1000, 40), "b": 2, "H": setting.pick(80, 2), "P": 64, "N": 64, "dt_bias": True, "lengths": True}
+        yield Case("ssd_scan", dtype, sizes, seed := seed + 1), True
         rows = setting.pick(4097, 9)
         for documents in (False, True):
             sizes = {"T": rows, "b": 1, "C": setting.pick(5248, 40), "state": True, "seq_idx": documents}

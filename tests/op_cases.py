@@ -157,7 +157,7 @@ def _causal_conv(
 
 
 def _lengths(g: torch.Generator, b: int, T: int) -> Tensor:
-    """How much of each row is text: all of the first, as little as one token of others."""
+    """How much of each row is text: all of the first, two tokens of the last."""
     lengths = torch.randint(1, T + 1, (b,), generator=g)
     lengths[:1] = T
     lengths[-1:] = min(2, T)

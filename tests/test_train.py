@@ -527,17 +527,18 @@ def test_checkpointing_and_bf16_train(tmp_path, monkeypatch):
 
 
 def test_a_cpu_without_bf16_products_does_not_wait_for_them(tmp_path, monkeypatch, capsys):
-    """Where a CPU has no instructions for products of bf16, mixed precision multiplies in fp32 and says so; bf16 weights stay."""
+    """Where a CPU has no instructions for products of bf16, mixed precision becomes fp32, in the run's files too, and says so."""
     found = {}
     for has, precision, sentence in (
         (True, "bf16-mixed", None), (False, "fp32", None), (False, "bf16-mixed", module.SLOW_MIXED), (False, "bf16", module.SLOW_BF16),
     ):  # fmt: skip
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has, raising=False)
         own = recipe(tmp_path, out=tmp_path / f"{precision} {has}", precision=precision, steps=2)
         module.run(own)
         said = " ".join(capsys.readouterr().err.split())
         assert [line for line in (module.SLOW_MIXED, module.SLOW_BF16) if line in said] == [sentence] * (sentence is not None)
         found[precision, has] = losses(own.out)
+        assert read_recipe(own.out / "recipe.yaml").precision == ("fp32" if sentence == module.SLOW_MIXED else precision)
     assert found["bf16-mixed", False] == found["fp32", False]
     assert found["bf16-mixed", True] != found["fp32", False] != found["bf16", False]
 

@@ -64,8 +64,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers")
 STILL_STEPS = 20  # optimizer steps behind the warm-up over which a DPO loss must leave ln 2 ...
 STILL = 1e-3  # ... by more than this on average
-SLOW_MIXED = "products: fp32 in place of bf16, for which this CPU has no instructions (PyTorch would take some ten times as long)"
-SLOW_BF16 = "precision is bf16, for which this CPU has no instructions: precision=fp32 is some ten times as fast, in twice the memory"
+SLOW_MIXED = "precision: fp32 in place of bf16-mixed: this CPU has no instructions for products of bf16, which take several times as long"
+SLOW_BF16 = "precision is bf16, and this CPU has no instructions for its products: fp32's are several times as fast, in twice the memory"
 
 
 def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = None) -> Path:
@@ -75,6 +75,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     """
     processes = PartialState(cpu=device_of(recipe.device).type == "cpu")  # one, unless torchrun or accelerate started more
     progress = progress or Progress(quiet=not processes.is_main_process)
+    recipe = for_this_machine(recipe, progress)
     with processes.main_process_first():
         _check_folder(recipe, resume, others=not processes.is_main_process)
     model, tokenizer, source = load(recipe)
@@ -109,6 +110,19 @@ def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
             quantize(folder, target, format_named(name))
     if recipe.push_to is not None:
         notice(f"uploaded to {upload(folder, recipe.push_to, private=recipe.private)}")
+
+
+def for_this_machine(recipe: Recipe, progress: Progress) -> Recipe:
+    """The recipe, in fp32 where it is in bf16-mixed for a CPU without instructions for products of bf16: PyTorch's way around them takes
+    several times as long (docs/log.md), and fp32 loses nothing. bf16 stays, since fp32 takes twice the memory. Says either."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device_of(recipe.device).type == "cpu" else None
+    if recipe.precision == "fp32" or supported is None or supported():
+        return recipe
+    if recipe.precision == "bf16":
+        progress.say(SLOW_BF16)
+        return recipe
+    progress.say(SLOW_MIXED)
+    return recipe.model_copy(update={"precision": "fp32"})
 
 
 def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
@@ -146,9 +160,6 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         packing = Packing.named(recipe.rounding)
         callbacks.append(RoundWeights(model, model.model.config, packing, every=1 if recipe.distill else 2))
     device = device_of(recipe.device)
-    slow = recipe.precision != "fp32" and not has_bf16_products(device)
-    if slow:
-        progress.say(SLOW_MIXED if recipe.precision == "bf16-mixed" else SLOW_BF16)
     workers = int(os.environ.get("WORLD_SIZE", 1))
     accumulate, rest = divmod(recipe.batch_size, recipe.device_batch_size * workers)
     if rest or not accumulate:
@@ -164,7 +175,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         "learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
         "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1],
         "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule), "warmup_steps": recipe.warmup,
-        "bf16": recipe.precision == "bf16-mixed" and not slow, "use_cpu": device.type == "cpu",
+        "bf16": recipe.precision == "bf16-mixed", "use_cpu": device.type == "cpu",
         "activation_checkpointing": recipe.checkpointing, "activation_checkpointing_kwargs": {"use_reentrant": False},
         "torch_compile": recipe.compile,
         "logging_steps": recipe.log_every, "logging_first_step": True, "logging_nan_inf_filter": False,
@@ -202,12 +213,6 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
     for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
-
-
-def has_bf16_products(device: torch.device) -> bool:
-    """Whether a device has instructions for products of bf16. A CPU without them takes some ten times as long as for fp32."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device.type == "cpu" else None
-    return supported is None or bool(supported())
 
 
 class Watched:

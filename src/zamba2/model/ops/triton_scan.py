@@ -47,6 +47,7 @@ HEADS = tl.constexpr(16)  # per program of ``_sum_logs``
 
 @triton.jit
 def softplus(x):
+    """log(1 + e^x) in fp32, also where that is tiny."""
     e = tl.exp(-tl.abs(x))
     u = 1.0 + e
     return tl.maximum(x, 0.0) + tl.log(u) + (e - (u - 1.0)) / u  # the last term is what the sum's rounding lost
@@ -61,7 +62,7 @@ def _sum_logs(dt_ptr, A_ptr, bias_ptr, seq_ptr, lengths_ptr, sums_ptr, dt_b, dt_
     dt = tl.load(dt_ptr + row * dt_b + t.to(tl.int64) * dt_t + h * dt_h, mask=(t < length) & (h < heads), other=0.0).to(tl.float32)
     A = tl.load(A_ptr + h, mask=h < heads, other=0.0)
     if bias_ptr is not None:
-        dt = softplus(dt + tl.load(bias_ptr + h, mask=h < heads, other=0.0))
+        dt = softplus(dt + tl.load(bias_ptr + h, mask=h < heads, other=0.0).to(tl.float32))
         A = -tl.exp(A)
     if lengths_ptr is not None:
         dt = tl.where(t < tl.load(lengths_ptr + row), dt, 0.0)
@@ -353,23 +354,22 @@ def ssd_scan(
         )
         return y.to(x.dtype), final
     x, B, C = (m if m.stride(-1) == 1 else m.contiguous() for m in (x, B, C))
-    if torch.is_grad_enabled():
-        dt, A = steps_and_rates(dt, A, dt_bias, lengths)
-    A, D = A.float().contiguous(), D.float().contiguous()
+    D = D.float().contiguous()
     state = None if state is None else state.float().contiguous()
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     if torch.is_grad_enabled():
-        y, final = _Scan.apply(x, dt.float(), A, B, C, D, state, seq_idx)
+        dt, A = steps_and_rates(dt, A, dt_bias, lengths)
+        y, final = _Scan.apply(x, dt.float(), A.float().contiguous(), B, C, D, state, seq_idx)
         return y, final
-    dt_bias = None if dt_bias is None else dt_bias.float().contiguous()
-    return _scan(x, dt, A, B, C, D, state, seq_idx, dt_bias, lengths)
+    dt_bias, lengths = (None if m is None else m.contiguous() for m in (dt_bias, lengths))
+    return _scan(x, dt, A.float().contiguous(), B, C, D, state, seq_idx, dt_bias, lengths)
 
 
 def _scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, seq_idx: Tensor | None,
     dt_bias: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``ssd_scan`` on fp32 A, D, dt_bias and state, all contiguous but dt and, in all but the last dimension, x, B and C."""
+    """``ssd_scan`` on fp32 A, D and state, all contiguous but dt and, in all but the last dimension, x, B and C."""
     plan = _Plan(x, B, SEGMENT)
     sums, states = plan.sums(dt, A, seq_idx, dt_bias, lengths), state
     if plan.segments > 1:
