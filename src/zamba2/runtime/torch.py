@@ -339,6 +339,12 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """False on CPUs without instructions for products of bf16, where PyTorch takes ten to eighty times as long for them as in fp32."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device.type == "cpu" else None
+    return supported is None or bool(supported())
+
+
 def check_room(device: torch.device, nbytes: int) -> None:
     """Raises Zamba2Error unless a GPU has room for weights of so many bytes and what running them takes."""
     if device.type != "cuda":

@@ -42,7 +42,7 @@ from zamba2.hf import Zamba2ForCausalLM
 from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.processors import versions
-from zamba2.runtime.torch import device_of
+from zamba2.runtime.torch import device_of, multiplies_bf16
 from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.card import model_card
 from zamba2.train.graph import GraphedStep
@@ -115,8 +115,7 @@ def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
 def for_this_machine(recipe: Recipe, progress: Progress) -> Recipe:
     """The recipe, in fp32 where it is in bf16-mixed for a CPU without instructions for products of bf16: PyTorch's way around them takes
     several times as long (docs/log.md), and fp32 loses nothing. bf16 stays, since fp32 takes twice the memory. Says either."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if device_of(recipe.device).type == "cpu" else None
-    if recipe.precision == "fp32" or supported is None or supported():
+    if recipe.precision == "fp32" or multiplies_bf16(device_of(recipe.device)):
         return recipe
     if recipe.precision == "bf16":
         progress.say(SLOW_BF16)
