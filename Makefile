@@ -1,8 +1,9 @@
 # From a fresh clone: `make run` has the model inside the package answer a conversation, `make test` checks everything.
-# Another Python: `make run PYTHON=python3.12`. Another model: `make run MODEL=2.7b-instruct`.
+# Another Python: `make run PYTHON=python3.12`. Another model: `make run MODEL=2.7b-instruct`. Tests in one process: `make test JOBS=0`.
 
 PYTHON ?= python3
 MODEL ?=
+JOBS ?= auto
 DIST ?= dist
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -17,7 +18,7 @@ run: $(VENV)/.installed-run  ## Install what is needed, then answer a conversati
 	$(VENV)/bin/zamba2 generate $(if $(MODEL),--model $(MODEL)) --messages examples/$(if $(MODEL),card,demo)_conversation.json --max-tokens 150
 
 test: lint  ## Install what is needed, then run linter, type checker and tests
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-test  ## The linter and the type checker alone
 	$(VENV)/bin/ruff check .
