@@ -102,6 +102,13 @@ def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureF
     folder = tmp_path / "out" / "demo"
     assert {path.name for path in folder.iterdir()} == {f"mt-bench.{suffix}" for suffix in ("json", "md", "png", "svg")}
     assert "| demo | 0.0024B | 50.00 |  | measured here |" in (folder / "mt-bench.md").read_text()
+    few = document(capsys, "mt-bench", *options, "--limit", "2")  # what was asked and judged before is there, and only that is scored
+    turns = sum(len(question["turns"]) for question in QUESTIONS[:2])
+    assert few["scores"]["demo"]["ratings"] == turns < TURNS
+    (judged,) = (tmp_path / "out" / "model_judgment").glob("judge-1_single.jsonl")
+    alone = document(capsys, "mt-bench", "--judgments", str(judged), *files[:2], "--limit", "2", "--out", str(tmp_path / "alone"))
+    assert alone["scores"]["demo"] == few["scores"]["demo"]
+    document(capsys, "mt-bench", *options)
     assert run(["evaluate", "mt-bench", *files]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "model_answer" / "demo.jsonl")
     with ScriptedJudge() as server:

@@ -133,6 +133,10 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     results, said = measured(settings, tmp_path, nothing, memory=1e9)
     assert {entry["status"] for entry in results["points"]} == {"does not fit"} and len(said) == len(results["points"])
     assert any("mistral-7b" in line and "its weights alone take 14.5 GB and 1.0 GB are allowed" in line for line in said)
+    assert measured(settings, tmp_path, nothing, memory=1.05e9)[1] == []  # not worth another try
+    allowed = {entry["allowed_bytes"] for entry in measured(settings, tmp_path, nothing, memory=1.2e9)[0]["points"]}
+    assert allowed == {1.2e9}
+    assert measured(settings, tmp_path, nothing, memory=1e9)[0]["points"][0]["reason"].endswith("1.2 GB are allowed")
     page = write_report(results, tmp_path).read_text()
     assert "its weights alone take 14.5 GB" in page and not list(tmp_path.glob("*.png"))
     assert [verdict.text for verdict in verdicts(results)] == ["not measured"] * len(CLAIMS)

@@ -124,6 +124,27 @@ def test_choices_as_in_transformers(ours: dict[str, Any], theirs: dict[str, Any]
     assert scores(ours, "choose") == scores(theirs, "choose") and ours["questions"]["choose"] == 5
 
 
+def test_examples_are_those_of_lm_eval(model: LanguageModel, reference: Any, tasks: dict[str, Any]) -> None:
+    """Examples that a task draws are the ones lm-eval's own command draws, whatever our seed of sampling."""
+    from lm_eval.evaluator import simple_evaluate
+
+    drawn = {key: value for key, value in tasks["choose"].items() if key != "fewshot_config"}
+    theirs = simple_evaluate(reference, tasks=[dict(drawn)], limit=2, bootstrap_iters=0)
+    for seed in (0, 5):
+        ours = run(model, {"choose": dict(drawn)}, limit=2, seed=seed)
+        for one, other in zip(ours["samples"]["choose"], theirs["samples"]["choose"], strict=True):
+            assert [asked[0] for asked in one["arguments"]] == [asked[0] for asked in other["arguments"]]
+
+
+def test_a_stop_text_may_begin_with_a_space(model: LanguageModel) -> None:
+    """Texts are cut at stop texts as they read once decoded, where the space before the first word is gone."""
+    context = model.tokenizer.encode("It is")
+    (whole,) = dict(generations(model.backend, model.tokenizer, [context], {"until": [], "max_gen_toks": 12})).values()
+    for stop in (" ", f" {whole[:2]}", whole[3:5]):
+        found = dict(generations(model.backend, model.tokenizer, [context], {"until": [stop], "max_gen_toks": 12}))
+        assert found == {0: whole.split(stop)[0]}
+
+
 def test_texts_as_in_transformers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     """Example by example, generated texts, cut before the first stop text, equal those of lm-eval's model over transformers."""
     found = [[sample["filtered_resps"] for sample in result["samples"]["go_on"]] for result in (ours, theirs)]
@@ -320,9 +341,10 @@ def test_chat_template(model: LanguageModel, reference: Any, tasks: dict[str, An
         rendered = one["arguments"][0][0]
         assert rendered.startswith("<|im_start|>system\nBe brief.") and rendered.endswith("<|im_start|>assistant\n")
         assert open_lm(model, progress=False).tok_encode(rendered)[:2].count(1) == 1
-    history = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": "The answer is"}]
     own, other = open_lm(model, progress=False), reference
-    assert own.apply_chat_template(history, False) == other.apply_chat_template(history, add_generation_prompt=False)
+    for begun in ("The answer is", "The answer is ", "\n```python\n", " def f():\n    \n", "Begin."):
+        history = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": begun}]
+        assert own.apply_chat_template(history, False) == other.apply_chat_template(history, add_generation_prompt=False)
     assert ours["questions"] == {"go_on": 2} and ours["settings"]["chat"] is True
 
 

@@ -216,6 +216,8 @@ def test_answers_of_another_model_are_refused(tmp_path: Path) -> None:
         (Fake(name="second"), ifeval.MAX_TOKENS, "model 'fake', not 'second'"),
         (Fake(about={"sha256": "other"}), ifeval.MAX_TOKENS, "sha256 '00ff', not 'other'"),
         (Fake(about={}), ifeval.MAX_TOKENS, "sha256 '00ff', not None"),
+        (Fake(about={"sha256": "00ff", "adapter_sha256": "a"}), ifeval.MAX_TOKENS, "adapter_sha256 None, not 'a'"),
+        (Fake(about={"sha256": "00ff", "kv_format": "q8"}), ifeval.MAX_TOKENS, "kv_format None, not 'q8'"),
         (Fake(), 7, "max_tokens 1280, not 7"),
     ):
         with pytest.raises(Zamba2Error, match=said):

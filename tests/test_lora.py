@@ -141,6 +141,19 @@ def test_load_takes_an_adapter(folder):
         zamba2.load(place / "base", dtype="float32", adapter=place / "adapter")
 
 
+def test_an_evaluation_tells_adapters_apart(folder, tmp_path):
+    """What decides answers names the adapter by its weights, and the format of keys and values."""
+    from zamba2.evaluate.answers import Ours, about_ours, decisive
+
+    place = folder("2.7b")
+    shutil.copytree(place / "adapter", tmp_path / "same")
+    options = ({}, {"kv": "q8"}, *({"adapter": adapter} for adapter in (place / "adapter", tmp_path / "same")))
+    models = [zamba2.load(place / "base", format="bf16", **own) for own in options]
+    plain, kv, one, same = (decisive(Ours(model, model.name, about_ours(model, {}))) for model in models)
+    assert one == same and {name for name in one if one[name] != plain.get(name)} == {"adapter_sha256"}
+    assert {name for name in kv if kv[name] != plain[name]} == {"kv_format"} and set(plain) > {"sha256", "format", "backend"}
+
+
 def test_the_command_line_takes_an_adapter(folder, tmp_path, capsys):
     """`zamba2 generate --adapter` answers as the library does; a folder that is no adapter is one sentence and exit code 2."""
     from zamba2.cli import run

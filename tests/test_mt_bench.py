@@ -117,8 +117,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 class Fake:
     """Answers by what it was asked, last conversation first; ``asked`` is all that it finished. ``limit``: then it is interrupted."""
 
-    def __init__(self, name: str = "fake", limit: int | None = None) -> None:
-        self.name, self.limit = name, limit
+    def __init__(self, name: str = "fake", limit: int | None = None, **about: Any) -> None:
+        self.name, self.limit, self.about = name, limit, {"sha256": "00ff", "format": "q4"} | about
         self.asked: list[tuple[str, ...]] = []
         self.settings: dict[str, tuple[int, float, int | None]] = {}
 
@@ -593,6 +593,20 @@ def test_malformed_replies_are_failures(bench: Bench, body: object, reason: str)
         assert server.asked[-1] == server.asked[3] and len(server.asked) == TURNS + 1
 
 
+@pytest.mark.parametrize("content", ["", None, " \n"])
+def test_an_empty_answer_of_a_model_is_one(content: str | None) -> None:
+    """A model at an endpoint may answer nothing: that is its answer, and what is asked behind it is answered too."""
+    from zamba2.evaluate.answers import TIMEOUT, open_answers
+
+    empty = (200, {}, {"choices": [{"message": {"content": content}}]})
+    with ScriptedJudge(lambda number, asked: empty if number < 12 else rating(number, asked)) as server:
+        answers = open_answers(f"openai:{server.url}#m")
+        assert answers.endpoint.timeout == TIMEOUT  # a long answer of a slow machine is waited for
+        asked = [[{"role": "user", "content": str(i)}] for i in range(14)]
+        found = dict(answers.answer(asked, max_tokens=5))
+    assert len(found) == 14 and sum(not text.strip() for text in found.values()) == 12
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3)
@@ -898,6 +912,10 @@ def test_answers_of_other_runs(bench: Bench) -> None:
         (Fake(), bench.questions, {"max_tokens": 7}, "max_new_token 1024, not 7"),
         (Fake(), bench.questions, {"seed": 1}, "seed 0, not 1"),
         (Fake(), other, {}, "another question"),
+        (Fake(format="bf16"), bench.questions, {}, "format q4, not bf16"),
+        (Fake(sha256="new"), bench.questions, {}, "sha256 00ff, not new"),
+        (Fake(adapter_sha256="a"), bench.questions, {}, "adapter_sha256 None, not a"),
+        (Fake(format=None), bench.questions, {}, "format q4, not None"),
         (Fake(), [], {}, "there are no questions"),
     ):
         with pytest.raises(Zamba2Error, match=sentence):

@@ -193,10 +193,12 @@ def mt_bench(
     from zamba2.evaluate.judge import Endpoint, estimate
     from zamba2.evaluate.results import slug
 
-    asked = None if questions is None else measure.read_questions(questions)[:limit]
+    known = None if questions is None else measure.read_questions(questions)
+    asked = None if known is None else known[:limit]
+    left_out = {question.id for question in (known or ())[limit:]} if limit is not None else set()
     started = time.monotonic()
     if judgments is not None:
-        scores = measure.aggregate(measure.read_judgments(judgments), asked)
+        scores = measure.aggregate([j for j in measure.read_judgments(judgments) if j.question_id not in left_out], asked)
         about: dict[str, Any] = {"model": str(judgments), "judgments": str(judgments)}
         conclude(out, about, {"questions": None if questions is None else str(questions)}, scores, started, as_json)
         return
@@ -225,7 +227,8 @@ def mt_bench(
         done = measure.judge_answers(endpoint, requests, place, progress=progress)
     for request, reason in done.failures:
         notice(f"question {request.question_id}, turn {request.turn} has no rating: {reason}", once=False)
-    scores = measure.aggregate([j for j in measure.read_judgments(place) if j.model == answered.name], asked)
+    kept = [j for j in measure.read_judgments(place) if j.model == answered.name and j.question_id not in left_out]
+    scores = measure.aggregate(kept, asked)
     if missing := scores.of(answered.name).missing:
         notice(f"{missing} turns have no rating, so the score is incomplete; the same command asks for them again.")
     settings = {

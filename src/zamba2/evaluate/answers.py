@@ -18,9 +18,12 @@ from zamba2.language.model import LanguageModel
 if TYPE_CHECKING:
     from zamba2.evaluate.judge import Endpoint
 
-__all__ = ["Answers", "Chat", "Ours", "Transformers", "open_answers"]
+__all__ = ["Answers", "Chat", "Ours", "Transformers", "decisive", "open_answers"]
 
 Messages = Sequence[Mapping[str, str]]
+# What of ``about`` decides an answer: a run goes on only with answers for which these are the same.
+DECISIVE = ("format", "kv_format", "backend", "adapter_sha256", "url", "revision", "sha256")
+TIMEOUT = 600.0  # seconds for an answer of another server's, which may take a laptop minutes; as long as our own server goes on with one
 TOGETHER = 8  # conversations read and answered in one call of the engine
 
 
@@ -127,6 +130,11 @@ def open_answers(model: str, **options: Any) -> Answers:
     return Ours(loaded, loaded.name, about_ours(loaded, options))
 
 
+def decisive(answers: Answers) -> dict[str, Any]:
+    """What decides answers beside prompts and settings, as far as it is known: stands beside each answer that is kept."""
+    return {name: answers.about[name] for name in DECISIVE if answers.about.get(name)}
+
+
 def open_chat(address: str, **options: Any) -> Chat:
     """A model at a chat endpoint, URL#MODEL. Raises Zamba2Error."""
     from zamba2.evaluate.judge import Endpoint
@@ -137,22 +145,27 @@ def open_chat(address: str, **options: Any) -> Chat:
     url, _, name = address.partition("#")
     if not name:
         raise Zamba2Error(f"openai:{address} names no model; openai:URL#MODEL is needed, as in openai:http://localhost:8000/v1#zamba2.")
-    endpoint = Endpoint(name, url, what="the endpoint")
+    endpoint = Endpoint(name, url, what="the endpoint", timeout=TIMEOUT, may_be_empty=True)
     return Chat(endpoint, name, {"model": name, "backend": "openai", "url": endpoint.url})
 
 
 def about_ours(model: LanguageModel, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Name, hash of the weights, parameters, backend, format."""
+    """Name, hash of the weights, parameters, backend, formats, and the adapter with a hash of its own."""
     from zamba2.api import read_config
     from zamba2.weights.hub import resolve
 
     path = resolve(model.name, revision=options.get("revision"), offline=True)
-    backend = model.backend
-    packed = getattr(backend, "format", None)
-    return {
+    backend: Any = model.backend
+    packed, kv, adapter = (getattr(backend, name, None) for name in ("format", "kv", "default_adapter"))
+    about = {
         "model": model.name, "sha256": hash_of(path), "parameters": read_config(path).num_parameters, "backend": type(backend).__name__,
         "format": packed.name if packed is not None else str(getattr(backend, "dtype", "")).replace("torch.", ""),
     }  # fmt: skip
+    if kv is not None:
+        about["kv_format"] = kv.name
+    if adapter is not None:
+        about |= {"adapter": adapter, "adapter_sha256": backend.identity(adapter).rpartition("+")[2]}
+    return about
 
 
 def hash_of(path: Path) -> str:
@@ -188,4 +201,6 @@ def open_transformers(source: str, *, device: str | None = None, dtype: str | No
         "model": source, "revision": revision or getattr(model.config, "_commit_hash", None), "backend": "transformers",
         "parameters": sum(p.numel() for p in model.parameters()), "format": str(model.dtype).replace("torch.", ""),
     }  # fmt: skip
+    if Path(source).is_dir():
+        about["sha256"] = hash_of(Path(source))
     return Transformers(model, tokenizer, f"hf:{source}", about)

@@ -167,6 +167,7 @@ def generations(
     until, limit, sampling = generation_options(options)
     special = {ids[0]: text for text in until if (ids := special_token(tokenizer, text))}
     stops = [text for text in until if text not in special.values()]
+    streamed = [text for text in stops if text[0] != " "]  # the others would also stop at a first space that is gone once all is decoded
     shared = float(sampling.get("repetition_penalty", 1.0)) == 1.0  # which looks at all of a prompt
     equal: Counter[Tokens] = Counter()
     seeds = [seed_of(seed, tuple(context), equal) for context in contexts]
@@ -177,7 +178,7 @@ def generations(
             tokens, done, state = tuple(contexts[index]), 0, None
             if shared:
                 done, state = prefixes.behind(tokens, tuple(contexts[order[place + 1]]) if place + 1 < len(order) else ())
-            chosen = {"max_tokens": limit, "stop": stops, "state": state, "seed": seeds[index], **sampling}
+            chosen = {"max_tokens": limit, "stop": streamed, "state": state, "seed": seeds[index], **sampling}
             requests.append(make_request(tokens[done:], chosen))
         for index, generation in zip(group, collect(backend, requests, tokenizer), strict=True):
             tokens = tuple(itertools.takewhile(lambda token: token not in special, generation.tokens))
@@ -283,8 +284,9 @@ def model_class() -> Any:
             if add_generation_prompt:
                 return text
             # the last message is to be gone on with: nothing may stand behind it, as in transformers' continue_final_message
-            last = chat_history[-1]["content"].rstrip()
-            return text[: text.rindex(last) + len(last)]
+            last, bare = chat_history[-1]["content"].lstrip(), chat_history[-1]["content"].strip()
+            begin = text.rindex(bare)
+            return text[: begin + len(last if text.startswith(last, begin) else bare)]
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False)
@@ -485,7 +487,8 @@ def run_tasks(
 
     model: as for ``open_lm``. tasks: names, patterns, YAML files or configurations. few_shot: examples before each question, in place
     of the task's own number. limit: only so many questions of each task. chat: questions go through the chat template, with the
-    system message ``system``. options: generation_kwargs in place of the tasks' own. resamples: of bootstrapped standard errors.
+    system message ``system``. options: generation_kwargs in place of the tasks' own. seed: of tasks that sample; examples and the order
+    of questions are drawn with lm-eval's own seeds, as its published results are. resamples: of bootstrapped standard errors.
     cache: a folder where every answer is kept as it is found, each model's apart; a run finds there what an earlier one computed, also
     an interrupted one. include: a folder of YAML files that adds tasks.
 
@@ -511,7 +514,6 @@ def run_tasks(
         found = simple_evaluate(
             lm, tasks=wanted, num_fewshot=few_shot, limit=limit, batch_size=batch, use_cache=store, apply_chat_template=chat,
             system_instruction=system, gen_kwargs=dict(options) if options else None, task_manager=manager, bootstrap_iters=resamples,
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         if str(error).startswith("Attempted to run task") or isinstance(error, NotImplementedError):

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error, notice
+from zamba2.evaluate.answers import DECISIVE, decisive
 from zamba2.language.messages import brief
 
 if TYPE_CHECKING:
@@ -367,7 +368,7 @@ def evaluate(
     the prompts are looked at before the first answer.
     """
     check_prompts(prompts, offline=offline)
-    origin = _origin(answers, max_tokens)
+    origin = {"model": answers.name, **decisive(answers), "max_tokens": max_tokens}
     done = _resumed(file, origin)
     texts = {prompt.text for prompt in prompts}
     found = {text: response for text, response in done.items() if text in texts}
@@ -386,13 +387,6 @@ def evaluate(
     return score(prompts, found, seed=seed, offline=offline)
 
 
-def _origin(answers: Answers, max_tokens: int) -> dict[str, Any]:
-    """What decides an answer beside its prompt, as far as it is known: stands beside each, and a run goes on only where it is the same."""
-    about = getattr(answers, "about", {})
-    known = {name: about[name] for name in ("sha256", "revision", "backend", "format", "adapter") if about.get(name)}
-    return {"model": answers.name, **known, "max_tokens": max_tokens}
-
-
 def _resumed(file: Path, origin: Mapping[str, Any]) -> dict[str, str]:
     """The answers of an earlier run; the beginning of a line that it was killed in the middle of is cut away. Raises Zamba2Error."""
     if not file.exists():
@@ -409,7 +403,7 @@ def _resumed(file: Path, origin: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for place, row in _lines(file, "answers of an earlier run"):
         prompt, response = _answer(place, row)
-        for name in (*origin, *(n for n in ("sha256", "revision", "backend", "format", "adapter") if n in row and n not in origin)):
+        for name in (*origin, *(name for name in DECISIVE if name in row and name not in origin)):
             if row.get(name) != origin.get(name):
                 was, now = (brief(repr(value)) for value in (row.get(name), origin.get(name)))
                 raise Zamba2Error(f"{place} was answered with {name} {was}, not {now}; choose another file for these answers.")

@@ -123,6 +123,7 @@ class Endpoint:
     endpoints on this machine may do without. what: what errors call it. timeout: seconds for one try. retries: after the first try.
     backoff: seconds before the first retry, doubled for each further one, less up to a half at random. requests_per_minute: retries
     count. parallel: requests on their way at once. options: fields of the request's JSON to add or replace, None leaves one out.
+    may_be_empty: whether a reply without text is one, and no failure.
 
     Raises Zamba2Error for settings that cannot work and where there is no key.
     """
@@ -130,7 +131,7 @@ class Endpoint:
     def __init__(
         self, model: str, url: str = OPENAI, *, key_variable: str = "OPENAI_API_KEY", what: str = "the judge", timeout: float = 120.0,
         retries: int = 6, backoff: float = 1.0, requests_per_minute: float | None = None, parallel: int = 4,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None, may_be_empty: bool = False,
     ) -> None:  # fmt: skip
         if not model.strip():
             raise Zamba2Error(f"{what} has no name; give the model's name at the endpoint, as in gpt-4.")
@@ -142,7 +143,7 @@ class Endpoint:
                 raise Zamba2Error(f"{name} is {value}; 0 or more is needed.")
         self.model, self.what, self.key_variable = model, what, key_variable
         self.timeout, self.retries, self.backoff, self.parallel = timeout, int(retries), backoff, int(parallel)
-        self.options = dict(options or {})
+        self.options, self.may_be_empty = dict(options or {}), may_be_empty
         self.url, local = self._address(url)
         self._key = self._read_key(local)
         self._pace = Pace(requests_per_minute)
@@ -286,11 +287,11 @@ class Endpoint:
             return Failure(f"it refused: {self._shown(message['refusal'])}")
         if text is not None and not isinstance(text, str):
             return Failure(f"the reply's content is a {type(text).__name__} and no text")
-        if not text or not text.strip():
+        if not (text and text.strip()) and not self.may_be_empty:
             return Failure("the reply is empty")
         usage = reply.get("usage")
         counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(text, *(count if type(count) is int and count > 0 else 0 for count in counts))
+        return Reply(text or "", *(count if type(count) is int and count > 0 else 0 for count in counts))
 
     def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Failure:
         """What a status other than 200 means. Raises Again or Zamba2Error unless it concerns this request alone."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zamba2.errors import Zamba2Error, notice
+from zamba2.evaluate.answers import DECISIVE, decisive
 from zamba2.evaluate.judge import Endpoint, Failure, Outcome
 from zamba2.evaluate.results import slug
 from zamba2.language.messages import brief
@@ -321,7 +322,8 @@ def answer_questions(
         raise Zamba2Error("there are no questions; at least one is needed.")
     made = 0
     with Lines(out) as whole, Lines(out.with_name(out.name + ".turns")) as single:
-        done, said = _begun(answers, questions, whole, single, max_tokens, seed)
+        about = decisive(answers)
+        done, said = _begun(answers.name, about, questions, whole, single, max_tokens, seed)
         total = sum(len(question.turns) for question in questions)
         finished = sum(len(question.turns) if question.id in done else len(said.get(question.id, ())) for question in questions)
         if progress is not None:
@@ -338,7 +340,7 @@ def answer_questions(
                     spoken = (*said.get(question.id, ()), text.strip())
                     row: dict[str, Any] = {"question_id": question.id, "answer_id": uuid.uuid4().hex[:22], "model_id": answers.name}
                     row |= {"choices": [{"index": 0, "turns": list(spoken)}], "tstamp": time.time()}
-                    row["generate_params"] = _settings(question, max_tokens, seed)
+                    row["generate_params"] = _settings(question, max_tokens, seed) | about
                     (whole if len(spoken) == len(question.turns) else single).append(row)
                     said[question.id] = spoken
                     made += 1
@@ -367,7 +369,7 @@ def _conversation(question: Question, said: Sequence[str]) -> list[dict[str, str
 
 
 def _begun(
-    answers: Answers, questions: Sequence[Question], whole: Lines, single: Lines, max_tokens: int, seed: int | None
+    answering: str, about: Mapping[str, Any], questions: Sequence[Question], whole: Lines, single: Lines, max_tokens: int, seed: int | None
 ) -> tuple[set[QuestionId], dict[QuestionId, tuple[str, ...]]]:
     """The questions that are answered, and what was said of the others. Raises Zamba2Error for lines of another run."""
     wanted = {question.id: question for question in questions}
@@ -378,15 +380,15 @@ def _begun(
             identity = _get(row, place, "question_id", ANSWERS, int, str)
             turns = _first_choice(row, place, ANSWERS)
             model = _get(row, place, "model_id", ANSWERS, str)
-            if model != answers.name:
-                raise Zamba2Error(f"{place} is an answer of {brief(model)}, not of {answers.name}; give another place for these answers.")
+            if model != answering:
+                raise Zamba2Error(f"{place} is an answer of {brief(model)}, not of {answering}; give another place for these answers.")
             if identity not in wanted:
                 continue  # this run may be for some of the questions only
             question, was = wanted[identity], row.get("generate_params")
-            now = _settings(question, max_tokens, seed)
+            now = _settings(question, max_tokens, seed) | dict.fromkeys(DECISIVE) | dict(about)
             for name, value in now.items():
                 if isinstance(was, dict) and was.get(name) != value:
-                    what = "another question" if name == "question_sha256" else f"{name} {was.get(name)}, not {value}"
+                    what = "another question" if name == "question_sha256" else f"{name} {brief(was.get(name))}, not {value}"
                     raise Zamba2Error(f"{place} was made with {what}; give another place for these answers, or move that file away.")
             if len(turns) > len(question.turns) or (lines is whole and len(turns) != len(question.turns)):
                 raise Zamba2Error(f"{place} has {len(turns)} turns and question {identity} has {len(question.turns)}; move that file away.")
