@@ -712,6 +712,8 @@ void Engine::attention(const Layer& layer, const std::vector<Segment>& segments,
   // An item is some queries, in the order of their tokens, that see one head of keys and values.
   const int at_once = many ? kMostQueries : kMostRows;
   const int blocks = ((many ? segments[0].length : kMostRows) * per_kv + at_once - 1) / at_once;
+  for (int thread = 0; many && thread < pool_.size(); ++thread)  // memory may run out here, but not in a worker, which nothing would catch
+    panel(thread, 2 * attend_scratch(c.attention_head_dim));
   pool_.take(static_cast<int>(segments.size()) * blocks * kv_heads, [&](int item, int thread) {
     const int head = item % kv_heads, block = blocks - 1 - item / kv_heads % blocks;  // those with most keys first
     const size_t which = static_cast<size_t>(item / kv_heads / blocks);

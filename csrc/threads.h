@@ -85,7 +85,7 @@ class Pool {
  public:
   // processors: one for each thread to stay on, the first for the caller's (see Pinned), or none. Throws std::runtime_error
   // if the system gives no more threads.
-  explicit Pool(int threads, const std::vector<int>& processors = {}) : processors_(processors) {
+  explicit Pool(int threads, const std::vector<int>& processors = {}) : processors_(processors), claims_(static_cast<size_t>(threads)) {
     try {
       workers_.reserve(static_cast<size_t>(threads - 1));
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -129,12 +129,24 @@ class Pool {
     task_ = [](void* context, int i) { (*static_cast<std::remove_reference_t<F>*>(context))(i); };
     context_ = &f;
     left_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    turn_.fetch_add(1, std::memory_order_release);
+    const uint64_t turn = turn_.load(std::memory_order_relaxed) + 1;
+    turn_.store(turn, std::memory_order_release);
     turn_.notify_all();
     f(0);
+    for (int i = size() - 1; i > 0; --i)  // what no worker has begun: it may have no processor just now, or be none, after a fork
+      if (claim(i, turn)) {
+        f(i);
+        left_.fetch_sub(1, std::memory_order_relaxed);
+      }
     for (int spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins)
       if (spins < kSpins) relax();
       else std::this_thread::yield();
+  }
+
+  // Whether the i-th part of a turn is the calling thread's to do.
+  bool claim(int i, uint64_t turn) {
+    uint64_t before = turn - 1;
+    return claims_[static_cast<size_t>(i)].turn.compare_exchange_strong(before, turn, std::memory_order_acq_rel);
   }
 
   void stop() {
@@ -153,14 +165,20 @@ class Pool {
         if (spins < kSpins) relax();
         else turn_.wait(seen, std::memory_order_acquire);
       }
-      ++seen;
+      seen = turn_.load(std::memory_order_acquire);
       if (stop_.load()) return;
+      if (!claim(i, seen)) continue;  // the caller has
       task_(context_, i);
       left_.fetch_sub(1, std::memory_order_release);
     }
   }
 
+  struct alignas(64) Claim {
+    std::atomic<uint64_t> turn{0};  // the last one in which somebody began this part
+  };
+
   const std::vector<int> processors_;
+  std::vector<Claim> claims_;
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> turn_{0};
   std::atomic<int> left_{0};

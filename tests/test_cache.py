@@ -344,8 +344,8 @@ def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, cap
 def test_leftovers_of_a_killed_process(model: LanguageModel, tmp_path: Path) -> None:
     """What a process was writing when it was killed is removed at the next start; files that are not ours stay."""
     key = "0123456789abcdef" * 2
-    ours = [f".{key}.state.77.partial", f".{key}.json.1.partial", f"{key}.state"]
-    others = ["notes.txt", "mine.state", ".mine.state.77.partial", f"{key}.txt"]
+    ours = [f".{key}.state.77-00ff00ff.partial", f".{key}.json.1-12345678.partial", f"{key}.state"]
+    others = ["notes.txt", "mine.state", ".mine.state.77-00ff00ff.partial", f"{key}.txt"]
     for name in (*ours, *others):
         (tmp_path / name).write_bytes(b"x")
     assert len(cache_of(model, folder=tmp_path)) == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -620,3 +623,22 @@ def test_twenty_thousand_tokens(format: str) -> None:
         assert state.position == 20_005
     assert same(results[1], results[0]) and same(results[2], results[0])
     hold(compare(backend, twin(config, format), tokens[-PREFILL_CHUNK:], past=tokens[:-PREFILL_CHUNK]))
+
+
+def test_a_forked_process_computes(tmp_path: Path) -> None:
+    """In a process forked off behind a call, whose threads are not there, the engine gives the same numbers; so does the first process."""
+    program = """
+        import os, signal, numpy as np, zamba2
+        backend = zamba2.load("random", threads=3).backend
+        from zamba2.runtime.backend import Row
+        tokens = np.arange(3, 90, dtype=np.int32)
+        read = lambda: backend.forward([Row(tokens, backend.new_state())])[0].numpy()
+        wanted = read()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(not np.array_equal(read(), wanted))
+        assert os.waitpid(child, 0)[1] == 0 and np.array_equal(read(), wanted)
+    """
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr

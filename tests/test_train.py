@@ -41,7 +41,7 @@ from zamba2.train.prepare import labels, pair_row, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import RECIPES, Lora, Recipe, read_recipe
 from zamba2.train.rounding import RoundWeights, divergence, rounded_weights
-from zamba2.weights.formats import FORMATS, GROUP, unpack
+from zamba2.weights.formats import FORMATS, GROUP, format_named, unpack
 from zamba2.weights.formats import pack as pack_weights
 from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import Packing, open_packed, quantize
@@ -949,3 +949,68 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
     assert done.returncode == 0, done.stderr
     found = weights(tmp_path / "cut" / "model")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("fields", "sentence"), [
+    ({"stage": "dpo", "label_smoothing": 0.2}, "for loss robust"),
+    ({"stage": "dpo", "lora": Lora(dropout=0.1)}, "lora.dropout is for stage sft"), ({"betas": (0.9, 1.0)}, "less than 1"),
+])  # fmt: skip
+def test_fields_without_effect_are_refused(tmp_path, fields, sentence):
+    """A field that would change nothing in its stage, or that no optimizer takes, is an error of the recipe."""
+    with pytest.raises(ValueError, match=sentence):
+        recipe(tmp_path, fields.pop("stage", "sft"), **fields)
+
+
+def test_small_weights_that_cannot_be_spread_are_named(tmp_path, monkeypatch):
+    """Under FSDP, which wants weights of one kind, bf16 weights beside small ones in fp32 are one sentence."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Zamba2Error, match="use precision=bf16-mixed"):
+        module.make_trainer(recipe(tmp_path, precision="bf16"), fresh_model(), None, None, Progress())
+
+
+def test_packed_weights_are_not_trained(tmp_path):
+    """The model of the other commands, whose weights are packed, is one sentence."""
+    with pytest.raises(Zamba2Error, match="packed weights, which cannot be trained"):
+        module.run(recipe(tmp_path, model="demo"))
+
+
+def test_a_resumed_run_packs_its_own_result(tmp_path):
+    """What a run packs at its end is its result, also where an earlier end of it was packed before."""
+    short = recipe(tmp_path, steps=1, save_every=1, pack=("q8",), learning_rate=1e-2)
+    module.run(short)
+    packed = short.out / "model-q8" / "model.safetensors"
+    before = packed.read_bytes()
+    folder = module.run(short.model_copy(update={"steps": 3}), resume=True)
+    quantize(folder, tmp_path / "fresh", format_named("q8"))
+    assert before != packed.read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()
+
+
+def test_adapters_of_pairs_are_exported_alone(tmp_path):
+    """DPO with adapters writes the trained one; what trl keeps as its reference is not there, and the first loss is ln 2."""
+    run = recipe(tmp_path, "dpo", lora=Lora(rank=4), steps=2)
+    module.run(run)
+    assert sorted(path.name for path in (run.out / "adapter").iterdir() if path.is_dir()) == []
+    assert losses(run.out)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path):
+    """Where a shorter set is begun again, the examples held out of its first round do not come back."""
+    for name, count in (("short", 12), ("long", 60)):
+        turns = ([("user", f"{name} {i}"), ("assistant", f"{i} it is")] for i in range(count))
+        rows = [{"messages": [{"role": role, "content": content} for role, content in own]} for own in turns]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = tuple(f"messages:{tmp_path / name}.jsonl" for name in ("short", "long"))
+    wanted = recipe(tmp_path, data=sets, until="all", held_out=8, packing=False, language="all")
+    tokenizer = Tokenizer.from_folder(RANDOM)
+    prepared = prepare(wanted, tokenizer, [RANDOM / "tokenizer.json"], lambda count: None)
+    held_out, train = ({tuple(row) for row in some["input_ids"]} for some in (prepared.held_out, prepared.train))
+    assert len(held_out) == 8 and len(train) == 64 and not held_out & train and len(prepared.train) > 64
+
+
+def test_the_disk_may_be_full_for_torch_too(tmp_path):
+    """torch.save's own word for a full disk is the same sentence; other errors pass."""
+    run = recipe(tmp_path)
+    with pytest.raises(Zamba2Error, match="is full; free some space"), module._sentences(run):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")
+    with pytest.raises(RuntimeError, match="other"), module._sentences(run):
+        raise RuntimeError("another")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -153,6 +154,9 @@ def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
     target = cache_folder() / "packed" / f"{format.name}-{name}"
     if not is_packed(target):
         why = " (the fastest on a CPU; format q8 or bf16 is nearer to the original)" if explain else ""
+        if target.exists():
+            notice(f"{target} is damaged, so it is made anew.")
+            shutil.rmtree(target, ignore_errors=True)
         notice(f"packing {path} as {format.name}{why} into {target}, once.")
         try:
             quantize(path, target, format)

@@ -357,6 +357,11 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- running -------------------------------------------------------------------------------------------------
 
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """As transformers has it. tokenizer: of ``stop_strings``, which ``generate`` hands to every step, and no step needs."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return inputs
+
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
         past_key_values: Zamba2Cache | None = None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,

@@ -101,34 +101,34 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write messages and state to one file. Raises Zamba2Error if it cannot be written."""
-        about = {"messages": self.messages, "text": self.text, "unread": self.unread}
+        about = {"messages": self.messages, "text": self.text, "unread": self.unread, "history": self.history}
         (self.state or self.backend.new_state()).save(path, note=json.dumps(about))
 
     def load(self, path: Path) -> None:
         """Go on with a saved conversation of the same model. Raises Zamba2Error; the present one is kept then."""
         state = self.backend.new_state()
         try:
-            messages, text, unread = _read_note(path, state.load(path), self.backend.config.vocab_size)
+            messages, text, unread, history = _read_note(path, state.load(path), self.backend.config.vocab_size)
         except OSError as error:
             raise Zamba2Error(f"{path} cannot be read ({error.strerror or error}); a saved conversation is needed.") from None
         self._forget()
         self.messages = messages
         if state.position:
-            self.state, self.text, self.unread = state, text, unread
+            self.state, self.text, self.unread, self.history = state, text, unread, history
 
 
-def _read_note(path: Path, note: str, vocab_size: int) -> tuple[list[dict[str, Any]], str, list[int]]:
+def _read_note(path: Path, note: str, vocab_size: int) -> tuple[list[dict[str, Any]], str, list[int], list[int]]:
     try:
         about = json.loads(note)
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, Mapping):
         raise Zamba2Error(f"{path} holds a state, but no conversation.")
-    messages, text, unread = about.get("messages"), about.get("text"), about.get("unread")
-    if not isinstance(messages, list) or not isinstance(text, str) or not isinstance(unread, list):
+    messages, text, unread, history = about.get("messages"), about.get("text"), about.get("unread"), about.get("history", [])
+    if not isinstance(messages, list) or not isinstance(text, str) or not isinstance(unread, list) or not isinstance(history, list):
         raise Zamba2Error(f"{path} is not a complete saved conversation.")
-    if not all(type(token) is int and 0 <= token < vocab_size for token in unread):
+    if not all(type(token) is int and 0 <= token < vocab_size for token in [*unread, *history]):
         raise Zamba2Error(f"{path} is not a complete saved conversation.")
     if messages:
         check_messages(messages)
-    return messages, text, unread
+    return messages, text, unread, history

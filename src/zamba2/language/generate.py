@@ -49,7 +49,8 @@ class TokenLogprob:
 class Request:
     """What to continue and how. tokens: at least one, read after ``state`` (which is left as it is), or from the start.
 
-    constraint: of this request alone, and used up by it. history: what ``state`` has read, as far as it is known: guesses learn from it.
+    constraint: of this request alone, and used up by it. history: what ``state`` has read, as far as it is known, for the
+    repetition penalty and for guesses.
     """
 
     tokens: Sequence[int]
@@ -156,7 +157,7 @@ class Running:
 
     def __init__(self, index: int, request: Request, state: State, vocab_size: int, tokenizer: Tokenizer | None) -> None:
         self.index, self.request, self.state = index, request, state
-        self.sampler = Sampler(request.sampling, request.tokens, vocab_size)
+        self.sampler = Sampler(request.sampling, [*request.history, *request.tokens], vocab_size)
         self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental(after=request.tokens)
         self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
         self.stop_text = StopText(request.stop)

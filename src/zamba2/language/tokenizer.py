@@ -21,6 +21,7 @@ from zamba2.language.messages import CHATML, check_messages
 __all__ = ["IncrementalDecoder", "Tokenizer"]
 
 CHATML_END = "<|im_end|>"
+LONG = 4096  # characters or ids, from which on the library is called so that it lets other threads run
 BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")  # one byte of a character that the vocabulary lacks
 
 
@@ -87,6 +88,8 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             found = f"U+{ord(text[error.start]):04X} at character {error.start}"
             raise Zamba2Error(f"the text holds half a surrogate pair ({found}); valid Unicode text is needed.") from None
+        if len(text) > LONG:
+            return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -130,7 +133,10 @@ class Tokenizer:
         """Text of the ids. Ids without a token give nothing; bytes that are no UTF-8 give U+FFFD. Raises Zamba2Error for ids below 0."""
         ids = [int(i) for i in ids]
         try:
-            text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            if len(ids) > LONG:
+                text: str = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
+            else:
+                text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except OverflowError:
             raise Zamba2Error(f"token id {min(ids) if min(ids) < 0 else max(ids)} cannot be decoded; ids from 0 are needed.") from None
         return text

@@ -67,6 +67,7 @@ from zamba2.serve.tools import Calls, Toolbox, Turn, conversation
 __all__ = ["Settings", "create_app"]
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
+MOST_SCORES = 500_000  # log-probabilities of prompts in one answer, some 20 MB
 POLL = 0.25  # seconds between two looks at whether a client is still there
 IDLE = 10.0  # seconds without an event after which a stream shows that it is alive
 LATE = 5.0  # seconds after which a time limit that the scheduler did not keep is kept here
@@ -215,9 +216,10 @@ class Server:
         replies = (n or 1) * prompts
         for name, count, most in (
             ("messages", messages, self.settings.most_messages), ("n", n or 1, self.settings.most_n),
-            ("stop", stops, self.settings.most_stops), ("prompt", replies, max(1, self.scheduler.most_waiting)),
+            ("stop", stops, self.settings.most_stops), ("prompt", replies, self.scheduler.most_waiting + self.scheduler.most_running),
         ):  # fmt: skip
             if count > most:
+                name = "n" if name == "prompt" and prompts == 1 else name
                 what = "replies to all prompts" if name == "prompt" else name
                 raise Problem(f"{what}: {count} were asked for; at most {most} are possible in one request.", param=name)
 
@@ -315,6 +317,7 @@ class Server:
         options |= {"logprobs": body.logprobs, "adapter": adapter}
         prompt = Prompt(logprobs=body.logprobs if body.echo else None)
         asks: list[Ask] = []
+        scores = 0
         with asked():
             self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
             for number, given in enumerate(body.prompt):
@@ -325,6 +328,10 @@ class Server:
                     self.check_ids(given, "prompt:", "prompt")
                     ids, text, added = given, self.tokenizer.decode(given, skip_special_tokens=False), False
                 most = self.most_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
+                scores += (len(ids) if body.echo else 0) * (body.logprobs or 0)
+                if scores > MOST_SCORES:
+                    message = f"logprobs: more than {MOST_SCORES} of them for all prompts; ask for fewer, or for fewer prompts at a time."
+                    raise Problem(message, param="logprobs")
                 for i in range(body.n or 1):
                     request = make_request(ids, with_seed(options | {"max_tokens": max(1, most)}, i))
                     asks.append(Ask(request, prompt, text, number, added, silent=body.max_tokens == 0))
@@ -341,7 +348,7 @@ class Server:
         if talk.streamed:
             return Events(talk, stream)
         await talk.finish(http)
-        return answer(stream.whole())
+        return await asyncio.to_thread(lambda: answer(stream.whole()))  # log-probabilities of long prompts are megabytes
 
 
 def with_seed(options: dict[str, Any], i: int) -> dict[str, Any]:
@@ -479,7 +486,7 @@ class Events(StreamingResponse):
 
 
 def answer(data: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps(data, separators=(",", ":")), status, headers, media_type="application/json")
+    return Response(json.dumps(data, separators=(",", ":"), allow_nan=False), status, headers, media_type="application/json")
 
 
 def refusal(problem: Problem, path: str) -> Response:

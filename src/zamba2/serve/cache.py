@@ -30,7 +30,7 @@ __all__ = ["Found", "Memory", "StateCache"]
 Tokens = npt.NDArray[np.int32]
 
 MOST_QUEUED = 16  # states that wait to be written; more, and the disk is too slow for them all
-LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(state|json)\.\d+\.partial")  # of ``replacing``, in a process that was killed
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(state|json)\.\d+-[0-9a-f]{8}\.partial")  # of ``replacing``, in a process that was killed
 
 
 class Memory:

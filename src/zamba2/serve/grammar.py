@@ -36,12 +36,12 @@ MOST_REPEATS = 10_000  # of a character, an item or a property
 MOST_PATTERN = 1000  # characters
 LARGEST, LEAST = 1 << 53, 1e-9  # sizes of numbers that the library keeps exactly
 SECONDS = 1.0  # to compile
-COMPACT = {"whitespace_flexible": False, "lenient": False}
-# Without \u: in arguments a text is then written as Python's json writes it, but for control characters, which are left out.
-COMPACT_CALL = COMPACT | {"json_allowed_escapes": 'nrbtf\\"'}
+# Without \u: a text is then written as Python's json writes it, but for control characters, which are left out; with it a name could
+# come a second time in other letters.
+COMPACT = {"whitespace_flexible": False, "lenient": False, "json_allowed_escapes": 'nrbtf\\"'}
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_items_in_row": 8000,
-    "max_lexer_states": 30_000, "max_grammar_size": 200_000, "verbose_errors": False,
+    "max_lexer_states": 250_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip
 
 TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
@@ -52,7 +52,11 @@ ONE, SEVERAL, NAMED = {"items", "additionalProperties"}, {"anyOf", "oneOf", "all
 DEFINED = {"$defs", "definitions"}
 OTHERS = {"type", "enum", "const", "required", "pattern", "format", "$ref"}
 KNOWN = NOTES | COUNTS | NUMBERS | ONE | SEVERAL | NAMED | DEFINED | OTHERS
-PATTERN_PART = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+PATTERN_PART = re.compile(r"\\[pP]\{[^}]*\}|\\[pP]\w|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d+)(?:,(\d*))?\}|.", re.DOTALL)
+
+
+IN_CLASS = re.compile(r"(\\.)|([\[&~])", re.DOTALL)  # what stands for itself in a class of ECMA's and not in one of the library's
+FROM_NUL = re.compile(r"(?:\0|\\0+|\\x00|\\u0000|\\[xu]\{0+\})-|\\P")
 
 
 class Unmet(Zamba2Error):
@@ -226,16 +230,17 @@ def call_grammar(tools: Sequence[Tool], *, begins: bool, form: Any = None) -> st
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
         rules.append(f"call_{i}: {json.dumps(head(tool.name))} arguments_{i} {json.dumps('}' + END)}")
-        rules.append(f"arguments_{i}: {_inline(schema, COMPACT_CALL)}")
-    return "\n".join([*rules, *([] if form is None else [f"form: {_inline(check_schema(form), COMPACT)}"])])
+        rules.append(f"arguments_{i}: {_inline(schema)}")
+    return "\n".join([*rules, *([] if form is None else [f"form: {_inline(check_schema(form))}"])])
 
 
-def _inline(schema: str, options: dict[str, Any]) -> str:
-    return "%json " + json.dumps({"x-guidance": options} | json.loads(schema))
+def _inline(schema: str) -> str:
+    return "%json " + json.dumps({"x-guidance": COMPACT} | json.loads(schema))
 
 
 def check_schema(schema: Any, where: str = "schema") -> str:
-    """The schema as JSON text. Raises Unmet naming what is wrong, too much, or not supported. where: its name in what is said."""
+    """The schema as JSON text, its patterns as the library reads them rightly. Raises Unmet naming what is wrong, too much, or not
+    supported. where: its name in what is said."""
     _measure(schema)
     if not isinstance(schema, dict):
         raise Unmet(f"the schema is {brief(repr(schema))}; an object is needed.")
@@ -245,8 +250,9 @@ def check_schema(schema: Any, where: str = "schema") -> str:
         raise Unmet(f"the schema is no JSON ({brief(str(error))}).") from None
     if len(text) > MOST_CHARACTERS:
         raise Unmet(f"the schema has {len(text)} characters; at most {MOST_CHARACTERS} are possible.")
+    schema = json.loads(text)
     _Checker(schema).choices(schema, where, 0)
-    return text
+    return json.dumps(schema)
 
 
 def _measure(schema: Any) -> None:
@@ -291,6 +297,11 @@ class _Checker:
         if key not in self.known:
             self.within.add(key)
             counts = [self._keyword(name, value, where, depth) for name, value in schema.items()]
+            if "pattern" in schema:
+                schema["pattern"] = self._pattern(schema["pattern"], f"{where}.pattern")
+            if "patternProperties" in schema:
+                named = schema["patternProperties"]
+                schema["patternProperties"] = {self._pattern(key, f"{where}.patternProperties"): inner for key, inner in named.items()}
             if schema.get("minProperties", 0) > max(1, len(set(schema.get("required", ())))):  # the library lets a name come again
                 raise Unmet(f"{where}.minProperties above 1 is not supported beyond what is required; name the properties in required.")
             low, high = schema.get("exclusiveMinimum", -math.inf), schema.get("exclusiveMaximum", math.inf)
@@ -325,8 +336,6 @@ class _Checker:
         elif name in NAMED | DEFINED:
             self._need(isinstance(value, dict), here, value, "an object of schemas")
             for key, inner in value.items():
-                if name == "patternProperties":
-                    self._pattern(key, here)
                 self.choices(inner, f"{here}.{brief(key)}", depth + 1)
         elif name in SEVERAL:
             self._need(isinstance(value, list) and len(value) > 0, here, value, "a list of schemas")
@@ -342,8 +351,6 @@ class _Checker:
             self._need(isinstance(value, list) and all(isinstance(key, str) for key in value), here, value, "a list of names")
         elif name in ("pattern", "format"):
             self._need(isinstance(value, str) and value != "unknown", here, value, f"a {name}")
-            if name == "pattern":
-                self._pattern(value, here)
         elif name == "$ref":
             return self.choices(self._target(value, here), here, depth + 1)
         return 1
@@ -356,12 +363,16 @@ class _Checker:
         if count > MOST_REPEATS:
             raise Unmet(f"{where} asks for {count}; at most {MOST_REPEATS} are possible.")
 
-    def _pattern(self, pattern: str, where: str) -> None:
-        """Its length, and what it comes to with its counted repeats written out."""
+    def _pattern(self, pattern: str, where: str) -> str:
+        """The pattern with its classes as the library reads them rightly. Checks its length, and what it comes to with its counted repeats
+        written out."""
         if len(pattern) > MOST_PATTERN:
             raise Unmet(f"{where} has {len(pattern)} characters; at most {MOST_PATTERN} are possible.")
-        sums, last = [0], 0
+        sums, last, parts = [0], 0, []
         for part in PATTERN_PART.finditer(pattern):
+            parts.append(self._class(part[0], where) if part[0][0] == "[" and part[0][1:] else part[0])
+            if part[0].startswith("\\P"):
+                parts[-1] = f"[^\\x01\\p{part[0][2:]}]"
             if part[1] is not None:
                 times = max(int(part[1][:9]), int((part[2] or "0")[:9]))
                 sums[-1] += last * max(0, times - 1)
@@ -376,6 +387,16 @@ class _Checker:
                 last = 1
                 sums[-1] += 1
         self._repeats(sum(sums), where)
+        return "".join(parts)
+
+    def _class(self, text: str, where: str) -> str:
+        """A class of characters. The library writes one that holds all characters from U+0000 on as if it held the quote and the backslash
+        too, so none does: U+0001 is left out of those that name what they do not hold."""
+        negated = text.startswith("[^")
+        inner = IN_CLASS.sub(lambda found: found[1] or "\\" + found[2], text[2 if negated else 1 : -1])
+        if not negated and FROM_NUL.search(inner):
+            raise Unmet(f"{where} has the class {brief(text)}; ranges from U+0000 and \\P are not supported inside of one.")
+        return ("[^\\x01" if negated else "[") + ("\\" if inner[:1] in ("]", "-") else "") + inner + "]"
 
     def _target(self, reference: Any, where: str) -> Any:
         self._need(isinstance(reference, str) and reference.startswith("#/"), where, reference, "a place in the same schema, #/...,")

@@ -1368,7 +1368,11 @@ class MessageStream(Stream):
         call, text = self.reply.call, {"type": "text", "text": self.reply.text}
         content = [text] if self.reply.text or call is None else []
         if call is not None:  # one that was cut off as far as it came, which is what the clients make of a stream
-            arguments = from_json(call.arguments, allow_partial=True) if call.arguments else {}
+            try:
+                arguments = from_json(call.arguments, allow_partial=True) if call.arguments else {}
+                json.dumps(arguments, allow_nan=False)
+            except ValueError as error:  # nested too deep for a reader, or a number that no JSON reader keeps
+                raise Problem(f"the arguments for {call.name} cannot be sent as JSON ({brief(str(error))}).", status=500) from None
             content.append(self._use(call.name) | {"input": arguments})
         return self._message(content, self._stop(), self.reply.tokens)
 

@@ -134,7 +134,7 @@ class Scheduler:
             waiting = len(self._waiting)
             self._waiting = deque(other for other in self._waiting if not other.cancelled)
             self.cancelled += waiting - len(self._waiting)
-            if len(self._waiting) >= self.most_waiting:
+            if len(self._waiting) >= self.most_waiting + max(0, self._room() - len(self._beginning)):  # some begin at once
                 raise Busy(len(self._waiting), self.expected_wait)
             self._waiting.append(job)
             self._condition.notify()

@@ -27,7 +27,7 @@ from zamba2.weights.hub import cache_folder
 
 __all__ = ["Prepared", "prepare"]
 
-VERSION = 1  # of what is written; another one is prepared anew
+VERSION = 2  # of what is written; another one is prepared anew
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def prepare(recipe: Recipe, tokenizer: Tokenizer, tokenizer_files: Iterable[Path
     train, held_out = (Dataset.from_file(str(folder / f"{name}.arrow")) if report[name] else None for name in ("train", "held_out"))
     for name, dataset in (("train", train), ("held_out", held_out)):
         if dataset is not None:
-            dataset._fingerprint = f"{key}-{name}"  # trl keeps reference log-probabilities under this and the model's hash
+            # trl keeps reference log-probabilities under this and the model's hash
+            dataset._fingerprint = f"{key}-{name}-{recipe.precision}"
     return Prepared(train, held_out, report)
 
 
@@ -81,7 +82,7 @@ def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path
     from datasets.features import Features, List, Value
 
     prompts = Prompts(itertools.chain.from_iterable(map(evaluation_prompts, recipe.against)))
-    filters = Filters(language=recipe.language, max_tokens=recipe.max_tokens, ties=recipe.ties)
+    filters = Filters(language=None if recipe.language == "all" else recipe.language, max_tokens=recipe.max_tokens, ties=recipe.ties)
     readers = [Reader(part, tokenizer, filters, prompts) for part in parts]
     examples = itertools.islice(_counted(mixture(readers, seed=recipe.seed, until=recipe.until), progress), recipe.examples)
     columns = ("input_ids", "labels", "lengths") if recipe.stage == "sft" else ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -90,7 +91,10 @@ def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial."))
     try:
         report: dict[str, Any] = {}
-        for name, some in (("held_out", itertools.islice(examples, recipe.held_out)), ("train", examples)):
+        kept: set[tuple[str, str]] = set()
+        held_out = _remembered(itertools.islice(examples, recipe.held_out), kept)
+        others = (example for example in examples if (example.part.label, example.place) not in kept)  # a set that is begun again has them
+        for name, some in (("held_out", held_out), ("train", others)):
             report[name] = 0
             with ArrowWriter(path=str(temporary / f"{name}.arrow"), features=features) as writer:
                 for row in _rows(recipe, some):
@@ -114,6 +118,12 @@ def _counted(examples: Iterable[Example], progress: Callable[[int], None]) -> It
     for number, example in enumerate(examples, 1):
         if number % 100 == 0:
             progress(number)
+        yield example
+
+
+def _remembered(examples: Iterable[Example], places: set[tuple[str, str]]) -> Iterator[Example]:
+    for example in examples:
+        places.add((example.part.label, example.place))
         yield example
 
 

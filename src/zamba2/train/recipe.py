@@ -19,6 +19,7 @@ RECIPES = Path(__file__).parent / "recipes"
 LONGEST = 1_000_000  # bytes of a recipe; ours have one thousand
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -67,12 +68,12 @@ class Recipe(Strict):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps over which the learning rate rises")
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
     beta: Positive = Field(0.1, description="dpo: how strongly the model is held to the reference")
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = Field("sigmoid", description="dpo")
     sft_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="dpo: of the chosen answers' cross-entropy, added to the loss")
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="dpo: share of pairs thought to be swapped")
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(0.0, description="loss robust: share of pairs thought to be swapped")
 
     precision: Literal["fp32", "bf16", "bf16-mixed"] = Field("bf16-mixed", description="weights / products: fp32, bf16, or fp32 / bf16")
     rounding: Literal["none", "q8", "q4"] = Field(
@@ -108,6 +109,10 @@ class Recipe(Strict):
             raise ValueError("rounding is for training all weights; adapters are never rounded: leave out rounding or lora")
         if self.distill and (self.stage != "sft" or self.rounding == "none"):
             raise ValueError("distill is for stage sft with rounding; set rounding, or leave it out")
+        if self.label_smoothing and self.loss != "robust":
+            raise ValueError(f"label_smoothing is for loss robust, and has no effect on {self.loss}; set loss, or leave it out")
+        if self.stage == "dpo" and self.lora is not None and self.lora.dropout:
+            raise ValueError("lora.dropout is for stage sft; pairs are trained without dropout: leave it out")
         if self.evaluate_every is not None and not self.held_out:
             raise ValueError("evaluate_every needs examples to evaluate on; set held_out")
         return self

@@ -106,8 +106,8 @@ def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
         place.write_text(model_card(recipe, report, _versions(), recipe.out / "metrics.jsonl"), encoding="utf-8")
     for name in recipe.pack:
         target = recipe.out / f"model-{name}"
-        if not is_packed(target):
-            quantize(folder, target, format_named(name))
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier end of this run
+        quantize(folder, target, format_named(name))
     if recipe.push_to is not None:
         notice(f"uploaded to {upload(folder, recipe.push_to, private=recipe.private)}")
 
@@ -136,6 +136,8 @@ def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
         folder = path.parent
     else:
         folder = resolve(recipe.model)
+        if is_packed(folder):
+            raise Zamba2Error(f"{recipe.model} holds packed weights, which cannot be trained; give the checkpoint that they were made of.")
         model = Zamba2ForCausalLM.from_pretrained(str(folder), dtype=dtype)
     source = folder if recipe.tokenizer is None else resolve(recipe.tokenizer, weights=False)
     Tokenizer.from_folder(source, config=model.model.config)  # says what is wrong with it in our own words
@@ -148,6 +150,8 @@ def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, progress: Progress) -> Any:
     """trl's trainer for the recipe's stage. model: a Zamba2ForCausalLM; with ``recipe.lora``, adapters are added to it."""
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # each process would turn, or round, the parts of matrices that it holds
+        if recipe.precision == "bf16" and recipe.lora is None:
+            raise Zamba2Error("precision is bf16, where small weights stay fp32, and FSDP wants all of one kind; use precision=bf16-mixed.")
         if recipe.optimizer == "muon":
             raise Zamba2Error("optimizer is muon, which needs whole matrices, and FSDP spreads them; use optimizer=adamw.")
         if recipe.rounding != "none":
@@ -208,7 +212,11 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
             loss_weights=[1.0, recipe.sft_weight] if recipe.sft_weight else None,
             precompute_ref_log_probs=True, precompute_ref_batch_size=recipe.device_batch_size,
         )  # fmt: skip
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and recipe.lora is None:
+            common["ref_model"] = deepcopy(model)  # or trl opens the checkpoint with transformers' own class, whose numbers are others
         trainer = Preferences(args=preferences, **common)
+        if recipe.lora is not None:  # trl's copy of the untrained adapter; adapters switched off are the same reference
+            trainer.model.delete_adapter("ref")
     for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
@@ -404,10 +412,11 @@ def _sentences(recipe: Recipe) -> Iterator[None]:
         if checkpoints(recipe.out):
             notice(f"{checkpoints(recipe.out)[-1]} is complete; the same command with --resume goes on from there.")
         raise
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise Zamba2Error(f"the disk of {recipe.out} is full; free some space, then go on with --resume.") from None
     except torch.OutOfMemoryError as error:
         what = "lower device_batch_size or max_tokens, or set checkpointing"
         raise Zamba2Error(f"there is not enough memory ({brief(error)}); {what}.") from None
+    except (OSError, RuntimeError) as error:
+        of_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "iostream"))  # torch.save's
+        if not of_torch and getattr(error, "errno", None) != errno.ENOSPC:
+            raise
+        raise Zamba2Error(f"the disk of {recipe.out} is full; free some space, then go on with --resume.") from None

@@ -224,6 +224,8 @@ def save_checkpoint(
     """
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise Zamba2Error(f"{folder} exists and is not an empty folder; choose another place to save to.")
+    if os.path.ismount(folder):
+        raise Zamba2Error(f"{folder} is where a file system is mounted, which cannot be replaced; choose a folder inside of it.")
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
     # transformers unties the shared blocks together with the head: then every position needs its copy
     copies = 1 if model.config.tie_word_embeddings else len(model.config.layers)

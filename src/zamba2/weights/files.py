@@ -160,7 +160,8 @@ class TensorFile:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block succeeds and vanishes if it does not.
 
-    Works for a file and for a folder (created here, when the target is missing or an empty folder). In the main thread
+    Works for a file and for a folder (created here, when the target is missing or an empty folder). A link stays one: what it names is
+    written. In the main thread
     Ctrl-C raises KeyboardInterrupt meanwhile, whatever it does elsewhere, so that nothing is left behind.
     Raises Zamba2Error when the system refuses to write (disk full, no permission).
     """
@@ -170,7 +171,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     if not path.name or "\0" in path.name:
         raise Zamba2Error(f"{path} is not a name to write to; choose another place.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():  # a device's place would be taken by a file
+        raise Zamba2Error(f"{path} is neither a file nor a folder; choose another place.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")  # containers that share a folder share numbers
     on_interrupt = signal.getsignal(signal.SIGINT)
     ours = callable(on_interrupt) and threading.current_thread() is threading.main_thread()  # not where it is ignored
     if ours:

@@ -26,7 +26,9 @@ PLAIN = {  # settings under which an adapter is B A x times a scale, and nothing
     "peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None, "lora_bias": False, "fan_in_fan_out": False,
     "rank_pattern": {}, "alpha_pattern": {}, "layers_to_transform": None, "trainable_token_indices": None, "megatron_config": None,
     "alora_invocation_tokens": None, "use_qalora": False, "layer_replication": None, "target_parameters": None, "exclude_modules": None,
+    "kasa_config": None, "monteclora_config": None, "velora_config": None, "arrow_config": None, "use_bdlora": None,
 }  # fmt: skip
+BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")  # of the weights, that leave the model's own as they are
 WIDEST = 4096  # rank
 
 
@@ -77,6 +79,9 @@ def _settings(path: Path) -> dict[str, Any]:
     for name, plain in PLAIN.items():
         if settings.get(name, plain) not in (plain, None):
             raise Zamba2Error(f"{path}: {name} is {settings[name]!r}; plain LoRA is read at run time: merge this adapter into the model.")
+    if (begun := settings.get("init_lora_weights", True)) not in BEGINNINGS:
+        what = f"init_lora_weights is {begun!r}, which changes the model's own weights"
+        raise Zamba2Error(f"{path}: {what}; merge this adapter into the model.")
     checks: dict[str, Callable[[Any], bool]] = {"r": lambda r: isinstance(r, int) and 0 < r <= WIDEST, "lora_alpha": _is_number}
     for name, good in checks.items():
         if isinstance(settings.get(name), bool) or not good(settings.get(name)):

@@ -130,7 +130,7 @@ def is_packed(path: Path) -> bool:
     file = path / "model.safetensors"
     try:
         return path.is_dir() and file.exists() and "zamba2" in TensorFile(file).metadata
-    except Zamba2Error:
+    except (Zamba2Error, OSError):
         return False
 
 
@@ -171,6 +171,8 @@ def check_target(target: Path) -> None:
     """Raises Zamba2Error if there is something at ``target`` that packing would replace."""
     if target.exists() and (not target.is_dir() or os.listdir(target)):
         raise Zamba2Error(f"{target} exists and is not an empty folder; choose another place for the packed checkpoint.")
+    if os.path.ismount(target):
+        raise Zamba2Error(f"{target} is where a file system is mounted, which cannot be replaced; choose a folder inside of it.")
 
 
 def quantize(
