@@ -467,6 +467,22 @@ def test_ctrl_c_while_loading_leaves(terminal: Any) -> None:
     pytest.fail("the model was always loaded before Ctrl-C came")
 
 
+def test_history_is_the_users_own(terminal: Any, tmp_path: Path) -> None:
+    """What was typed is kept for the next chat, in a file that nobody else can read; where there is no room for it, the chat goes on."""
+    window = terminal("chat", "-n", "3")
+    window.expect(r"/help\.\s*>")
+    window.type("hello\r")
+    window.expect(RATE + r"\s*>")
+    file = tmp_path / "home" / "chat_history"
+    assert "hello" in file.read_text() and file.stat().st_mode & 0o777 == 0o600
+    file.unlink()
+    file.symlink_to("/dev/full")
+    window.type("again\r")
+    window.expect(RATE + r"\s*>")
+    window.type(CTRL_D)
+    assert window.wait() == 0 and "Traceback" not in window.plain
+
+
 def test_history_that_cannot_be_kept(terminal: Any, tmp_path: Path) -> None:
     """Where the history file cannot be opened the chat works without it."""
     (tmp_path / "home" / "chat_history").mkdir(parents=True)

@@ -431,3 +431,17 @@ def test_many_turns_stay_exact(model: LanguageModel, watched: Watched) -> None:
         else:
             assert say(conversation, text) == reference.say(text)
     assert conversation.state is not None and conversation.cached_tokens > 300
+
+
+def test_penalties_see_the_whole_conversation(tmp_path: Path) -> None:
+    """A repetition penalty counts what earlier turns said as well, also in a conversation that was saved and loaded."""
+    model = zamba2.load("random", threads=1)
+    options: dict[str, Any] = {"max_tokens": 12, "repetition_penalty": 1.7}
+    conversation = model.conversation()
+    for content in ("one", "two", "three"):
+        wanted = model.chat([*conversation.messages, {"role": "user", "content": content}], **options)
+        reply = "".join(piece.text for piece in conversation.say(content, **options))
+        assert reply == wanted.text and (conversation.cached_tokens > 0 or content == "one")
+        conversation.save(tmp_path / "saved")
+        conversation = model.conversation()
+        conversation.load(tmp_path / "saved")

@@ -249,13 +249,17 @@ def test_the_report_stands_alone(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == pictures
 
 
-def test_drawn_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_drawn_again(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--again draws a document of before into another folder and measures nothing."""
     results = json.loads(json.dumps(document(**{"phi-2": [1.0, 2.0]})))
     (tmp_path / "old.json").write_text(json.dumps(results))
     assert command(["figures", "--again", str(tmp_path / "old.json"), "--out", str(tmp_path / "new"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == results
     assert (tmp_path / "new" / "report.html").exists() and not (tmp_path / "new" / "figures.json").exists()
+    monkeypatch.setattr("zamba2.commands.figures.find_spec", lambda name: None)  # as after `pip install .`
+    assert command(["figures", "--again", str(tmp_path / "old.json"), "--out", str(tmp_path / "plain")]) == 0
+    found = capsys.readouterr()
+    assert "the plots are left out, since matplotlib is not installed" in found.err and json.loads(found.out.splitlines()[-1]) == results
 
 
 # ---- one clear sentence ----------------------------------------------------------------------------------------------

@@ -222,6 +222,55 @@ def test_masks(model: LanguageModel, grammars: Grammars) -> None:
         make().accept(end)
 
 
+def takes(grammars: Grammars, make: Any, text: str) -> bool:
+    """Whether a reply may be this text and end there."""
+    tokens = list(grammars._tokenizer.tokenize_bytes(text.encode()))
+    return bool(make()._matcher.validate_tokens([*tokens, grammars._texts.eos_token_ids[0]]) == len(tokens) + 1)
+
+
+PATTERNS = [
+    '^[^"]$', r'^[^\\"]$', r'^[^\\/:*?"<>|]$', r"^[^[\]]$", '^[^&&"]$', '^[^-"]$', '^[^"-]$', r"^\S$", r'^[^\w"]$', "^[a&&b]$", "^[^[]$",
+    "^[ -!#-~]$", r"^[\t -/]$", "^.$", "^(a|[^b])$",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of Python, whose classes may change one day
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_are_obeyed(grammars: Grammars, pattern: str) -> None:
+    """Of all characters of ASCII a pattern lets exactly those through that it says, in values and names; control ones may be lost."""
+    value = grammars.compile({"type": "string", "pattern": pattern})
+    name = grammars.compile({"type": "object", "patternProperties": {pattern: {"const": 1}}, "additionalProperties": False})
+    for character in map(chr, range(128)):
+        wanted = re.search(pattern, character) is not None
+        written = json.dumps(character, ensure_ascii=False)
+        for make, text in ((value, written), (name, f"{{{written}:1}}")):
+            found = takes(grammars, make, text)
+            assert found == wanted or (wanted and not found and (character < " " or character == "\x7f")), (pattern, character)
+
+
+@pytest.mark.parametrize("pattern", ["[\\x00-!]", "[\0-a]", r"[\u0000-\u0021]", r"[\P{L}a]"])
+def test_patterns_that_would_not_be_obeyed(grammars: Grammars, pattern: str) -> None:
+    """A class that the library would widen is refused."""
+    with pytest.raises(Zamba2Error, match="are not supported inside of one"):
+        grammars.compile({"type": "string", "pattern": pattern})
+
+
+def test_a_name_has_one_spelling(grammars: Grammars) -> None:
+    """A declared name cannot come a second time with its letters escaped; other escapes can."""
+    make = grammars.compile({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
+    assert takes(grammars, make, '{"a":"x\\n"}') and takes(grammars, make, '{"a":"x","b":1}')
+    assert not takes(grammars, make, '{"a":"x","\\u0061":1}')
+
+
+def test_long_texts_are_followed_to_their_end(grammars: Grammars) -> None:
+    """A text of the length that a schema allows is a reply."""
+    make = grammars.compile({"type": "string", "maxLength": 9990})
+    constraint, scores = make(), np.zeros(grammars._tokenizer.vocab_size, np.float32)
+    for token in grammars._tokenizer.tokenize_bytes(json.dumps("ab" * 4995).encode()):
+        constraint.accept(token)
+    assert constraint.mask(scores).max() == 0
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

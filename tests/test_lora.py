@@ -233,3 +233,20 @@ def test_an_adapter_of_another_model_is_refused(folder):
     """Sizes that do not fit the model are an error that says so."""
     with pytest.raises(Zamba2Error, match=r"another model|no layer of this model"):
         backend(folder("2.7b")).load_adapter(folder("7b") / "adapter", "a")
+
+
+BEGINNINGS = {"pissa": False, "olora": False, "loftq": False, "gaussian": True, False: True, None: True}
+
+
+@pytest.mark.parametrize(("begun", "good"), BEGINNINGS.items())
+def test_adapters_that_changed_the_model_are_refused(folder, tmp_path, begun, good):
+    """Where an adapter's beginning took something out of the model's own weights, it is no addition to them."""
+    place = folder("2.7b")
+    shutil.copytree(place / "adapter", tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": begun}))
+    if good:
+        backend(place, adapter=tmp_path / "adapter")
+        return
+    with pytest.raises(Zamba2Error, match="changes the model's own weights"):
+        backend(place, adapter=tmp_path / "adapter")

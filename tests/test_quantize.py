@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from zamba2.runtime.native import NativeBackend
 from zamba2.weights.files import TensorFile, write_tensors
 from zamba2.weights.formats import FORMATS
 from zamba2.weights.hub import RANDOM
-from zamba2.weights.packed import is_packed, parts
+from zamba2.weights.packed import is_packed, parts, quantize
 
 Stored = dict[str, tuple[str, tuple[int, ...], bytes]]  # dtype, shape, bytes of each tensor
 NOTICES = ("zamba2: this model has random weights", "zamba2: packing ")
@@ -416,3 +417,61 @@ def test_what_packing_cannot_serve_is_refused_first(options: dict[str, str], tmp
     with pytest.raises(Zamba2Error, match=next(iter(options.values())) if "backend" not in options else "packed"):
         zamba2.load("random", format="q4", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_are_followed_and_devices_kept(tmp_path: Path) -> None:
+    """What is written through a link goes where the link points, and neither link nor device makes way for a file."""
+    from zamba2.weights.files import replacing
+
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    with replacing(tmp_path / "link.json") as place:
+        place.write_text("new")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real.json").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Zamba2Error, match="neither a file nor a folder"), replacing(tmp_path / "pipe"):
+        raise AssertionError("nothing is begun")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    quantize(RANDOM, tmp_path / "link", FORMATS["q8"])
+    assert is_packed(tmp_path / "real") and (tmp_path / "link").is_symlink()
+
+
+def test_loading_at_once_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that need the same packed copy at the same time all get it; a damaged copy is made anew; nothing is left beside it."""
+    import threading
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found: list[Any] = []
+
+    def work() -> None:
+        try:
+            found.append(zamba2.load(RANDOM, format="q4", threads=1).backend.fingerprint)
+        except BaseException as error:
+            found.append(error)
+
+    for _ in range(2):
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (copy,) = (tmp_path / "zamba2" / "packed").iterdir()
+        (copy / "model.safetensors").write_bytes(b"damaged")
+    assert len(set(found)) == 1 and len(found) == 8, found
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"format": "q5"}, "no format 'q5'"), ({"kv": "q9"}, "no format 'q9'"), ({"backend": "native", "dtype": "float32"}, "dtype is"),
+     ({"dtype": "float32"}, "PyTorch cannot be imported"), ({"device": "cuda"}, "PyTorch cannot be imported")],
+)  # fmt: skip
+def test_options_are_looked_at_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], sentence: str
+) -> None:
+    """What no checkpoint could make right is said before one is downloaded, a missing PyTorch included."""
+    monkeypatch.setattr(api, "resolve", lambda *args, **kwargs: pytest.fail("a download was begun"))
+    monkeypatch.setattr(api, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(Zamba2Error, match=sentence):
+        zamba2.load("2.7b-instruct", **options)

@@ -458,7 +458,7 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "no prompt": (TEXT, {"prompt": []}, 400, "prompt: a text, a list of texts"),
     "an empty list": (TEXT, {"prompt": [[]]}, 400, "the prompt is empty"),
     "a token": (TEXT, {"prompt": [5, 4096]}, 400, "prompt: 4096 is no token; ids from 0 to 4095"),
-    "many prompts": (TEXT, {"prompt": ["a"] * 65}, 400, "replies to all prompts: 65 were asked for; at most 64"),
+    "many prompts": (TEXT, {"prompt": ["a"] * 73}, 400, "replies to all prompts: 73 were asked for; at most 72"),
     "a long prompt": (TEXT, {"prompt": [5] * 4096}, 400, "the model's context has 4096 tokens, but 4097"),
     "a suffix": (TEXT, {"suffix": "b"}, 400, "suffix: this server does not support this"),
     "best_of": (TEXT, {"best_of": 2}, 400, "best_of is 2"),
@@ -593,8 +593,21 @@ def test_a_full_queue(model: LanguageModel) -> None:
         reading.close()
         waiting.close()
         assert live.is_idle()
-    with Live(model, most_waiting=0) as live:
-        check_error(live.post(MESSAGE, **ASKED[MESSAGE]), 429, "0 requests are waiting", MESSAGE)
+    with Live(model, most_running=1, most_waiting=0) as live:
+        assert live.post(MESSAGE, **ASKED[MESSAGE]).status_code == 200  # nobody has to wait
+        check_error(live.post(CHAT, messages=HELLO, n=2), 400, "at most 1 are possible", CHAT)
+        with live.http.stream("POST", TEXT, json=LONG | {"stream": True}) as busy:
+            next(reading := busy.iter_bytes())
+            check_error(live.post(MESSAGE, **ASKED[MESSAGE]), 429, "0 requests are waiting", MESSAGE)
+            reading.close()
+
+
+def test_too_many_log_probabilities(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be an answer of tens of megabytes is refused with the field named."""
+    monkeypatch.setattr("zamba2.serve.app.MOST_SCORES", 20)
+    asked: dict[str, Any] = {"prompt": ["one two three four five six"] * 2, "max_tokens": 0, "echo": True}
+    check_error(live.post(TEXT, **asked, logprobs=5), 400, "log", TEXT)
+    assert live.post(TEXT, **asked, logprobs=1).status_code == 200
 
 
 @pytest.mark.parametrize("path", [TEXT, CHAT])

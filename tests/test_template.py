@@ -181,7 +181,7 @@ def test_what_python_would_ignore_is_not_raised(monkeypatch):
         known, before = weakref.WeakSet(), sys.gettrace()
         forgotten, finalized = Thing(), Thing()
         known.add(forgotten)
-        module._budget.deadline = 0.0
+        module._budget.deadline = module._budget.spent = 0.0
         sys.settrace(module._budget.trace)
         gc.callbacks.append(collected)
         try:
@@ -291,7 +291,7 @@ def test_the_deadline_is_not_lost_in_a_discarded_generator(monkeypatch):
 def late(text):
     halfway = numbers()
     next(halfway)
-    budget.deadline, halfway = 0, None  # an error raised in here would be a warning, and the end of tracing
+    budget.deadline, budget.spent, halfway = 0, 0, None  # an error raised in here would be a warning, and the end of tracing
     return list(map(len, [text]))
 """
     namespace = {"budget": module._budget}

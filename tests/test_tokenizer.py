@@ -329,3 +329,20 @@ def test_bad_text_and_ids(folders):
     for i in (-1, 1 << 40):
         with pytest.raises(Zamba2Error, match=f"token id {i} cannot be decoded"):
             tokenizer.decode([1, i])
+
+
+@given(text=st.text(max_size=60), special=st.booleans())
+def test_long_texts_are_read_as_short_ones(text: str, special: bool) -> None:
+    """Long texts and ids go to the library in another way, in which other threads run meanwhile, with the same result."""
+    from zamba2.language import tokenizer as module
+    from zamba2.weights.hub import RANDOM
+
+    tokenizer = Tokenizer.from_folder(RANDOM)
+    found = []
+    for limit in (0, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "LONG", limit)
+            ids = tokenizer.encode(text, add_special_tokens=special)
+            shown = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=False)
+            found.append((ids, shown, tokenizer.encode_with_offsets(text)))
+    assert found[0] == found[1]

@@ -44,6 +44,7 @@ def load(
     """See ``zamba2.load``."""
     if isinstance(backend, str) and backend not in BACKENDS:
         raise Zamba2Error(f"there is no backend {backend!r}; there is {', '.join(map(repr, BACKENDS))}.")
+    check_options(backend=backend, device=device, dtype=dtype, format=format, kv=kv)
     path = checkpoint_in(resolve(source, revision=revision, offline=offline))
     config = read_config(path)
     tokenizer = tokenizer_of(path, config)
@@ -53,7 +54,6 @@ def load(
         chosen = backend
     elif (backend or backend_for(path, device=device, dtype=dtype, format=format)) == "native":
         refuse_torch_options(device, dtype)
-        kv_format_named(kv or "bf16")
         with packed_folder(path, config, format) as packed:
             chosen = native_backend(packed, config, kv, threads, pin)
         if adapter is not None:
@@ -74,6 +74,21 @@ def load(
     if model.is_random:
         notice("this model has random weights: its words are noise (load a real one with --model, such as 2.7b-instruct).")
     return model
+
+
+def check_options(
+    *, backend: str | Backend | None = None, device: str | None = None, dtype: str | None = None, format: str | None = None,
+    kv: str | None = None, **_: Any,
+) -> None:  # fmt: skip
+    """What can be said of options before there is a checkpoint, which may take an hour to fetch. Raises Zamba2Error."""
+    if format is not None:
+        format_named(format)
+    if kv is not None:
+        kv_format_named(kv)
+    if backend == "native":
+        refuse_torch_options(device, dtype)
+    elif find_spec("torch") is None and (backend == "torch" or (device or "").startswith("cuda") or dtype is not None):
+        torch_backend()
 
 
 def backend_for(path: Path | None, *, device: str | None = None, dtype: str | None = None, format: str | None = None) -> str:

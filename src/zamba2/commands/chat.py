@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -101,6 +102,7 @@ def reply(conversation: Conversation, text: str, options: Mapping[str, Any]) -> 
     count = 0
     with reading_progress() as progress:
         pieces = conversation.say(text, progress=progress, **options)
+        cached = conversation.cached_tokens
         try:
             for piece in pieces:
                 if not count:
@@ -113,7 +115,7 @@ def reply(conversation: Conversation, text: str, options: Mapping[str, Any]) -> 
     rate = f"{(count - 1) / seconds:.1f} tokens/s, " if count > 1 and seconds > 0 else ""
     tokens = f"{count} token{'s' * (count > 1)}"
     print(flush=True)
-    print(f"[{tokens}, {rate}first after {first - start:.2f} s, {conversation.cached_tokens} cached]", file=sys.stderr)
+    print(f"[{tokens}, {rate}first after {first - start:.2f} s, {cached} cached]", file=sys.stderr)
 
 
 def line_reader() -> Callable[[], str]:
@@ -123,6 +125,13 @@ def line_reader() -> Callable[[], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings
+
+    class Kept(FileHistory):
+        """A disk that has become full costs what was typed its place in the file, and no more."""
+
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):
+                super().store_string(string)
 
     keys = KeyBindings()
 
@@ -134,8 +143,8 @@ def line_reader() -> Callable[[], str]:
     try:
         folder = user_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        open(folder / "chat_history", "a+b").close()
-        history = FileHistory(folder / "chat_history")
+        os.close(os.open(folder / "chat_history", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))  # for the user's eyes alone
+        history = Kept(folder / "chat_history")
     except (OSError, RuntimeError):  # no place to write, or no home folder
         history = InMemoryHistory()
     session: PromptSession[str] = PromptSession(history=history, key_bindings=keys)
@@ -145,7 +154,8 @@ def line_reader() -> Callable[[], str]:
 
 def read_line() -> str:
     try:
-        return sys.stdin.buffer.readline().decode("utf-8")
+        line = sys.stdin.buffer.readline().decode("utf-8")
+        return line[:-2] + "\n" if line.endswith("\r\n") else line
     except UnicodeDecodeError:
         raise Zamba2Error("a line was left out: it is not UTF-8 text.") from None
 

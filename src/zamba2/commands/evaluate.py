@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -118,6 +119,9 @@ def tasks(
 ) -> None:  # fmt: skip
     """Run lm-eval's tasks and print and write down the scores. Raises Zamba2Error."""
     need("lm_eval")
+    if where.get("offline"):  # before the libraries that read these are imported
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            os.environ.setdefault(name, "1")
     from zamba2.evaluate.answers import open_answers
     from zamba2.evaluate.harness import run_tasks
     from zamba2.evaluate.results import document, slug, write_result
@@ -267,7 +271,7 @@ def report(place: Path, result: Mapping[str, Any], markdown: str, as_json: bool)
     from zamba2.weights.files import replacing
 
     with replacing(place.with_suffix(".md")) as file:
-        file.write_text(markdown, encoding="utf-8")
+        file.write_text(markdown, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
     if as_json:
         print(json.dumps(result))
     else:

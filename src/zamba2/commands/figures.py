@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,14 @@ def main(
                 )  # fmt: skip
         except KeyboardInterrupt:
             raise Zamba2Error(f"interrupted; what was measured is in {out / 'figures.json'}, the same command goes on.") from None
-    page = write_report(results, out)
+    drawn = find_spec("matplotlib") is not None
+    if drawn:
+        page = write_report(results, out)
+    else:
+        notice("the plots are left out, since matplotlib is not installed; install it, and the same command draws them.")
     if not as_json:
         print_verdicts(results)
-        print(f"The report is {page}.")
+        print(f"The report is {page}." if drawn else f"The figures are in {out / 'figures.json'}.")
     print(json.dumps(results))
 
 

@@ -78,7 +78,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and prompt != "-" and file is not None:
         raise Zamba2Error("--file was given beside a prompt; give one of them.")
     if file is not None:
-        text = read_text(file)
+        text = read_text(file).removesuffix("\n")
     elif prompt is None and sys.stdin.isatty():
         raise Zamba2Error("there is no prompt; give a text, --file FILE, or pipe one in.")
     else:
@@ -94,8 +94,10 @@ def load_with_status(model: str, where: Mapping[str, Any]) -> LanguageModel:
         return zamba2.load(model, **where)
     from rich.console import Console
 
+    from zamba2.api import check_options
     from zamba2.weights.hub import resolve
 
+    check_options(**where)
     path = resolve(model, revision=where["revision"], offline=where["offline"])  # shows its own progress
     with Console(stderr=True).status("loading"):
         loaded = zamba2.load(path, **{name: value for name, value in where.items() if name not in ("revision", "offline")})

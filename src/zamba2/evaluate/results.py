@@ -41,7 +41,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{result['evaluation']}.json"
     with replacing(target) as place:
-        place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return target
 
 
