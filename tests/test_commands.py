@@ -268,13 +268,14 @@ def test_commands_inside(zamba: Any, tmp_path: Path) -> None:
     """/help, /history, /reset, /system, /save, /load and /exit do what the help says; unknown ones are named."""
     alone, _ = chat(zamba, "hello")
     out, err = chat(zamba, "hello", "/reset", "hello", "/exit", "never read")
-    assert (out, err) == (alone * 2, [])
+    assert (out, err) == (alone * 2, ["(begun again)"])
     _, err = chat(zamba, "/help")
     assert all(any(line.startswith(name) for line in err) for name in ("/help", "/reset", "/system", "/save", "/load", "/history", "/exit"))
     out, err = chat(zamba, "hello", "/history")
     assert err == ["user: hello", f"assistant: {out.rstrip(chr(10))}"]
     out, err = chat(zamba, "/system", "/system Be brief.", "/system", "hello", "/reset", "/system", "/history")
-    assert err == ["(no system message)", "Be brief.", "Be brief.", "system: Be brief."]
+    begun = ["(begun again, with this system message)", "Be brief.", "(begun again)"]
+    assert err == ["(no system message)", *begun, "Be brief.", "system: Be brief."]
     assert out == chat(zamba, "hello", options=("-n", "4", "--system", "Be brief."))[0] != alone
     _, err = chat(zamba, "/nonsense", "/save", "/load", "/load nowhere", "/save /", "/save ~nobody-here/\0")
     assert [line.partition(";")[0] for line in err[:3]] == [

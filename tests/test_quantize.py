@@ -475,3 +475,17 @@ def test_options_are_looked_at_before_anything_is_fetched(
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(Zamba2Error, match=sentence):
         zamba2.load("2.7b-instruct", **options)
+
+
+def test_a_file_written_over_while_in_use_is_named(tmp_path: Path) -> None:
+    """Where another model's file of the same size is copied over a mapped one, the next call is an error, not a mixture of both."""
+    quantize(RANDOM, tmp_path / "model", FORMATS["q8"])
+    model = zamba2.load(tmp_path / "model", threads=1)
+    model.generate("hi", max_tokens=2)
+    file = tmp_path / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000:] = bytes(1000)
+    with file.open("r+b") as stream:
+        stream.write(data)
+    with pytest.raises(Zamba2Error, match="was written to while in use; load the model again"):
+        model.generate("hi", max_tokens=2)

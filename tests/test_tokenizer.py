@@ -346,3 +346,15 @@ def test_long_texts_are_read_as_short_ones(text: str, special: bool) -> None:
             shown = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=False)
             found.append((ids, shown, tokenizer.encode_with_offsets(text)))
     assert found[0] == found[1]
+
+
+def test_templates_may_name_the_other_tokens(tmp_path: Path) -> None:
+    """A template sees unk_token and pad_token where the tokenizer's files name them, as in transformers, and nothing where they do not."""
+    from zamba2.weights.hub import RANDOM
+
+    for name in ("tokenizer.json", "config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((RANDOM / name).read_bytes())
+    named = {"pad_token": "[PAD]", "unk_token": {"content": "<unk>"}, "chat_template": "{{ unk_token }}|{{ pad_token }}|{{ sep_token }}"}
+    for own, wanted in ((named, "<unk>|[PAD]|"), ({"chat_template": named["chat_template"]}, "||")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+        assert Tokenizer.from_folder(tmp_path).render_chat([{"role": "user", "content": "hi"}]) == wanted

@@ -79,8 +79,10 @@ def command(conversation: Conversation, line: str) -> None:
         print(HELP, end="", file=sys.stderr)
     elif name == "/reset":
         conversation.reset(conversation.system)
+        print("(begun again)", file=sys.stderr)
     elif name == "/system" and argument:
         conversation.reset(argument)
+        print("(begun again, with this system message)", file=sys.stderr)
     elif name == "/system":
         print(conversation.system or "(no system message)", file=sys.stderr)
     elif name == "/save":

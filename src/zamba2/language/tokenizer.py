@@ -55,6 +55,9 @@ class Tokenizer:
         self.bos_token, self.bos_token_id = self._named("bos", names, generation, config, folder)
         self.eos_token, eos_id = self._named("eos", names, generation, config, folder)
         _, self.pad_token_id = self._named("pad", names, generation, config, folder)
+        others = {f"{kind}_token": names.get(f"{kind}_token") for kind in ("unk", "pad")}  # which templates may name, as in transformers
+        texts = {name: token.get("content") if isinstance(token, Mapping) else token for name, token in others.items()}
+        self._other_tokens = {name: text for name, text in texts.items() if isinstance(text, str)}
         stops = [eos_id, *_ids(generation, "eos_token_id", folder), *(config.eos_token_ids if config else ())]
         if CHATML_END in self._special:
             stops.append(vocabulary[CHATML_END])
@@ -117,6 +120,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             bos_token=self.bos_token,
             eos_token=self.eos_token,
+            **self._other_tokens,
         )
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

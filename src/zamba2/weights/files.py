@@ -64,7 +64,9 @@ class TensorFile:
 
     def _parse(self) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
-            size = self._size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            size, self._modified = status.st_size, status.st_mtime_ns
+            self._size = size
             prefix = os.pread(self._fd, 8, 0)
         except OSError as error:
             raise Zamba2Error(f"{self.path} cannot be read ({error.strerror}); a safetensors file is needed.") from None
@@ -110,10 +112,12 @@ class TensorFile:
         return Entry(dtype, tuple(shape), data + start, end - start)
 
     def check_size(self) -> None:
-        """Raises Zamba2Error if the file has become shorter since it was opened: mapped bytes may be gone."""
-        size = os.fstat(self._fd).st_size
-        if size < self._size:
-            raise Zamba2Error(f"{self.path} shrank from {self._size} to {size} bytes while in use; write or download it again.")
+        """Raises Zamba2Error if the file has become shorter since it was opened, as mapped bytes may be gone, or was written to."""
+        now = os.fstat(self._fd)
+        if now.st_size < self._size:
+            raise Zamba2Error(f"{self.path} shrank from {self._size} to {now.st_size} bytes while in use; write or download it again.")
+        if now.st_mtime_ns != self._modified:
+            raise Zamba2Error(f"{self.path} was written to while in use; load the model again.")
 
     def fileno(self) -> int:
         """The file's descriptor, open while this object lives."""

@@ -36,8 +36,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def cache_folder() -> Path:
-    """This program's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2"
+    """This program's folder in the user's cache. Raises Zamba2Error for a user without a home who names none."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2"
+    except RuntimeError:
+        raise Zamba2Error("there is no home folder for a cache; set XDG_CACHE_HOME to a folder that can be written to.") from None
 
 
 def resolve(
