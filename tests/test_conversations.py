@@ -445,3 +445,14 @@ def test_penalties_see_the_whole_conversation(tmp_path: Path) -> None:
         conversation.save(tmp_path / "saved")
         conversation = model.conversation()
         conversation.load(tmp_path / "saved")
+
+
+def test_a_reply_cut_at_a_stop_text_costs_its_own_tokens_alone() -> None:
+    """Behind a reply that ended at a stop text the next turn reads that reply and what is new, and answers as reading everything does."""
+    model = zamba2.load("random", threads=1)
+    whole = model.chat([{"role": "user", "content": "one"}], max_tokens=12).text
+    conversation = model.conversation()
+    reply = "".join(piece.text for piece in conversation.say("one", max_tokens=12, stop=[whole[4:7]]))
+    assert reply == whole[: whole.index(whole[4:7])]
+    wanted = model.chat([*conversation.messages, {"role": "user", "content": "two"}], max_tokens=8).text
+    assert "".join(piece.text for piece in conversation.say("two", max_tokens=8)) == wanted and conversation.cached_tokens > 5

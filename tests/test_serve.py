@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HELLO = [{"role": "user", "content": "Spell the word river."}]
 LONG = {"prompt": "One day", "max_tokens": 3500, "ignore_eos": True, "temperature": 0}  # takes seconds
 JSON = {"Content-Type": "application/json"}
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/tokenize", "/detokenize", "/v1/messages/count_tokens")
 
 
 class Live:

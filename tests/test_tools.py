@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -318,6 +318,13 @@ def test_responses_calls(live: Live) -> None:
 def test_messages_calls(live: Live) -> None:
     """Anthropic's client gets a call as a block of its own, whole and streamed."""
     asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=ANTHROPIC_TOOLS, max_tokens=200, extra_body=GREEDY)
+    import anthropic
+
+    for system, tools in (("Be brief.", ANTHROPIC_TOOLS), ("Be brief.", []), (anthropic.omit, ANTHROPIC_TOOLS)):
+        said: dict[str, Any] = dict(model="demo", messages=HELLO, system=system, tools=tools)
+        usage = live.anthropic.messages.create(**said, max_tokens=1).usage
+        counted = live.anthropic.messages.count_tokens(**said).input_tokens
+        assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
     for choice in ({"type": "any"}, {"type": "tool", "name": "draw", "disable_parallel_tool_use": True}):
         whole = live.anthropic.messages.create(**asked, tool_choice=choice)
         (block,) = whole.content
@@ -624,3 +631,26 @@ def test_company(model: LanguageModel, grammars: Grammars) -> None:
 
     together = collect(model.backend, requests(), model.tokenizer)
     assert [reply.tokens for reply in together] == [collect(model.backend, [one], model.tokenizer)[0].tokens for one in requests()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [('{"x":1e999}', None), ('{"x":' + "[" * 300 + "]" * 300 + "}", None), ('{"x":1e9}', {"x": 1e9}), ('{"x":"a', {}),
+     ('{"x":1,"y":tr', {"x": 1})],
+)  # fmt: skip
+def test_arguments_that_no_json_holds(arguments: str, wanted: dict[str, Any] | None) -> None:
+    """Arguments that cannot be sent as an object are an error with the tool named, never a body that is no JSON; cut ones come as far as
+    they are."""
+    from zamba2.language.model import make_request
+    from zamba2.serve.protocol import Ask, MessageStream, Problem, Reply, Said, TokenTexts
+    from zamba2.serve.scheduler import Prompt
+
+    reply = Reply(0, Ask(make_request([1], {}), Prompt(), "", calls="may"))
+    end = "}</tool_call>" if arguments.endswith("}") else ""
+    reply.add(Said(0, f'<tool_call>{{"name":"sum","arguments":{arguments}{end}', 5, (), "stop", None, 0))
+    stream = MessageStream("m", [reply], cast(TokenTexts, None))
+    if wanted is None:
+        with pytest.raises(Problem, match="the arguments for sum cannot be sent as JSON"):
+            stream.whole()
+    else:
+        assert stream.whole()["content"][-1]["input"] == wanted

@@ -62,18 +62,22 @@ class Conversation:
 
     def _reply(self, messages: list[dict[str, Any]], text: str, request: Request, progress: Progress | None) -> Iterator[Piece]:
         pieces: list[Piece] = []
+        asked: State | None = None  # what has read the prompt alone, for a reply that is cut at a stop text
         try:
             for piece in run(self.backend, [request], self.tokenizer, progress=progress):
+                if request.stop and not pieces:
+                    asked = piece.state.copy()
                 pieces.append(piece)
                 yield piece
         finally:
             if pieces:
                 reply = "".join(piece.text for piece in pieces)
                 self.messages = [*messages, {"role": "assistant", "content": reply}]
-                self._settle(text, reply, pieces, request)
+                self._settle(text, reply, pieces, request, asked)
 
-    def _settle(self, text: str, reply: str, pieces: list[Piece], request: Request) -> None:
-        """Keep the state if what it has read is exactly the text; else the next turn reads the whole conversation again."""
+    def _settle(self, text: str, reply: str, pieces: list[Piece], request: Request, asked: State | None) -> None:
+        """Keep the state if what it has read is exactly the text, or else that behind the prompt; without one the next turn reads the whole
+        conversation again."""
         tokens, last = [piece.token for piece in pieces], pieces[-1]
         start = 0 if request.state is None else request.state.position
         came = [*request.tokens, *tokens]
@@ -83,6 +87,8 @@ class Conversation:
         whole = self.tokenizer.incremental(skip_special_tokens=False, after=request.tokens)
         if ahead or "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
             self._forget()
+            if asked is not None and asked.position == start + len(request.tokens):
+                self.state, self.text, self.history = asked, text, [*request.history, *request.tokens]
             return
         said = text + reply + self.tokenizer.decode(end, skip_special_tokens=False)
         self.state, self.unread, self.text = last.state, unread, said

@@ -42,6 +42,7 @@ from zamba2.serve.protocol import (
     ChatStream,
     CompletionBody,
     CompletionStream,
+    CountTokensBody,
     DetokenizeBody,
     MessagesBody,
     MessageStream,
@@ -293,17 +294,20 @@ class Server:
         except Zamba2Error as error:
             raise Problem(f"{field}: {error}", param=field.partition(" ")[0]) from None
 
+    def read_turns(self, turns: Sequence[Turn], box: Toolbox | None, *, goes_on: bool) -> tuple[list[int], Prompt, str]:
+        """A request's conversation as ``read_chat`` gives it. goes_on: whether the last message is the beginning of the reply."""
+        messages = conversation(turns, () if box is None else box.tools)
+        prefill = messages.pop()["content"] if goes_on else ""
+        return self.read_chat(messages, prefill)
+
     def chat_asks(
         self, turns: Sequence[Turn], options: dict[str, Any], wanted: int | None, *, n: int = 1, box: Toolbox | None = None,
         form: dict[str, Any] | None = None, field: str = "response_format", goes_on: bool = False,
     ) -> list[Ask]:  # fmt: skip
-        """What to ask of the scheduler for a conversation. goes_on: whether the last message is the beginning of the reply. Raises
-        Problem."""
+        """What to ask of the scheduler for a conversation; goes_on as in ``read_turns``. Raises Problem."""
         with asked():
             self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
-            messages = conversation(turns, () if box is None else box.tools)
-            prefill = messages.pop()["content"] if goes_on else ""
-            ids, prompt, text = self.read_chat(messages, prefill)
+            ids, prompt, text = self.read_turns(turns, box, goes_on=goes_on)
             options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens)}
             made = self.constraint(form, box, field)
             calls: Calls = "none" if box is None else box.calls(formatted=form is not None)
@@ -702,6 +706,20 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         asks = await asyncio.to_thread(server.chat_asks, body.turns, options, body.max_tokens, box=body.toolbox(), goes_on=goes_on)
         talk = server.talk(http, asks, body.stream)
         return await server.respond(http, talk, MessageStream(name, talk.replies, server.texts))
+
+    good = schema(input_tokens=NUMBER)
+
+    @app.post("/v1/messages/count_tokens", responses=documented(good, error=ANTHROPIC_ERROR), response_class=Response)
+    async def count_tokens(body: CountTokensBody) -> Response:
+        """How many tokens a conversation has for the model, the mark of its reply included, in the layout of Anthropic's API."""
+        server.chosen(body.model)
+        server.check_sizes(messages=len(body.messages))
+
+        def work() -> int:
+            with asked():
+                return len(server.read_turns(body.turns, body.toolbox(), goes_on=body.messages[-1].role == "assistant")[0])
+
+        return answer({"input_tokens": await asyncio.to_thread(work)})
 
     def about_model(name: str) -> dict[str, Any]:
         """For OpenAI's clients and Anthropic's, who ask at the same address."""

@@ -26,8 +26,8 @@ from zamba2.serve.scheduler import Busy, Prompt, TimeIsUp
 from zamba2.serve.tools import NO_ARGUMENTS, Call, CallReader, Calls, Result, Tool, Toolbox, Turn, compact, conversation, stray_result
 
 __all__ = [
-    "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "DetokenizeBody", "Event", "MessageStream", "MessagesBody",
-    "Problem", "Reply", "ResponseBody", "ResponseFormat", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody",
+    "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "CountTokensBody", "DetokenizeBody", "Event", "MessageStream",
+    "MessagesBody", "Problem", "Reply", "ResponseBody", "ResponseFormat", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody",
     "anthropic_error", "openai_error", "problem_of", "sampling_options", "sse", "validation_problem",
 ]  # fmt: skip
 
@@ -803,6 +803,12 @@ class MessagesBody(Body):
     def turns(self) -> list[Turn]:
         first = [] if self.system is None else [Turn("system", (self.system,))]
         return [*first, *(message.turn for message in self.messages)]
+
+
+class CountTokensBody(MessagesBody):
+    """``/v1/messages/count_tokens``: the same without a reply."""
+
+    max_tokens: Count = 1
 
 
 class TokenizeBody(Body):
