@@ -102,6 +102,10 @@ class Conversation:
             if whole[len(whole) - len(rest) :] == rest:  # a token does not reach over the border
                 self.cached_tokens = self.state.position
                 return self.unread + rest
+            read = len(self.history)
+            if read == self.state.position and whole[:read] == self.history and read < len(whole):
+                self.cached_tokens = read
+                return whole[read:]
         self._forget()
         return whole
 
