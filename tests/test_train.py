@@ -927,7 +927,7 @@ def test_results_are_packed_described_and_uploaded(tmp_path):
         assert done.returncode == 2 and "is complete, but was not uploaded: The Hub refused access to me/mini" in done.stderr
         assert (tmp_path / "two" / "model" / "model.safetensors").exists()
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: zamba2\n") and "| learning_rate | 0.001 |" in card and "| 64 | 64 | 0 |" in card
+    assert card.startswith("---\nlibrary_name: zamba2\n") and "| learning_rate | 0.001 |" in card and "| 64 | 0 | 64 |" in card
     assert zamba2.load(wanted.out / "model-q8").backend.format.name == "q8"
 
 
@@ -1005,6 +1005,9 @@ def test_what_is_held_out_is_never_trained_on(tmp_path):
     prepared = prepare(wanted, tokenizer, [RANDOM / "tokenizer.json"], lambda count: None)
     held_out, train = ({tuple(row) for row in some["input_ids"]} for some in (prepared.held_out, prepared.train))
     assert len(held_out) == 8 and len(train) == 64 and not held_out & train and len(prepared.train) > 64
+    used = [found["used"] for found in prepared.report["sets"]]
+    assert sum(found["examples"] for found in used) == len(prepared.train)  # repeated ones as often as they come
+    assert sum(found["tokens"] for found in used) == sum(map(len, prepared.train["input_ids"]))
 
 
 def test_the_disk_may_be_full_for_torch_too(tmp_path):

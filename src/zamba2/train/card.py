@@ -45,11 +45,11 @@ def model_card(recipe: Recipe, report: Mapping[str, Any], versions: Mapping[str,
             "",
             "## Data",
             "",
-            "| set | weight | read | kept | dropped | tokens | trained on |",
+            "| set | weight | rows read | dropped | examples used | tokens | trained on |",
             "|---|---|---|---|---|---|---|",
             *(
-                f"| {found['set']} | {found['weight']:g} | {found['read']:,} | {found['kept']:,} | {found['read'] - found['kept']:,} "
-                f"| {found['tokens']:,} | {found['trained']:,} |"
+                f"| {found['set']} | {found['weight']:g} | {found['read']:,} | {found['read'] - found['kept']:,} "
+                f"| {found['used']['examples']:,} | {found['used']['tokens']:,} | {found['used']['trained']:,} |"
                 for found in report["sets"]
             ),
             "",

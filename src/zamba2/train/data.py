@@ -528,6 +528,14 @@ class Tally:
     whole: bool = False
     dropped: Counter[str] = field(default_factory=Counter)
 
+    def keep(self, masked: Masked | MaskedPair | None) -> None:
+        """Count one more example that is kept."""
+        sides = () if masked is None else (masked,) if isinstance(masked, Masked) else (masked.chosen, masked.rejected)
+        self.kept += 1
+        self.tokens += sum(map(len, sides))
+        self.trained += sum(int(side.loss.sum()) for side in sides)
+        self.longest = max([self.longest, *map(len, sides)])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, the reasons by number."""
         return {**vars(self), "dropped": dict(self.dropped.most_common())}
@@ -568,8 +576,7 @@ class Reader:
             except Unusable as reason:
                 tally.dropped[str(reason)] += 1
                 continue
-            tally.kept += 1
-            self._count(example.masked)
+            tally.keep(example.masked)
             yield example
         else:
             tally.whole = True
@@ -620,12 +627,6 @@ class Reader:
         if self.filters.max_tokens is not None and len(masked) > self.filters.max_tokens:
             raise Unusable(f"longer than {self.filters.max_tokens} tokens")
         return masked
-
-    def _count(self, masked: Masked | MaskedPair | None) -> None:
-        sides = () if masked is None else (masked,) if isinstance(masked, Masked) else (masked.chosen, masked.rejected)
-        self.tally.tokens += sum(map(len, sides))
-        self.tally.trained += sum(int(side.loss.sum()) for side in sides)
-        self.tally.longest = max([self.tally.longest, *map(len, sides)])
 
 
 # ---- mixing ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, local_files, mixture
+from zamba2.train.data import Example, Filters, Part, Prompts, Reader, Tally, check_parts, evaluation_prompts, local_files, mixture
 from zamba2.train.masks import Masked, MaskedPair
 from zamba2.train.packing import IGNORED, pack
 from zamba2.train.recipe import Recipe
@@ -94,7 +94,8 @@ def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path
         kept: set[tuple[str, str]] = set()
         held_out = _remembered(itertools.islice(examples, recipe.held_out), kept)
         others = (example for example in examples if (example.part.label, example.place) not in kept)  # a set that is begun again has them
-        for name, some in (("held_out", held_out), ("train", others)):
+        used = {id(part): Tally() for part in parts}  # readers are ahead of what is drawn from them
+        for name, some in (("held_out", held_out), ("train", _tallied(others, used))):
             report[name] = 0
             with ArrowWriter(path=str(temporary / f"{name}.arrow"), features=features) as writer:
                 for row in _rows(recipe, some):
@@ -104,7 +105,10 @@ def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path
                     writer.finalize()
         if not report["train"]:
             raise Zamba2Error(f"nothing is left to train on: held_out is {recipe.held_out} and there are no more examples; lower it.")
-        report["sets"] = [{"set": reader.part.label, "weight": reader.part.weight, **reader.tally.to_dict()} for reader in readers]
+        report["sets"] = [
+            {"set": reader.part.label, "weight": reader.part.weight, **reader.tally.to_dict(), "used": _amounts(used[id(reader.part)])}
+            for reader in readers
+        ]
         with replacing(temporary / "report.json") as place:
             place.write_text(json.dumps(report, indent=1))
         if folder.exists():
@@ -125,6 +129,16 @@ def _remembered(examples: Iterable[Example], places: set[tuple[str, str]]) -> It
     for example in examples:
         places.add((example.part.label, example.place))
         yield example
+
+
+def _tallied(examples: Iterable[Example], used: Mapping[int, Tally]) -> Iterator[Example]:
+    for example in examples:
+        used[id(example.part)].keep(example.masked)
+        yield example
+
+
+def _amounts(tally: Tally) -> dict[str, int]:
+    return {"examples": tally.kept, "tokens": tally.tokens, "trained": tally.trained}
 
 
 def _rows(recipe: Recipe, examples: Iterable[Example]) -> Iterator[Mapping[str, Any]]:

@@ -129,9 +129,9 @@ class Progress:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         figure, left = pyplot.subplots(figsize=(8, 4.5))
         for name, style in (("loss", "-"), ("eval_loss", "o-")):
-            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
+            points = {line["step"]: line[name] for line in lines if isinstance(line.get(name), (int, float))}  # the last try of a step
             if points:
-                left.plot(*zip(*points, strict=True), style, label=name.replace("eval_", "held-out "), linewidth=1)
+                left.plot(*zip(*sorted(points.items()), strict=True), style, label=name.replace("eval_", "held-out "), linewidth=1)
         left.set_xlabel("step")
         left.set_ylabel("loss (nats)")
         left.legend()
