@@ -176,7 +176,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if not path.name or "\0" in path.name:
         raise Zamba2Error(f"{path} is not a name to write to; choose another place.")
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():  # a device's place would be taken by a file
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a device's place would be taken by a file
         raise Zamba2Error(f"{path} is neither a file nor a folder; choose another place.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")  # containers that share a folder share numbers
     on_interrupt = signal.getsignal(signal.SIGINT)
