@@ -101,10 +101,10 @@ def test_version(zamba: Any) -> None:
     assert zamba("--version") == (0, f"zamba2 {zamba2.__version__}\n", [])
 
 
-@pytest.mark.parametrize(("arguments", "seconds"), [(["--help"], 0.1), *[([*command.split(), "--help"], 0.9) for command in COMMANDS]])
-def test_help_is_instant(arguments: list[str], seconds: float) -> None:
-    """Help is there at once: so many seconds of a processor behind what typer itself takes to start on this machine. The best of several
-    runs counts, and waiting for the processor does not: other programs may have it meanwhile."""
+@pytest.mark.parametrize(("arguments", "times"), [(["--help"], 1.6), *[([*command.split(), "--help"], 7) for command in COMMANDS]])
+def test_help_is_instant(arguments: list[str], times: float) -> None:
+    """Help is there at once: within so many times what typer itself takes to start on this machine. The best of several runs counts, and
+    waiting for the processor does not: other programs may have it meanwhile."""
     best = {"own": float("inf"), "typer": float("inf")}
     for _ in range(12):
         for name, command in (("own", ["-m", "zamba2", *arguments]), ("typer", ["-c", "import typer.rich_utils"])):
@@ -112,7 +112,7 @@ def test_help_is_instant(arguments: list[str], seconds: float) -> None:
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             best[name] = min(best[name], after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        if best["own"] < best["typer"] + seconds:
+        if best["own"] < best["typer"] * times:
             return
     pytest.fail(f"{arguments} takes {best['own']:.2f} s, {best['typer']:.2f} of which are typer's")
 
