@@ -169,7 +169,7 @@ def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
     target = cache_folder() / "packed" / f"{format.name}-{name}"
     if not is_packed(target):
         why = " (the fastest on a CPU; format q8 or bf16 is nearer to the original)" if explain else ""
-        if target.exists():
+        if target.exists() and not is_packed(target):  # looked at again: another program may just have made it
             notice(f"{target} is damaged, so it is made anew.")
             shutil.rmtree(target, ignore_errors=True)
         notice(f"packing {path} as {format.name}{why} into {target}, once.")
