@@ -149,7 +149,8 @@ def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
 
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, progress: Progress) -> Any:
     """trl's trainer for the recipe's stage. model: a Zamba2ForCausalLM; with ``recipe.lora``, adapters are added to it."""
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # each process would turn, or round, the parts of matrices that it holds
+    spread = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if spread:  # each process would turn, or round, the parts of matrices that it holds
         if recipe.precision == "bf16" and recipe.lora is None:
             raise Zamba2Error("precision is bf16, where small weights stay fp32, and FSDP wants all of one kind; use precision=bf16-mixed.")
         if recipe.optimizer == "muon":
@@ -212,7 +213,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
             loss_weights=[1.0, recipe.sft_weight] if recipe.sft_weight else None,
             precompute_ref_log_probs=True, precompute_ref_batch_size=recipe.device_batch_size,
         )  # fmt: skip
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and recipe.lora is None:
+        if spread and recipe.lora is None:
             common["ref_model"] = deepcopy(model)  # or trl opens the checkpoint with transformers' own class, whose numbers are others
         trainer = Preferences(args=preferences, **common)
         if recipe.lora is not None:  # trl's copy of the untrained adapter; adapters switched off are the same reference

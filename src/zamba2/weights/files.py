@@ -165,9 +165,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block succeeds and vanishes if it does not.
 
     Works for a file and for a folder (created here, when the target is missing or an empty folder). A link stays one: what it names is
-    written. In the main thread
-    Ctrl-C raises KeyboardInterrupt meanwhile, whatever it does elsewhere, so that nothing is left behind.
-    Raises Zamba2Error when the system refuses to write (disk full, no permission).
+    written. In the main thread Ctrl-C raises KeyboardInterrupt meanwhile, whatever it does elsewhere, so that nothing is left behind.
+    Raises Zamba2Error when the system refuses to write (disk full, no permission), and for devices.
     """
     import shutil
     import signal
