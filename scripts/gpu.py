@@ -58,6 +58,7 @@ from zamba2.weights.checkpoint import FP32_PARTS  # noqa: E402
 Result = dict[str, Any]
 BF16 = torch.bfloat16
 SPREAD = 0.02  # of random weights
+MODEL_ROUNDING = 5e-2  # relative difference of scores that two orders of bf16 roundings leave
 PROMPT, LONG_PROMPT, BATCH = 512, 2048, 32  # tokens, tokens, sequences
 WORKERS = 8  # processes that check cases: Triton compiles a kernel for most of them
 
@@ -417,7 +418,7 @@ def as_views(arguments: dict[str, Any]) -> dict[str, Any]:
 
 # ---- tests ------------------------------------------------------------------------------------------------------------------
 
-TESTS = ("test_triton_linear.py", "test_triton_step.py", "test_gpu.py")
+TESTS = ("test_triton_linear.py", "test_triton_step.py", "test_triton_prompt.py", "test_gpu.py")
 
 
 def tests(setting: Setting) -> Iterator[Result]:
@@ -598,7 +599,8 @@ def generate(setting: Setting) -> Iterator[Result]:
     """Decoding and reading prompts with ``TorchBackend``: bf16, then packed weights. Kernels are compiled anew here."""
     backend = backend_of(random_zamba2(setting.config, setting.device, BF16), setting)
     parts: dict[str, Callable[[Any, Setting], Result]] = {
-        "cold": cold, "decode": decode, "profile": decode_profile, "prefill": prefill, "batch": batch,
+        "cold": cold, "decode": decode, "profile": decode_profile, "prefill": prefill, "prefill_profile": prefill_profile,
+        "batch": batch,
     }  # fmt: skip
     for name, part in parts.items():
         yield {name: attempt(setting, partial(part, backend, setting))}
@@ -690,6 +692,19 @@ def prefill(backend: Any, setting: Setting) -> Result:
     texts = prompts(setting, 1, LONG_PROMPT)
     seconds = [repeat(backend, texts, 0)["ttft_seconds"] for _ in range(setting.pick(8, 2))]
     return {"prompt_tokens": len(texts[0]), "first_seconds": seconds[0], "ttft_seconds": statistics.median(seconds[2:] or seconds)}
+
+
+def prefill_profile(backend: Any, setting: Setting) -> Result:
+    """The kernels of a 2,048-token prompt; and that its scores are those of the model's own operations, but for roundings."""
+    texts = prompts(setting, 1, LONG_PROMPT)
+    with torch.inference_mode():
+        found = backend.prompts.read(texts[0], len(texts[0]))[1]
+        difference = relative(found, backend.model(torch.from_numpy(texts[0]).long().to(setting.device)[None])[0])
+    if not difference <= MODEL_ROUNDING:
+        raise ArithmeticError(f"scores of prompts differ by {difference:.1e} from the model's; {MODEL_ROUNDING} is allowed")
+    del found
+    repeat(backend, texts, 0)
+    return profiled(setting, lambda: repeat(backend, texts, 0)) | {"prompt_tokens": len(texts[0]), "difference": difference}
 
 
 def decode_profile(backend: Any, setting: Setting) -> Result:

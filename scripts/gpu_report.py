@@ -1,4 +1,4 @@
-"""What scripts/gpu.py measured, as Markdown: the lines beside limits and rivals, and where the time of a token and of a step goes.
+"""What scripts/gpu.py measured, as Markdown: the lines beside limits and rivals, and where the time of a token, a prompt and a step goes.
 
 Used by scripts/update_docs.py. A floor is what a kernel's bytes take at the measured copy rate, or its operations at the measured
 product rate, whichever bounds it.
@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from zamba2.bench.measure import prefill_operations
 from zamba2.config import Config
 
 __all__ = ["lines_table", "profile_tables"]
@@ -53,7 +54,7 @@ def lines_table(results: Mapping[str, Any], *, scans: bool = True) -> str:
 
 
 def profile_tables(results: Mapping[str, Any]) -> str:
-    """The kernels of a decoded token and of a training step, by kind, beside their floors."""
+    """The kernels of a decoded token, of a prompt and of a training step, by kind, beside their floors."""
     config = Config.from_dict(results["config"])
     copy, product = results["machine"]["copy_bytes_per_second"], results["machine"]["product_operations_per_second"]
     parts = []
@@ -62,6 +63,10 @@ def profile_tables(results: Mapping[str, Any]) -> str:
         context = results["generate"]["decode"]["context"]
         title = f"One decoded token, one sequence of {context:.0f} tokens, bf16"
         parts.append(profile(title, token, token_kinds(config, context, copy)))
+    prompt = results.get("generate", {}).get("prefill_profile", {})
+    if "longest" in prompt:
+        tokens = prompt["prompt_tokens"]
+        parts.append(profile(f"A prompt of {tokens:,} tokens, bf16", prompt, prompt_kinds(config, tokens, copy, product)))
     step = results.get("train", {}).get("profile", {})
     if "longest" in step:
         tokens = results["train"]["tokens"]
@@ -94,6 +99,27 @@ def token_kinds(config: Config, context: float, copy: float) -> list[Kind]:
         Kind("products with weights", "^_matvec", BF16 * config.weights_per_token() / copy),
         Kind("convolution, scan step and gate", "^_mixer_step", state / copy),
         Kind("attention", "^_(attend|combine|rotate)", config.kv_bytes_per_token() * context / copy),
+    ]
+
+
+def prompt_kinds(config: Config, tokens: int, copy: float, product: float) -> list[Kind]:
+    layers, hybrids = config.num_hidden_layers, len(config.hybrid_layer_ids)
+
+    def moved(values: float) -> float:
+        """Seconds for values of bf16 per token."""
+        return BF16 * values * tokens / copy
+
+    qkv, hidden, inner = config.attention_hidden_size + 2 * config.kv_dim, config.hidden_size, config.d_inner
+    attention = 2.0 * tokens**2 * config.attention_hidden_size * hybrids
+    return [
+        Kind("products with weights", "nvjet|gemm|cutlass|xmma", prefill_operations(config, tokens) / product),
+        Kind("attention", "sdpa|flash|fmha", attention / product),
+        Kind("scan and gate", "^_(output|contribution|carry|sum_logs)", moved(3 * inner * layers)),
+        Kind("convolution", "^_forward$", moved(2 * config.conv_dim * layers)),
+        Kind("sums and norms", "^_(add_norm|rms_norm|concat)", moved(4 * hidden * layers + 6 * hidden * hybrids)),
+        Kind("GEGLU and its adapter", "^_geglu", moved(3 * config.intermediate_size * hybrids)),
+        Kind("queries, keys and values in their places", "^_place_heads", moved(3 * qkv * hybrids)),
+        Kind("torch: copies and the like", "at::native", None),
     ]
 
 

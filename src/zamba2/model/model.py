@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from zamba2.model.state import LayerRecord, ModelState
 __all__ = ["Mamba2", "SharedBlock", "Zamba2"]
 
 T = TypeVar("T")
+GATED_EPS = 1e-5  # of the norm behind a mixer's scan, not rms_norm_eps (FACTS 2)
 WORTH_IT = 1 << 21  # elements
 
 
@@ -86,6 +87,12 @@ class Adapter(nn.Sequential):
         super().__init__(Linear(in_features, rank), Linear(rank, out_features))
 
 
+def adapter_of(adapters: nn.ModuleDict, position: int) -> tuple[Tensor | Packed, Tensor | Packed]:
+    """A, (rank, in), and B, (out, rank), of one position's adapter."""
+    down, up = (projection.weight for projection in cast("Adapter", adapters[str(position)]))
+    return cast("tuple[Tensor | Packed, Tensor | Packed]", (down, up))
+
+
 @dataclass
 class Context:
     """What all layers of one call share."""
@@ -98,7 +105,6 @@ class Context:
     state: ModelState | None
     records: list[LayerRecord] | None
     hoisted: dict[int | None, list[Tensor]]  # block -> W_right (w2 x0), (b, T, rows), of q, k, v or of the three together
-    lengths: Tensor | None  # (b,), how much of each row is text, where there is padding at the right
 
 
 class Attention(nn.Module):
@@ -240,11 +246,11 @@ class Mamba2(nn.Module):
 
     def recur(
         self, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
-        seq_idx: Tensor | None = None, lengths: Tensor | None = None,
+        seq_idx: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Convolution and scan. xBC: (b, T, conv_dim); dt: (b, T, heads) before softplus. Returns y (b, T, d_inner), states."""
         config = self.config
-        xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx, lengths=lengths)
+        xBC, conv = ops.causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state=conv, seq_idx=seq_idx)
         if real is not None:
             xBC = xBC * real  # the convolution's bias is not zero
         x, B, C = xBC.split([config.d_inner, *[config.mamba_ngroups * config.mamba_d_state] * 2], dim=-1)
@@ -259,18 +265,17 @@ class Mamba2(nn.Module):
             dt_bias=self.dt_bias,
             state=S,
             seq_idx=seq_idx,
-            lengths=lengths,
         )
         return y.flatten(-2), conv, S
 
     def between(
         self, z: Tensor, xBC: Tensor, dt: Tensor, conv: Tensor | None, S: Tensor | None, real: Tensor | None, ops: _ops.Ops,
-        seq_idx: Tensor | None, lengths: Tensor | None,
+        seq_idx: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """All between the two projections. z: (b, T, d_inner); the rest as in ``recur``. Returns (b, T, d_inner) and the states."""
-        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx, lengths)
+        y, conv, S = self.recur(xBC, dt, conv, S, real, ops, seq_idx)
         groups = self.config.mamba_ngroups
-        return ops.rms_norm(y, self.norm.weight, 1e-5, gate=z, groups=groups), conv, S  # not rms_norm_eps (FACTS 2)
+        return ops.rms_norm(y, self.norm.weight, GATED_EPS, gate=z, groups=groups), conv, S
 
     def forward(self, u: Tensor, layer: Layer, context: Context, ops: _ops.Ops) -> Tensor:
         config, state = self.config, context.state
@@ -278,9 +283,7 @@ class Mamba2(nn.Module):
             u = u * context.real
         z, xBC, dt = self.in_proj(u).split([config.d_inner, config.conv_dim, config.n_mamba_heads], dim=-1)
         before = (None, None) if state is None else (state.conv[layer.index], state.ssm[layer.index])
-        between = partial(
-            self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx, lengths=context.lengths
-        )
+        between = partial(self.between, conv=before[0], S=before[1], real=context.real, ops=ops, seq_idx=context.seq_idx)
         gated, conv, S = again_in_backward(between, z, xBC, dt) if state is None else between(z, xBC, dt)
         if state is not None:
             state.conv[layer.index], state.ssm[layer.index] = conv, S
@@ -349,14 +352,9 @@ class Zamba2(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, state: ModelState | None = None,
-        attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, lengths: Tensor | None = None, record: bool = False,
+        attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, record: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H).
-
-        lengths: (b,), 1 to T, for the first call of a state alone: how much of each row is text, with padding behind it. Unlike
-        padding at the left it takes no mask. SSM and convolution states are then those behind the texts; keys and values of padding
-        follow the texts', and are the caller's to cut off, as is ``position``, which counts them.
-        """
+        """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -366,9 +364,7 @@ class Zamba2(nn.Module):
             raise ValueError("a state holds one document per row; seq_idx cannot be used with it")
         if record and state is None:
             raise ValueError("record needs a state")
-        if lengths is not None and (state is None or state.position or attention_mask is not None or record):
-            raise ValueError("lengths belong to the first call of a state, without attention_mask or record")
-        context = self.context(x, state, attention_mask, seq_idx, record, lengths)
+        context = self.context(x, state, attention_mask, seq_idx, record)
         for layer in self.layers:
             assert isinstance(layer, DecoderLayer)
             shared = self.shared_blocks[layer.layer.block] if layer.layer.block is not None else None
@@ -379,9 +375,8 @@ class Zamba2(nn.Module):
         return self.ops.rms_norm(x, self.final_layernorm.weight, self.config.rms_norm_eps)
 
     def context(
-        self, x0: Tensor, state: ModelState | None, attention_mask: Tensor | None, seq_idx: Tensor | None, record: bool,
-        lengths: Tensor | None,
-    ) -> Context:  # fmt: skip
+        self, x0: Tensor, state: ModelState | None, attention_mask: Tensor | None, seq_idx: Tensor | None, record: bool
+    ) -> Context:
         """Masks, ends and rotary angles of one call."""
         length, past = x0.shape[1], 0 if state is None else state.position
         padding, device = None if state is None else state.padding, x0.device  # padding: (b,) columns to skip at the left
@@ -407,7 +402,7 @@ class Zamba2(nn.Module):
             mask = (mask | (keys == columns[:, None]))[:, None]  # padding sees itself, or its softmax would be empty
         real = None if padding is None or past else (columns >= start[:, None])[..., None]
         rope = self.rotary_angles(positions) if self.config.use_mem_rope else None
-        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {}, lengths)
+        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {})
 
     def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * base ** (-2i / d). positions: (b, T). Returns (b, 1, T, head_dim), fp32."""

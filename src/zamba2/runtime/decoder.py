@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from zamba2.config import Layer
 from zamba2.errors import Zamba2Error
-from zamba2.model.model import Adapter, DecoderLayer, Mamba2, SharedBlock, Zamba2
+from zamba2.model.model import GATED_EPS, DecoderLayer, Mamba2, SharedBlock, Zamba2, adapter_of
 from zamba2.model.ops.triton_linear import embedding, linear
 from zamba2.model.ops.triton_step import PAGE, attend, choose, mixer_step, read_conv, read_pages, write_conv, write_pages
 from zamba2.model.packed import Packed
@@ -42,7 +42,6 @@ MOST_ROWS = 64  # sequences of a call
 BUCKETS = (1, 2, 4, 8, 16, 32, MOST_ROWS)  # a graph for each; a call takes the smallest that holds it
 PATIENCE = 4  # calls in a row that read what was likeliest, before the next is begun unasked
 FIRST_SLOTS, FIRST_PAGES, FIRST_WIDTH = 5, 65, 64  # of the pools, which double when they are full; number 0 is scratch
-GATED_EPS = 1e-5  # not rms_norm_eps (FACTS 2)
 
 Rows = tuple[Tensor, Tensor]  # slots and positions of the rows, (count,) int32 each
 
@@ -305,14 +304,14 @@ class Decoder:
             normed, scale = self.model.ops.concat_rms_norm(x.sum, x0, weight, block.eps)
             u = torch.cat([normed, x0 * weight[config.hidden_size :] * scale], dim=-1)
             lists = (attention.linear_q_adapter_list, attention.linear_k_adapter_list, attention.linear_v_adapter_list)
-            adapters = [_matrices(own[str(layer.position)]) for own in lists]
+            adapters = [adapter_of(own, layer.position) for own in lists]
             qkv = qkv + torch.cat([self._linear(self._linear(u, down), up) for down, up in adapters], dim=-1)
         y = attend(
             qkv, self.pages, self.table, positions, slots, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
             head_dim=config.attention_head_dim, scale=config.attention_scale, rope=self.frequencies, layer=layer.position,
         )  # fmt: skip
         o = self._linear(y, attention.o_proj.weight, split=True)
-        (down, up), norm = _matrices(mlp.gate_up_proj_adapter_list[str(layer.position)]), block.pre_ff_layernorm.weight
+        (down, up), norm = adapter_of(mlp.gate_up_proj_adapter_list, layer.position), block.pre_ff_layernorm.weight
         low = (self._linear(o, down, norm=norm, eps=block.eps), up)
         f = self._linear(o, mlp.gate_up_proj.weight, norm=norm, eps=block.eps, low=low, geglu=True)
         return self._linear(f, mlp.down_proj.weight, split=True)
@@ -345,13 +344,6 @@ def _known(tensor: Tensor | None) -> Tensor:
     """A tensor of a state that has read something."""
     assert tensor is not None
     return tensor
-
-
-def _matrices(adapter: nn.Module) -> tuple[Tensor | Packed, Tensor | Packed]:
-    """An adapter's two, (rank, in) and (out, rank)."""
-    assert isinstance(adapter, Adapter)
-    down, up = (projection.weight for projection in adapter)
-    return cast("tuple[Tensor | Packed, Tensor | Packed]", (down, up))
 
 
 def _wider(pool: Tensor, dim: int) -> Tensor:

@@ -1,47 +1,86 @@
-"""The beginning of a text on a GPU: up to 4,096 tokens read as one CUDA graph, for launching a thousand kernels takes longer than they do.
+"""The beginning of a text on a GPU: up to 4,096 tokens read as one CUDA graph, for launching hundreds of kernels takes longer than they do.
 
 A graph has one length, so texts are padded to the next of a few: on the right, where no token sees padding and attention needs no mask.
+Between the products few kernels are left. A mixer's gated norm is the scan's last step, but for the division by the root mean
+square, which stands behind out_proj as well: the kernel that adds to the residual stream makes it, and the next layer's norm.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zamba2.errors import notice
-from zamba2.model.model import Zamba2
+from zamba2.model.model import GATED_EPS, DecoderLayer, Mamba2, SharedBlock, Zamba2, adapter_of, matmul
+from zamba2.model.ops.triton_conv import causal_conv
+from zamba2.model.ops.triton_linear import dequantize
+from zamba2.model.ops.triton_norms import rms_norm
+from zamba2.model.ops.triton_prompt import add_norm, geglu_adapted, place_heads
+from zamba2.model.ops.triton_scan import gated_scan, ssd_scan
+from zamba2.model.packed import Packed
 from zamba2.model.state import KVCache, ModelState
 from zamba2.runtime.graphs import captured
 
-__all__ = ["LONGEST", "Prompts"]
+__all__ = ["Prompts"]
 
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)  # a graph for each that is used
-LONGEST = LENGTHS[-1]
 MOST_GRAPHS = 6  # that are kept, each with its outputs: at 4,096 tokens of the 2.7B close to 1 GB
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]  # hidden states, last scores, conv, ssm, keys and values by layer
 
 
+@dataclass
+class Stream:
+    """The residual stream, (T, H), and what a mixer has yet to add to it: (T, H), to be divided by a root mean square if there are sums
+    of ``squares``, (T, heads) over ``size`` elements (``gated_scan``)."""
+
+    sum: Tensor
+    size: int
+    added: Tensor | None = None
+    squares: Tensor | None = None
+
+    def norm(self, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm of the whole sum, (T, H)."""
+        return self._norm(weight, eps, None)[0]
+
+    def norm_beside(self, x0: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """``ops.concat_rms_norm`` of the whole sum and x0."""
+        left, scale = self._norm(weight, eps, x0)
+        assert scale is not None
+        return left, scale
+
+    def _norm(self, weight: Tensor, eps: float, beside: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self.sum, normed, scale = add_norm(
+            self.sum, self.added, weight, eps, squares=self.squares, size=self.size, size_eps=GATED_EPS, beside=beside
+        )
+        self.added = self.squares = None
+        return normed, scale
+
+
 class Prompts:
-    """Reads texts into new states. On a CPU (tests) the same is computed without a graph."""
+    """Reads texts into new states. On a CPU (tests, with Triton's interpreter) the same kernels run without a graph."""
+
+    longest = LENGTHS[-1]  # tokens
 
     def __init__(self, model: Zamba2) -> None:
         self.model, self.config = model, model.config
         self.device = model.final_layernorm.weight.device
-        self.ids = torch.zeros(1, LONGEST, dtype=torch.int64, device=self.device)
+        self.ids = torch.zeros(self.longest, dtype=torch.int64, device=self.device)
         self.count = torch.ones(1, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # of all graphs: one runs at a time
         self.eager = self.device.type != "cuda"
 
     def read(self, tokens: npt.NDArray[np.int32], wanted: int) -> tuple[ModelState, Tensor]:
-        """The state behind a text of 1 to LONGEST tokens, and the scores at its last ``wanted`` places, (wanted, V)."""
+        """The state behind a text of 1 to ``longest`` tokens, and the scores at its last ``wanted`` places, (wanted, V)."""
         count = len(tokens)
         length = next(length for length in LENGTHS if length >= count)
-        self.ids[0, :length] = torch.from_numpy(np.pad(np.asarray(tokens, np.int64), (0, length - count)))
+        self.ids[:length] = torch.from_numpy(np.pad(np.asarray(tokens, np.int64), (0, length - count)))
         self.count.fill_(count)
         x, last, conv, ssm, kv = self._outputs(length)
         state = ModelState.empty(self.config)
@@ -49,10 +88,10 @@ class Prompts:
         state.conv, state.ssm = list(conv.clone().split(1)), list(ssm.clone().split(1))  # the graph writes to the same place next time
         for position, tensor in enumerate(kv):
             cache = KVCache()
-            cache.append(*tensor[:, :, :, :count])
+            cache.append(*tensor[:, None, :, :count])
             state.kv[position] = cache
         if wanted > 1:
-            return state, self.model.logits(x[:, count - wanted : count])[0]
+            return state, self.model.logits(x[count - wanted : count])
         return state, last[1 - wanted :].clone()
 
     def _outputs(self, length: int) -> Outputs:
@@ -73,9 +112,81 @@ class Prompts:
         return outputs
 
     def _compute(self, length: int) -> Outputs:
-        state = ModelState.empty(self.config)
-        x = self.model.hidden_states(self.ids[:, :length], state=state, lengths=self.count)
-        conv, ssm, kv = (
-            [tensor for tensor in some if tensor is not None] for some in (state.conv, state.ssm, [own.tensor() for own in state.kv])
-        )
-        return x, self.model.logits(x[0, self.count - 1]), torch.cat(conv), torch.cat(ssm), kv
+        """The forward pass of the first ``length`` ids; FACTS 2 names every value. T tokens, all in rows: (T, ...)."""
+        model = self.model
+        x0: Tensor = model.embed_tokens(self.ids[:length])
+        stream, hoisted = Stream(x0, self.config.d_inner), dict[int, Tensor]()
+        rope = model.rotary_angles(torch.arange(length, device=self.device)[None]) if self.config.use_mem_rope else None
+        angles = None if rope is None else (rope[0][0, 0], rope[1][0, 0])
+        conv, ssm, kv = [], [], []
+        for layer in model.layers:
+            assert isinstance(layer, DecoderLayer)
+            t = None
+            if layer.linear is not None:
+                t, cache = self._block(stream, x0, layer, hoisted, angles)
+                t = layer.linear(t)
+                kv.append(cache)
+            norm = layer.input_layernorm.weight
+            u = stream.norm(norm, layer.eps) if t is None else add_norm(stream.sum, t, norm, layer.eps, keep=False)[1]
+            tail, state = self._mixer(u, stream, layer)
+            conv.append(tail)
+            ssm.append(state)
+        x = stream.norm(model.final_layernorm.weight, self.config.rms_norm_eps)
+        return x, model.logits(x[self.count - 1]), torch.cat(conv), torch.cat(ssm), kv
+
+    def _block(
+        self, stream: Stream, x0: Tensor, layer: DecoderLayer, hoisted: dict[int, Tensor], angles: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """A shared block's output, (T, H), and its keys and values, (2, kv heads, T, d)."""
+        model, config, at = self.model, self.config, layer.layer
+        assert at.block is not None and at.position is not None
+        block = model.shared_blocks[at.block]
+        assert isinstance(block, SharedBlock)
+        attention, mlp, weight = block.self_attn, block.feed_forward, block.input_layernorm.weight
+        assert attention.split is not None
+        left, scale = stream.norm_beside(x0, weight, block.eps)
+        right = (weight[config.hidden_size :].float() * x0.float()).to(x0.dtype)
+        if at.block not in hoisted:
+            hoisted[at.block] = matmul(right, attention.split[1])
+        adapted = None
+        if attention.adapters:
+            u = torch.cat([left, (right.float() * scale).to(left.dtype)], dim=-1)
+            lists = (attention.linear_q_adapter_list, attention.linear_k_adapter_list, attention.linear_v_adapter_list)
+            adapted = torch.cat([own[str(at.position)](u) for own in lists], dim=-1)
+        q, kv = place_heads(
+            matmul(left, attention.split[0]), hoisted[at.block], scale, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, adapted=adapted, rope=angles,
+        )  # fmt: skip
+        y = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], kv[0][None], kv[1][None], is_causal=True, scale=config.attention_scale,
+            enable_gqa=config.num_key_value_heads != config.num_attention_heads,
+        )  # fmt: skip
+        o = attention.o_proj(y[0].transpose(0, 1).flatten(1))
+        _, m, _ = add_norm(o, None, block.pre_ff_layernorm.weight, block.eps)
+        down, up = adapter_of(mlp.gate_up_proj_adapter_list, at.position)
+        up = dequantize(up, m.dtype) if isinstance(up, Packed) else up
+        return mlp.down_proj(geglu_adapted(mlp.gate_up_proj(m), matmul(m, down), up)), kv
+
+    def _mixer(self, u: Tensor, stream: Stream, layer: DecoderLayer) -> tuple[Tensor, Tensor]:
+        """Reads u, (T, H), and leaves its output to be added to the stream. Returns the states."""
+        config, mixer = self.config, layer.mamba
+        assert isinstance(mixer, Mamba2)
+        z, xBC, dt = mixer.in_proj(u).split([config.d_inner, config.conv_dim, config.n_mamba_heads], dim=-1)
+        xBC, conv = causal_conv(xBC[None], mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, lengths=self.count)
+        x, B, C = xBC.split([config.d_inner, *[config.mamba_ngroups * config.mamba_d_state] * 2], dim=-1)
+        x, z = (m.unflatten(-1, (config.n_mamba_heads, -1)) for m in (x, z[None]))
+        B, C = (m.unflatten(-1, (config.mamba_ngroups, -1)) for m in (B, C))
+        if config.mamba_ngroups == 1 and u.dtype != torch.float16:  # products of what is not divided yet may exceed fp16
+            y, squares, S = gated_scan(
+                x, dt[None], mixer.A_log, B, C, mixer.D, z, mixer.norm.weight, dt_bias=mixer.dt_bias, lengths=self.count
+            )
+            gated, stream.squares = y.flatten(2)[0], squares[0]
+        else:
+            y, S = ssd_scan(
+                x, dt[None], mixer.A_log, B, C, mixer.D, chunk_size=config.chunk_size, dt_bias=mixer.dt_bias, lengths=self.count
+            )
+            z = z.flatten(2)[0]
+            gated = rms_norm(y.flatten(2)[0], mixer.norm.weight, GATED_EPS, gate=z, groups=config.mamba_ngroups)
+            stream.squares = None
+        stream.added = mixer.out_proj(gated)
+        return conv, S

@@ -26,7 +26,6 @@ from zamba2.model.ops import has_triton
 from zamba2.model.packed import PackedEmbedding, PackedLinear
 from zamba2.model.state import KVCache, ModelState
 from zamba2.runtime.backend import Logits, Row, State, check_row, checked_best
-from zamba2.runtime.prompts import LONGEST, Prompts
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, load_model, load_packed, read_config
 from zamba2.weights.files import TensorFile
@@ -34,6 +33,7 @@ from zamba2.weights.packed import is_packed
 
 if TYPE_CHECKING:
     from zamba2.runtime.decoder import Decoder, Slot, Step
+    from zamba2.runtime.prompts import Prompts
 
 __all__ = ["TorchBackend", "TorchLogits", "TorchState"]
 
@@ -199,6 +199,7 @@ class TorchBackend:
         self.prompts: Prompts | None = None
         if decode if decode is not None else self.device.type == "cuda" and has_triton() and self.dtype != torch.float64:
             from zamba2.runtime.decoder import Decoder
+            from zamba2.runtime.prompts import Prompts
 
             self.decoder = Decoder(model)
             self.prompts = Prompts(model)
@@ -289,7 +290,7 @@ class TorchBackend:
         return state
 
     def _read(self, row: Row, state: TorchState) -> tuple[ModelState, TorchLogits]:
-        if self.prompts is not None and state.position == 0 and not row.record and len(row.tokens) <= min(LONGEST, self.chunk):
+        if self.prompts is not None and state.position == 0 and not row.record and len(row.tokens) <= min(self.prompts.longest, self.chunk):
             inner, scores = self.prompts.read(row.tokens, row.logits)
             return inner, self._checked(scores.float())
         inner = state.inner.copy()

@@ -7,9 +7,10 @@ The sequence is cut into chunks and those into segments of several chunks. Forwa
     3. ``_carry``         the state before each segment, one segment after the other
     4. ``_output``        chunk by chunk within a segment: outputs, with the state kept in registers
 
-A short sequence is one segment and needs only the first and the last. Backward, the first three give the states again and,
-from the other end, the gradients of the states; then ``_gradients`` takes each chunk by itself. Only the inputs are kept.
-Both directions share their launches, for a host may take longer over those than the GPU over the work.
+A short sequence is one segment and needs only the first and the last; of few segments, from nothing, the fourth does the
+third's work. Backward, the first three give the states again and, from the other end, the gradients of the states; then
+``_gradients`` takes each chunk by itself. Only the inputs are kept. Both directions share their launches, for a host may
+take longer over those than the GPU over the work.
 
 In a chunk a_t is the sum of the log2 decays up to and with token t, and f_t = a_t - log2(dt_t), so that 2^(a_i - f_j) is
 the weight of token j's input in the state at i >= j. Sums are taken in fp64, and for fp32 inputs their differences too:
@@ -33,13 +34,14 @@ from torch.autograd.function import once_differentiable
 from zamba2.model.ops import chunked
 from zamba2.model.ops.reference import steps_and_rates
 
-__all__ = ["ssd_scan"]
+__all__ = ["gated_scan", "ssd_scan"]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 FORGOTTEN = tl.constexpr(-256.0)
 SMALLEST_STEP = tl.constexpr(2.0**-100)  # a step of zero has a logarithm, and a gradient, too
 SEGMENT = 512  # tokens at most
 BACKWARD_SEGMENT = 128  # tokens; every chunk advances the states from the ends of its segment, so short ones
+UNCARRIED = 8  # segments up to which ``_output`` adds up what those before it leave; more are carried by a kernel of its own
 CARRIED = 512  # elements of a state per program of ``_carry``
 WARPS = 132 * 8  # of ``_gradients`` that run at a time: its programs are no more, for each writes a dB and a dC
 HEADS = tl.constexpr(16)  # per program of ``_sum_logs``
@@ -196,13 +198,15 @@ def _carry(states_ptr, decays_ptr, first_ptr, dlast_ptr, dfirst_ptr, segments, h
 
 @triton.jit(do_not_specialize=["length", "chunks", "per_segment"])
 def _output(
-    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, states_ptr, y_ptr, final_ptr,
-    x_b, x_t, x_h, B_b, B_t, B_g, C_b, C_t, C_g,
+    x_ptr, sums_ptr, B_ptr, C_ptr, D_ptr, states_ptr, decays_ptr, gate_ptr, weight_ptr, y_ptr, squares_ptr, final_ptr,
+    x_b, x_t, x_h, B_b, B_t, B_g, C_b, C_t, C_g, gate_b, gate_t, gate_h,
     length, chunks, per_segment, heads, per_group,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of one head in one segment, from the state before it; the last segment also stores the final state."""
+    """Outputs of one head in one segment, from the state before it, or with decays from what all segments before it add; the last
+    segment also stores the final state. With a gate, outputs times SiLU(gate), their sums of squares, and what is stored is their
+    product with a weight."""
     h, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, p, n = tl.arange(0, Q), tl.arange(0, P2), tl.arange(0, N2)
     x_ptr += row * x_b + h * x_h
@@ -215,7 +219,11 @@ def _output(
     element = p[None, :] * N + n[:, None]
     inside = (n < N)[:, None] & (p < P)[None, :]
     S = tl.zeros((N2, P2), tl.float32)
-    if states_ptr is not None:
+    if decays_ptr is not None:
+        for k in tl.range(0, segment, disable_licm=True):
+            at = (row * tl.num_programs(1) + k) * heads + h
+            S = S * tl.load(decays_ptr + at) + tl.load(states_ptr + at * P * N + element, mask=inside, other=0.0)
+    elif states_ptr is not None:
         at = (row * tl.num_programs(1) + segment) * heads + h
         S = tl.load(states_ptr + at * P * N + element, mask=inside, other=0.0)
     for chunk in tl.range(first, last, disable_licm=True):
@@ -224,11 +232,19 @@ def _output(
         x = _tile(x_ptr, start, rows, p, x_t, length, P)
         B = _tile(B_ptr, start, rows, n, B_t, length, N)
         C = _tile(C_ptr, start, rows, n, C_t, length, N).to(DOT)
+        if gate_ptr is not None:  # on its way while the products are made
+            gate = _tile(gate_ptr + row * gate_b + h * gate_h, start, rows, p, gate_t, length, P)
         scores = tl.dot(C, tl.trans(B.to(DOT)), input_precision=PRECISION)
         scores *= _masked_power(a[:, None] - f[None, :], rows[:, None] >= rows[None, :])
         y = tl.dot(C, S.to(DOT), input_precision=PRECISION) * _power(a)[:, None]
         y = tl.dot(scores.to(DOT), x.to(DOT), y, input_precision=PRECISION)
         y += D * x.to(tl.float32)
+        if gate_ptr is not None:
+            gate = gate.to(tl.float32)
+            y *= gate / (1 + tl.exp(-gate))
+            place = (row * length + start + rows) * heads + h
+            tl.store(squares_ptr + place, tl.sum(y * y, 1), mask=start + rows < length)
+            y *= tl.load(weight_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)[None, :]
         stored = (start + rows < length)[:, None] & (p < P)[None, :]
         line = (start + rows).to(tl.int64)[:, None] * (heads * P)
         tl.store(y_ptr + line + p[None, :], y.to(y_ptr.dtype.element_ty), mask=stored)
@@ -370,17 +386,45 @@ def _scan(
     dt_bias: Tensor | None = None, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``ssd_scan`` on fp32 A, D and state, all contiguous but dt and, in all but the last dimension, x, B and C."""
+    y, _, final = _gated(x, dt, A, B, C, D, state, seq_idx, dt_bias, lengths)
+    return y, final
+
+
+def gated_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, gate: Tensor, weight: Tensor, *, dt_bias: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A mixer's scan from nothing with all of its gated norm (one group) but the division by the root mean square, without gradients.
+
+    Arguments as in ``ssd_scan``, with more than one token; dt: (b, T, H) before its bias; gate: (b, T, H, P), any strides but the
+    last, 1; weight: (H P,), the norm's. Returns y SiLU(gate) weight, (b, T, H, P) in x's dtype, rounded once; the sums over P of
+    (y SiLU(gate))^2, (b, T, H) fp32, whose sum over the heads is that of the norm; and the state (b, H, P, N) in fp32.
+    """
+    A, D = A.float().contiguous(), D.float().contiguous()
+    y, squares, final = _gated(x, dt, A, B, C, D, None, None, dt_bias.contiguous(), lengths.contiguous(), gate, weight.contiguous())
+    assert squares is not None
+    return y, squares, final
+
+
+def _gated(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None, seq_idx: Tensor | None,
+    dt_bias: Tensor | None, lengths: Tensor | None, gate: Tensor | None = None, weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """``_scan``, and with gate and weight what ``gated_scan`` adds to it."""
     plan = _Plan(x, B, SEGMENT)
-    sums, states = plan.sums(dt, A, seq_idx, dt_bias, lengths), state
-    if plan.segments > 1:
+    sums, states, decays = plan.sums(dt, A, seq_idx, dt_bias, lengths), state, None
+    if state is None and 1 < plan.segments <= UNCARRIED:
+        states, decays = plan.contributions(torch.float32, x, sums, B)
+    elif plan.segments > 1:
         states = plan.states(torch.float32, x, sums, B, state)
     y, final = x.new_empty(x.shape), x.new_empty(plan.state_shape, dtype=torch.float32)
+    squares = None if gate is None else x.new_empty(x.shape[:3], dtype=torch.float32)
+    of_gate = (0, 0, 0) if gate is None else gate.stride()[:3]
     _output[plan.heads, plan.segments, plan.rows](
-        x, sums, B, C, D, states, y, final,
-        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *plan.sizes, **plan.constants,
+        x, sums, B, C, D, states, decays, gate, weight, y, squares, final,
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *of_gate, *plan.sizes, **plan.constants,
         num_warps=plan.warps, num_stages=2, maxnreg=168 if plan.small else None,  # three programs on a multiprocessor
     )  # fmt: skip
-    return y, final
+    return y, squares, final
 
 
 class _Scan(torch.autograd.Function):
@@ -463,21 +507,30 @@ class _Plan:
 
         dstate, if given, receives the gradient of the state before all.
         """
+        states, decays = self.contributions(dtype, x, sums, B, dy, C, extra=dstate is not None)
+        size = self.state_shape[2] * self.state_shape[3]
+        _carry[len(states) * _ceil(size, CARRIED), self.heads, self.rows](
+            states, decays, state, dfinal, dstate, self.segments, self.heads, SIZE=size, BLOCK=CARRIED, num_warps=2
+        )
+        return states
+
+    def contributions(
+        self, dtype: torch.dtype, x: Tensor, sums: Tensor, B: Tensor, dy: Tensor | None = None, C: Tensor | None = None,
+        *, extra: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What ``states`` is made of, in its shape: what each segment adds, and its decay, (1 or 2, b, segments, H). Nothing is written
+        for the last segment, nor, unless ``extra``, for the gradient before the first."""
         directions = 1 if dy is None else 2
         states = x.new_empty(directions, self.rows, self.segments, *self.state_shape[1:], dtype=dtype)
         decays = x.new_empty(states.shape[:4], dtype=torch.float32)
-        count = directions * (self.segments - 1) + (dstate is not None)
+        count = directions * (self.segments - 1) + extra
         if count:
             other = (0,) * 6 if dy is None or C is None else (*dy.stride()[:3], *C.stride()[:3])
             _contribution[self.heads, count, self.rows](
                 x, sums, B, dy, C, states, decays, *x.stride()[:3], *B.stride()[:3], *other, self.segments, *self.sizes,
                 **self.constants, num_warps=self.warps, num_stages=2,
             )  # fmt: skip
-        size = self.state_shape[2] * self.state_shape[3]
-        _carry[directions * _ceil(size, CARRIED), self.heads, self.rows](
-            states, decays, state, dfinal, dstate, self.segments, self.heads, SIZE=size, BLOCK=CARRIED, num_warps=2
-        )
-        return states
+        return states, decays
 
 
 def _ceil(size: int, part: int) -> int:
