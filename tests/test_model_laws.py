@@ -23,7 +23,6 @@ from zamba2.errors import Zamba2Error
 from zamba2.model.model import Attention, Linear, Zamba2
 from zamba2.model.state import ModelState
 from zamba2.runtime.backend import Backend, Row
-from zamba2.runtime.prompts import Prompts
 from zamba2.runtime.torch import TorchBackend, TorchState
 
 FP32 = torch.float32
@@ -168,20 +167,6 @@ def same_states(found: ModelState, expected: ModelState, length: int, row: int =
             close(own[row : row + 1], other, f"{kind} of {length} tokens")
     for own, other in zip(found.kv, expected.kv, strict=True):
         close(own.tensor()[:, row : row + 1, :, :length], other.tensor(), f"keys and values of {length} tokens")
-
-
-@law()
-@torch.no_grad()
-def test_padding_behind_lengths_changes_nothing(reading: Reading) -> None:
-    """A row that ends early has the hidden states and the states of the row alone, texts shorter than the convolution's taps included."""
-    model, tokens = reading.model(), reading.tokens(rows=4)
-    lengths = [reading.length, reading.at, min(2, reading.length), 1]
-    state = model.new_state()
-    x = model.hidden_states(tokens, state=state, lengths=torch.tensor(lengths))
-    for row, length in enumerate(lengths):
-        alone = model.new_state()
-        close(model.logits(x[row : row + 1, :length]), model(tokens[row : row + 1, :length], state=alone), f"row of {length}")
-        same_states(state, alone, length, row)
 
 
 @law("7b")
@@ -390,9 +375,6 @@ def test_refuses_what_does_not_fit() -> None:
         model(tokens, state=state, attention_mask=torch.ones_like(tokens))
     with pytest.raises(ValueError, match="nothing was recorded"):
         model.keep(state, 1)
-    for unfit in ({}, {"state": state}, {"state": model.new_state(), "record": True}):
-        with pytest.raises(ValueError, match="lengths belong to the first call of a state"):
-            model.hidden_states(tokens, lengths=torch.ones(1, dtype=torch.long), **unfit)
     model(tokens, state=state, record=True)
     with pytest.raises(ValueError, match="more than were recorded"):
         model.keep(state, 5)
@@ -430,26 +412,6 @@ def test_backend_is_the_model(reading: Reading) -> None:
         assert state.position == reading.length
         assert state.nbytes > 0
     assert isinstance(backend, Backend)
-
-
-@pytest.mark.parametrize("name", list(MINIATURES))
-@torch.inference_mode()
-def test_prompts_are_the_model(name: str) -> None:
-    """Texts padded to a graph's length, around its borders and shorter than the taps, give the scores and the whole state of the model
-    (on a CPU the same is computed without a graph)."""
-    model = random_model(MINIATURES[name], 4)
-    prompts = Prompts(model)
-    for count in (1, 2, 3, 63, 64, 65, 300):
-        tokens = random_tokens(model.config, count, 1, count)
-        alone = model.new_state()
-        expected = model(tokens, state=alone)[0]
-        for wanted in {0, 1, min(3, count), count}:
-            state, scores = prompts.read(tokens[0].numpy().astype(np.int32), wanted)
-            assert (len(scores), state.position, state.padding) == (wanted, count, None)
-            if wanted:
-                close(scores, expected[count - wanted :], f"{wanted} scores of {count} tokens")
-            same_states(state, alone, count)
-            assert [tensor.shape for tensor in state.tensors()] == [tensor.shape for tensor in alone.tensors()]
 
 
 @law()

@@ -137,17 +137,18 @@ def model_of(name: str, dtype: torch.dtype) -> Zamba2:
     return model
 
 
+COUNTS = ((1, 1), (2, 2), (3, 0), (63, 0), (64, 5), (70, 70), (300, 3))  # tokens, scores that are wanted
 PROMPTS = [
-    pytest.param(name, dtype, count, wanted, marks=slowly, id=f"{name}-{dtype}-{count}-{wanted}")
-    for name in MINIATURES for dtype in (torch.float32, torch.bfloat16) for count, wanted in ((1, 1), (63, 0), (64, 5), (70, 70))
-    for slowly in [[] if DEVICE == "cuda" or (name, dtype, count) in OFTEN else [pytest.mark.slow]]
+    pytest.param(name, dtype, *count, marks=slowly, id=f"{name}-{dtype}-{count[0]}")
+    for name in MINIATURES for dtype in (torch.float32, torch.bfloat16) for count in COUNTS
+    for slowly in [[] if DEVICE == "cuda" or (name, dtype, count[0]) in OFTEN else [pytest.mark.slow]]
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dtype", "count", "wanted"), PROMPTS)
 def test_padded_prompt_is_the_text_alone(name: str, dtype: torch.dtype, count: int, wanted: int) -> None:
-    """Whatever is padded to which length, scores and states are those of the model in fp64 over the text by itself; in bf16, which
-    miniatures magnify, scores are as near to them as the model's own in bf16, by half."""
+    """Padded to a graph's length, around its borders and shorter than the taps, a text gives the scores and the whole state of the model in
+    fp64 over it by itself; in bf16, which miniatures magnify, scores nearly as near to those as the model's own."""
     model, tokens = model_of(name, dtype).to(DEVICE), random_tokens(MINIATURES[name], 4, count)
     with torch.no_grad():
         wide = model_of(name, dtype).double()
@@ -164,7 +165,8 @@ def test_padded_prompt_is_the_text_alone(name: str, dtype: torch.dtype, count: i
         assert relative_error(scores, truth[count - wanted :]) <= 1.5 * relative_error(own, truth)
     else:
         assert logits_error(scores.cpu(), truth[count - wanted :]) <= MODEL[torch.float32].output
-    assert state.position == count
+    assert (state.position, state.padding) == (count, None)
+    assert [tensor.shape for tensor in state.tensors()] == [tensor.shape for tensor in expected.tensors()]
     limit = 20 * OPS[dtype].output
     for kind in ("conv", "ssm"):
         for found, wide_one in zip(getattr(state, kind), getattr(expected, kind), strict=True):

@@ -104,6 +104,7 @@ class Context:
     seq_idx: Tensor | None  # (b, T) document numbers of a packed batch
     state: ModelState | None
     records: list[LayerRecord] | None
+    right: dict[int | None, Tensor]  # block -> w2 x0, (b, T, H)
     hoisted: dict[int | None, list[Tensor]]  # block -> W_right (w2 x0), (b, T, rows), of q, k, v or of the three together
 
 
@@ -214,8 +215,9 @@ class SharedBlock(nn.Module):
         assert layer.position is not None
         weight = self.input_layernorm.weight
         left, scale = ops.concat_rms_norm(x, context.x0, weight, self.eps)
-        right = (wide(weight[x.shape[-1] :]) * wide(context.x0)).to(x.dtype)
-        o = self.self_attn(left, scale, right, layer, context, ops)
+        if layer.block not in context.right:
+            context.right[layer.block] = (wide(weight[x.shape[-1] :]) * wide(context.x0)).to(x.dtype)
+        o = self.self_attn(left, scale, context.right[layer.block], layer, context, ops)
         m = ops.rms_norm(o, self.pre_ff_layernorm.weight, self.eps)
         out: Tensor = self.feed_forward(m, layer.position, ops)
         return out
@@ -402,7 +404,7 @@ class Zamba2(nn.Module):
             mask = (mask | (keys == columns[:, None]))[:, None]  # padding sees itself, or its softmax would be empty
         real = None if padding is None or past else (columns >= start[:, None])[..., None]
         rope = self.rotary_angles(positions) if self.config.use_mem_rope else None
-        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {})
+        return Context(x0, mask, rope, real, seq_idx, state, [] if record else None, {}, {})
 
     def rotary_angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of position * base ** (-2i / d). positions: (b, T). Returns (b, 1, T, head_dim), fp32."""

@@ -32,6 +32,7 @@ __all__ = ["Prompts"]
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)  # a graph for each that is used
 MOST_GRAPHS = 6  # that are kept, each with its outputs: at 4,096 tokens of the 2.7B close to 1 GB
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]  # hidden states, last scores, conv, ssm, keys and values by layer
+Hoisted = dict[int, tuple[Tensor, Tensor]]  # block -> w2 x0, (T, H), and its product with the right half of [q; k; v]
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Prompts:
         """The forward pass of the first ``length`` ids; FACTS 2 names every value. T tokens, all in rows: (T, ...)."""
         model = self.model
         x0: Tensor = model.embed_tokens(self.ids[:length])
-        stream, hoisted = Stream(x0, self.config.d_inner), dict[int, Tensor]()
+        stream, hoisted = Stream(x0, self.config.d_inner), Hoisted()
         rope = model.rotary_angles(torch.arange(length, device=self.device)[None]) if self.config.use_mem_rope else None
         angles = None if rope is None else (rope[0][0, 0], rope[1][0, 0])
         conv, ssm, kv = [], [], []
@@ -135,7 +136,7 @@ class Prompts:
         return x, model.logits(x[self.count - 1]), torch.cat(conv), torch.cat(ssm), kv
 
     def _block(
-        self, stream: Stream, x0: Tensor, layer: DecoderLayer, hoisted: dict[int, Tensor], angles: tuple[Tensor, Tensor] | None
+        self, stream: Stream, x0: Tensor, layer: DecoderLayer, hoisted: Hoisted, angles: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """A shared block's output, (T, H), and its keys and values, (2, kv heads, T, d)."""
         model, config, at = self.model, self.config, layer.layer
@@ -145,16 +146,17 @@ class Prompts:
         attention, mlp, weight = block.self_attn, block.feed_forward, block.input_layernorm.weight
         assert attention.split is not None
         left, scale = stream.norm_beside(x0, weight, block.eps)
-        right = (weight[config.hidden_size :].float() * x0.float()).to(x0.dtype)
         if at.block not in hoisted:
-            hoisted[at.block] = matmul(right, attention.split[1])
+            right = (weight[config.hidden_size :].float() * x0.float()).to(x0.dtype)
+            hoisted[at.block] = right, matmul(right, attention.split[1])
+        right, hoist = hoisted[at.block]
         adapted = None
         if attention.adapters:
             u = torch.cat([left, (right.float() * scale).to(left.dtype)], dim=-1)
             lists = (attention.linear_q_adapter_list, attention.linear_k_adapter_list, attention.linear_v_adapter_list)
             adapted = torch.cat([own[str(at.position)](u) for own in lists], dim=-1)
         q, kv = place_heads(
-            matmul(left, attention.split[0]), hoisted[at.block], scale, heads=config.num_attention_heads,
+            matmul(left, attention.split[0]), hoist, scale, heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads, adapted=adapted, rope=angles,
         )  # fmt: skip
         y = F.scaled_dot_product_attention(
