@@ -8,10 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import reduce
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import zamba2
 from zamba2.errors import Zamba2Error
@@ -21,6 +24,8 @@ from zamba2.serve.grammar import Grammars, check_schema
 from zamba2.serve.tools import Tool, Toolbox
 
 pytest.importorskip("llguidance", reason="schemas need the extra [serve]")
+
+from pydantic import BaseModel
 
 MOST_TOKENS = 400
 WORD = {"type": "string", "maxLength": 8}
@@ -72,6 +77,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "list of records": array(record(name=WORD, color=COLOR), 4, 1),
     "any of records": {"anyOf": [record(kind={"const": "point"}, at=POINT), record(kind={"const": "word"}, word=WORD)]},
     "references": {"$defs": {"p": POINT}, **record(a={"$ref": "#/$defs/p"}, b=array({"$ref": "#/$defs/p"}, 2))},
+    "a list by links": {"$defs": {"n": record(v=COLOR, next={"anyOf": [{"type": "null"}, {"$ref": "#/$defs/n"}]})}, "$ref": "#/$defs/n"},
+    "a tree": record(name=WORD, below=array({"$ref": "#"}, 1)),
+    "by turns": {
+        "$defs": {"a": record(False, b={"$ref": "#/$defs/b"}), "b": {"anyOf": [COLOR, array({"$ref": "#/$defs/a"}, 2)]}},
+        **record(at={"$ref": "#/$defs/a"}),
+    },
     "other names": {"type": "object", "properties": {}, "patternProperties": {"^[ab]{1,2}$": COLOR}, "additionalProperties": False,
                     "maxProperties": 2},
     "deep": record(a=record(b=record(c=record(d=record(e=record(f=array({"anyOf": [COLOR, {"type": "null"}]}, 3, 3))))))),
@@ -134,7 +145,7 @@ def valid(value: Any, schema: Any, root: Any) -> bool:
         "oneOf": lambda found: sum(valid(value, inner, root) for inner in found) == 1,
         "allOf": lambda found: all(valid(value, inner, root) for inner in found),
         "required": lambda names: not keys or set(names) <= set(value),
-        "$ref": lambda path: valid(value, root["$defs"][path.removeprefix("#/$defs/")], root),
+        "$ref": lambda path: valid(value, reduce(lambda found, step: found[step], path.split("/")[1:], root), root),
     }  # fmt: skip
     return (
         all(checks[name](found) for name, found in schema.items() if name in checks)
@@ -262,6 +273,38 @@ def test_a_name_has_one_spelling(grammars: Grammars) -> None:
     assert not takes(grammars, make, '{"a":"x","\\u0061":1}')
 
 
+class Node(BaseModel):
+    """A tree as applications declare it."""
+
+    model_config = {"extra": "forbid"}
+    kind: Literal["leaf", "branch"]
+    weight: int | None = None
+    below: list[Node] = []
+    other: Node | None = None
+
+
+def node(**optional: Any) -> st.SearchStrategy[Any]:
+    drawn = st.fixed_dictionaries({"kind": st.sampled_from(["leaf", "branch"])}, optional=optional)
+    return drawn.map(lambda found: {name: found[name] for name in Node.model_fields if name in found})
+
+
+NODES = st.recursive(
+    node(weight=st.sampled_from([0, 7, None, "x"])), lambda inner: node(below=st.lists(inner, max_size=3), other=st.none() | inner),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=100)
+@given(value=NODES)
+def test_trees_are_obeyed(grammars: Grammars, value: Any) -> None:
+    """Of a class that contains itself exactly those values come through that it takes, however deep."""
+    schema = Node.model_json_schema()
+    wanted = valid(value, schema, schema)
+    for _ in range(3):
+        assert takes(grammars, grammars.compile(schema), json.dumps(value, separators=(",", ":"))) == wanted
+        value = {"kind": "branch", "below": [{"kind": "leaf"}, value]}
+
+
 def test_long_texts_are_followed_to_their_end(grammars: Grammars) -> None:
     """A text of the length that a schema allows is a reply."""
     make = grammars.compile({"type": "string", "maxLength": 9990})
@@ -299,9 +342,21 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a broken pattern": ({"pattern": "("}, "unclosed group"),
     "a megabyte": ({"description": "x" * 10**6}, "characters; at most 65536"),
     "a megabyte of values": ({"enum": list(range(10**5))}, "more than 2000 values"),
-    "itself": ({"$ref": "#"}, "a place in the same schema"),
-    "within itself": (record(a={"$ref": "#/properties/a"}), "contain themselves"),
-    "a tree": ({"$defs": {"n": record(c=array({"$ref": "#/$defs/n"}, 2))}, "$ref": "#/$defs/n"}, "contain themselves"),
+    "itself": ({"$ref": "#"}, "schema.\\$ref refers back to itself with nothing in between"),
+    "within itself": (record(a={"$ref": "#/properties/a"}), "refers back to itself"),
+    "a choice of itself": ({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, COLOR]}}, "$ref": "#/$defs/a"}, "refers back to itself"),
+    "a choice behind a record": (
+        {"$defs": {"x": {"anyOf": [{"$ref": "#"}, COLOR]}}, "properties": {"a": {"$ref": "#/$defs/x"}}, "anyOf": [{"$ref": "#/$defs/x"}]},
+        "refers back to itself",
+    ),
+    "without end": (record(a={"$ref": "#"}), "^schema has no end"),
+    "without end by turns": (
+        record(False, a={"anyOf": [{"$ref": "#/properties/b"}]}, b=array({"$ref": "#/properties/a"}, 3, 1)), "a has no end",
+    ),
+    "trees met at once": (
+        {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": {n: record(c=array({"$ref": f"#/$defs/{n}"}, 2)) for n in "ab"}},
+        "cannot be compiled",
+    ),
     "elsewhere": ({"$ref": "https://example.com/a"}, "a place in the same schema"),
     "nowhere": ({"$ref": "#/$defs/x"}, "which is not there"),
     "no object": ([1], "an object is needed"),

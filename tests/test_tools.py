@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -34,6 +36,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "weather": record(city={"enum": ["Paris", "Rome", "São Paulo"]}, days={"type": "integer", "minimum": 1, "maximum": 9}),
     "weather_2": record(at=POINT),
     "take-note": record(text=NOTE, tags=array(COLOR, 2)),
+    "nest": record(name=COLOR, inner={"anyOf": [{"$ref": "#"}, {"type": "null"}]}),
     "draw": {"$defs": {"p": POINT}, **record(line=array({"$ref": "#/$defs/p"}, 2, 1))},
     "now": record(),
 }
@@ -77,14 +80,22 @@ def check_call(name: str, arguments: str) -> None:
 
 def read(text: str, calls: Calls, sizes: Sequence[int] = (1,)) -> tuple[str, CallReader]:
     """What is said in a text that comes in parts of the sizes given, again and again, and the reader behind it."""
-    reader, said, arguments, place, turn = CallReader(calls), "", "", 0, 0
-    while place < len(text):
+    reader, said, heard, place, turn = CallReader(calls), "", list[list[str]](), 0, 0
+    while place <= len(text):
         size = sizes[turn % len(sizes)]
-        more = reader.push(text[place : place + size])
-        said, arguments, place, turn = said + more[0], arguments + more[1], place + size, turn + 1
-    said += reader.push("", last=True)[0]
-    assert arguments == reader.arguments
+        more, deltas = reader.push(text[place : place + size], last=place + size > len(text))
+        said, place, turn = said + more, place + size, turn + 1
+        for delta in deltas:
+            heard += [] if delta.name is None else [[delta.name, ""]]
+            assert delta.index == len(heard) - 1
+            heard[-1][1] += delta.arguments
+    assert heard == [[call.name, call.arguments] for call in reader.found]
     return said, reader
+
+
+def spoken(calls: Sequence[Call]) -> str:
+    """Calls as a model writes them."""
+    return "\n".join(map(str, calls))
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -101,8 +112,9 @@ def test_the_form() -> None:
         {
             "role": "system", "content": "Be brief.\n\nYou can call the functions below; each line is one, with the JSON schema of its "
             'arguments.\n{"name":"f","description":"Does é.","parameters":{"type":"object","properties":{},"additionalProperties":false}}\n'
-            'To call one, end with this line, its name and arguments filled in:\n<tool_call>{"name":"NAME","arguments":{}}</tool_call>\n'
-            "What it returns follows as <tool_response>RESULT</tool_response>. Answer in words where no call is needed.",
+            "To call some, end with a line like this for each call, its name and arguments filled in:\n"
+            '<tool_call>{"name":"NAME","arguments":{}}</tool_call>\n'
+            "What each returns follows as <tool_response>RESULT</tool_response>. Answer in words where no call is needed.",
         },
         {"role": "user", "content": "Hi"},
         {
@@ -116,6 +128,19 @@ def test_the_form() -> None:
     assert conversation([Turn("user", ("a", "", "b"))]) == [{"role": "user", "content": "a\n\nb"}]
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations("123")))
+def test_results_stand_as_their_calls(order: Sequence[str]) -> None:
+    """In whatever order results are sent back they stand in that of their calls, also where an earlier turn used the same ids."""
+    calls, results = [Call(i, "f", f'{{"n":{i}}}') for i in "123"], [Result(i, f"r{i}") for i in order]
+    early = [Turn("assistant", tuple(calls[::-1])), Turn("user", tuple(Result(i, f"e{i}") for i in "123"))]
+    wanted = "\n".join(str(Result(i, f"r{i}")) for i in "123")
+    apart = [*(Turn("assistant", (call,)) for call in calls), *(Turn("tool", (result,)) for result in results)]
+    for turns in (apart, [Turn("assistant", tuple(calls)), Turn("user", (*results, "And?"))]):
+        messages = conversation([*early, *turns])
+        assert messages[1]["content"] == "\n".join(str(Result(i, f"e{i}")) for i in "321")
+        assert [m["content"].removesuffix("\nAnd?") for m in messages[2:]] == [spoken(calls), wanted]
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from(["", '"', "\\", '\\"', "}", BEGIN, END, "}" + END, "é☃", "[{"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "}", '"']), inner, max_size=3), max_leaves=8,
@@ -123,32 +148,36 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=60)
-@example(before="<tool_", arguments={"a": "}" + END}, sizes=[1])
+@example(before="<tool_", arguments=[{"a": "}" + END}, {"a": "\n" + BEGIN}], sizes=[1])
 @given(
-    before=st.text("<tol_ca>x", max_size=20), arguments=st.dictionaries(st.text(max_size=3), VALUES, max_size=3),
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    before=st.text("<tol_ca>x", max_size=20),
+    arguments=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=3),
+    sizes=st.lists(st.integers(1, 9) | st.just(999), min_size=1, max_size=5),
 )  # fmt: skip
-def test_reading_calls(before: str, arguments: dict[str, Any], sizes: list[int]) -> None:
-    """However a reply is cut into pieces, its text and its call come out whole, whatever stands in the arguments."""
+def test_reading_calls(before: str, arguments: list[dict[str, Any]], sizes: list[int]) -> None:
+    """However a reply is cut into pieces, its text and its calls come out whole, whatever stands in the arguments."""
     before = before.replace(BEGIN, "")
-    call = Call("", "some-name_1", compact(arguments))
-    said, reader = read(before + str(call), "may", sizes)
-    assert (said, reader.name, reader.arguments, reader.is_whole) == (before, call.name, call.arguments, True)
-    said, reader = read(str(call), "must", sizes)
-    assert (said, reader.name, reader.arguments, reader.is_whole) == ("", call.name, call.arguments, True)
+    calls = [Call("", f"some-name_{i}", compact(found)) for i, found in enumerate(arguments)]
+    for text, mode, wanted in ((before + spoken(calls), "may", before), (spoken(calls), "must", ""), (spoken(calls), "first", "")):
+        said, reader = read(text, cast(Calls, mode), sizes)
+        assert (said, [replace(call, id="") for call in reader.found], reader.is_done) == (wanted, calls, True)
+        assert len({call.id for call in reader.found}) == len(calls)
     assert read(before, "may", sizes)[0] == before
-    assert read("{" + before + str(call), "first", sizes)[0] == "{" + before + str(call)
+    assert read("{" + before + spoken(calls), "first", sizes)[0] == "{" + before + spoken(calls)
 
 
 def test_calls_that_are_cut() -> None:
-    """Of a call that is cut anywhere the name is known from its end on, no part is taken for text, and what came of it is an object."""
-    text = str(Call("", "f", '{"a":[1.5,-2e+10,{"b":"é\\n\\""}],"c":true,"d":null}'))
+    """Of calls that are cut anywhere a name is known from its end on, no part is taken for text, and what came of one is an object."""
+    arguments = '{"a":[1.5,-2e+10,{"b":"é\\n\\""}],"c":true,"d":null}'
+    text, first, begin = spoken([Call("", "f", arguments), Call("", "f", "{}")]), len(str(Call("", "f", arguments))), len(BEGIN)
+    head = len('<tool_call>{"name":"f","arguments":')
     for end in range(len(text)):
         for calls in ("may", "must"):
             said, reader = read(text[:end], calls)
-            assert said == ("" if calls == "must" or end >= len(BEGIN) else text[:end])
-            assert (reader.name == "f") == (end >= len('<tool_call>{"name":"f","arguments":'))
-            assert isinstance(from_json(reader.arguments or "{}", allow_partial=True), dict)
+            assert said == ("" if calls == "must" or end >= begin else text[:end])
+            assert [call.name for call in reader.found] == ["f"] * ((end >= head) + (end >= first + 1 + head))
+            assert all(isinstance(from_json(call.arguments or "{}", allow_partial=True), dict) for call in reader.found)
+            assert reader.is_done == (head + len(arguments) <= end < first + 1 + begin or end >= len(text) - len("}" + END))
 
 
 # ---- constraints -----------------------------------------------------------------------------------------------------
@@ -156,21 +185,26 @@ def test_calls_that_are_cut() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_required_calls_satisfy_their_schemas(model: LanguageModel, grammars: Grammars, temperature: float) -> None:
-    """Of random weights every reply that must call is one call whose arguments satisfy the schema, written as the history is."""
-    choices = [Toolbox(LIST, "required"), *(Toolbox(LIST, "required", tool.name) for tool in LIST)]
+    """Of random weights every reply that must call is calls whose arguments satisfy their schemas, written as the history is; it is one
+    where a certain one is asked for, or several are not wanted."""
+    choices = [Toolbox(LIST, "required"), Toolbox(LIST, "required", parallel=False)]
+    choices += [Toolbox(LIST, "required", tool.name) for tool in LIST]
     boxes = choices * (1 if temperature == 0 else 6)
     requests = [
-        model.request("Call.", max_tokens=300, temperature=temperature, seed=i, constraint=grammars.compile_calls(box)())
+        model.request("Call.", max_tokens=1500, temperature=temperature, seed=i, constraint=grammars.compile_calls(box)())
         for i, box in enumerate(boxes)
     ]
-    names = set()
+    names, most = set(), 0
     for box, reply in zip(boxes, collect(model.backend, requests, model.tokenizer), strict=True):
         said, reader = read(reply.text, "must", [3])
-        assert said == "" and reader.name is not None and reader.is_whole and reply.finish_reason == "stop"
-        check_call(reader.name, reader.arguments)
-        assert box.named in (None, reader.name) and str(Call("", reader.name, compact(json.loads(reader.arguments)))) == reply.text
-        names |= {reader.name} if box.named is None else set()
-    assert temperature == 0 or len(names) > 1
+        assert said == "" and reader.is_done and reply.finish_reason == "stop" and len(reader.found) <= box.most_calls
+        for call in reader.found:
+            check_call(call.name, call.arguments)
+            assert box.named in (None, call.name)
+        assert spoken([replace(call, arguments=compact(json.loads(call.arguments))) for call in reader.found]) == reply.text
+        names |= {call.name for call in reader.found} if box.named is None else set()
+        most = max(most, len(reader.found))
+    assert temperature == 0 or (len(names) > 1 and most > 1)
 
 
 def walked(model: LanguageModel, constraint: Constraint, wanted: str, seed: int, most: int = 300) -> str:
@@ -193,14 +227,15 @@ def walked(model: LanguageModel, constraint: Constraint, wanted: str, seed: int,
 @example(before="<<tool_call", seed=1)
 @given(before=st.text("<tol_ca> x{", max_size=12), seed=st.integers(0, 1000))
 def test_free_texts_call_rightly(model: LanguageModel, grammars: Grammars, before: str, seed: int) -> None:
-    """Where a reply may call, BEGIN in a text is followed by one call that satisfies its schema, and by nothing; where it must not,
-    BEGIN does not come, though it is wanted."""
-    box = Toolbox(LIST)
-    text = walked(model, grammars.compile_calls(box)(), before + BEGIN, seed)
-    assert BEGIN in text
-    said, reader = read(text, "may")
-    assert reader.name is not None and text == said + str(Call("", reader.name, reader.arguments))
-    check_call(reader.name, reader.arguments)
+    """Where a reply may call, BEGIN in a text is followed by calls that satisfy their schemas, by one where several are not wanted, and by
+    nothing; where it must not, BEGIN does not come, though it is wanted."""
+    for parallel in (True, False):
+        text = walked(model, grammars.compile_calls(Toolbox(LIST, parallel=parallel))(), before + BEGIN, seed, 3000)
+        assert BEGIN in text
+        said, reader = read(text, "may")
+        assert text == said + spoken(reader.found) and reader.is_done and (parallel or len(reader.found) == 1)
+        for call in reader.found:
+            check_call(call.name, call.arguments)
     assert BEGIN not in walked(model, grammars.compile_calls(Toolbox(LIST, "none"))(), before + BEGIN, seed, 60)
 
 
@@ -233,9 +268,10 @@ def test_formats_and_calls(model: LanguageModel, grammars: Grammars, seed: int) 
     said, reader = read(walked(model, grammars.compile_calls(Toolbox(LIST), form)(), f'{{"a":"{BEGIN}', seed), "first")
     assert json.loads(said) == {"a": BEGIN} and not reader.is_calling
     for choice in ("auto", "required"):
-        said, reader = read(walked(model, grammars.compile_calls(Toolbox(LIST, choice), form)(), BEGIN, seed), "first")
-        assert said == "" and reader.name is not None
-        check_call(reader.name, reader.arguments)
+        said, reader = read(walked(model, grammars.compile_calls(Toolbox(LIST, choice), form)(), BEGIN, seed, 3000), "first")
+        assert said == "" and reader.is_done
+        for call in reader.found:
+            check_call(call.name, call.arguments)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -277,47 +313,83 @@ def heard_chat(live: Live, **asked: Any) -> tuple[list[tuple[str | None, list[An
     return [("".join(content) or None, calls, *reasons) for content, calls, reasons in said.values()], chunk.usage
 
 
-def test_chat_calls(live: Live) -> None:
-    """Through OpenAI's client each of n replies that must call is a call, the same streamed and whole but for its id."""
-    asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=CHAT_TOOLS, n=3, seed=5, max_tokens=200, parallel_tool_calls=False)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_chat_calls(live: Live, parallel: bool) -> None:
+    """Through OpenAI's client each of n replies that must call is calls, the same streamed and whole but for their ids; one where several
+    are not wanted."""
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=CHAT_TOOLS, n=4, seed=5, parallel_tool_calls=parallel)
     for choice in ("required", {"type": "function", "function": {"name": "take-note"}}):
         whole = live.openai.chat.completions.create(**asked, tool_choice=choice)
         heard, usage = heard_chat(live, **asked, tool_choice=choice)
         assert usage.completion_tokens == whole.usage.completion_tokens
         for own, (content, calls, reason) in zip(whole.choices, heard, strict=True):
-            (call,), (streamed,) = own.message.tool_calls, calls
-            check_call(call.function.name, call.function.arguments)
             assert (own.finish_reason, own.message.content) == (reason, content) == ("tool_calls", None)
-            assert (call.function.name, call.function.arguments) == (streamed["name"], streamed["arguments"])
-            assert call.id.startswith("call_") and streamed["id"] != call.id and (choice == "required" or call.function.name == "take-note")
-        assert len({own.message.tool_calls[0].id for own in whole.choices}) == 3
+            for call, streamed in zip(own.message.tool_calls, calls, strict=True):
+                check_call(call.function.name, call.function.arguments)
+                assert (call.function.name, call.function.arguments) == (streamed["name"], streamed["arguments"])
+                assert call.id.startswith("call_") and streamed["id"] != call.id
+                assert choice == "required" or call.function.name == "take-note"
+        counts, ids = zip(*((len(c.message.tool_calls), {call.id for call in c.message.tool_calls}) for c in whole.choices), strict=True)
+        assert len(set.union(*ids)) == sum(counts) and (max(counts) > 1) == (parallel and choice == "required")
 
 
-def test_responses_calls(live: Live) -> None:
-    """The newer API gives a call as an item of its own, whole and as events of the official names in their order."""
-    asked: dict[str, Any] = dict(model="demo", input=HELLO, tools=RESPONSE_TOOLS, tool_choice="required", temperature=0)
-    whole = live.openai.responses.create(**asked)
-    (item,) = whole.output
-    assert (whole.status, item.type, item.status, whole.output_text) == ("completed", "function_call", "completed", "")
-    check_call(item.name, item.arguments)
-    assert whole.tool_choice == "required" and [tool.name for tool in whole.tools] == list(SCHEMAS) and whole.parallel_tool_calls
-    with live.openai.responses.create(**asked, stream=True) as stream:
-        seen = list(stream)
-    kinds = [event.type for event in seen]
-    assert kinds[:3] == ["response.created", "response.in_progress", "response.output_item.added"]
-    assert set(kinds[3:-3]) == {"response.function_call_arguments.delta"}
-    assert kinds[-3:] == ["response.function_call_arguments.done", "response.output_item.done", "response.completed"]
-    assert "".join(event.delta for event in seen[3:-3]) == seen[-3].arguments == seen[-2].item.arguments == item.arguments
+def response_events(seen: Sequence[Any]) -> list[Any]:
+    """The items of a stream in the newer API as its events tell them, which are checked for their order and their numbers."""
+    items = list[Any]()
     assert [event.sequence_number for event in seen] == list(range(len(seen)))
-    (final,) = seen[-1].response.output
-    assert (final.name, final.arguments, final.id) == (item.name, item.arguments, seen[2].item.id)
-    named = live.openai.responses.create(**asked | {"tool_choice": {"type": "function", "name": "weather"}})
-    assert named.output[0].name == "weather" and named.tool_choice.name == "weather"
+    assert [event.type for event in (*seen[:2], seen[-1])] == ["response.created", "response.in_progress", "response.completed"]
+    for event in seen[2:-1]:
+        if event.type == "response.output_item.added":
+            said, closed = "", False
+            assert (event.output_index, event.item.status) == (len(items), "in_progress")
+        elif event.type in ("response.function_call_arguments.delta", "response.output_text.delta"):
+            said += event.delta
+        elif event.type in ("response.function_call_arguments.done", "response.output_text.done"):
+            closed = said == (event.text if event.type == "response.output_text.done" else event.arguments)
+        elif event.type == "response.output_item.done":
+            assert closed and event.output_index == len(items) and event.item.status == "completed"
+            items.append(event.item)
+    assert items == seen[-1].response.output
+    return items
 
 
-def test_messages_calls(live: Live) -> None:
-    """Anthropic's client gets a call as a block of its own, whole and streamed."""
-    asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=ANTHROPIC_TOOLS, max_tokens=200, extra_body=GREEDY)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_responses_calls(live: Live, parallel: bool) -> None:
+    """The newer API gives each call as an item of its own, whole and as events of the official names in their order."""
+    asked: dict[str, Any] = dict(model="demo", input=HELLO, tools=RESPONSE_TOOLS, temperature=0, parallel_tool_calls=parallel)
+    whole = live.openai.responses.create(**asked, tool_choice="required")
+    assert (whole.status, whole.output_text, whole.parallel_tool_calls) == ("completed", "", parallel)
+    assert (len(whole.output) > 1) == parallel and len({item.call_id for item in whole.output}) == len(whole.output)
+    for item in whole.output:
+        assert (item.type, item.status) == ("function_call", "completed")
+        check_call(item.name, item.arguments)
+    assert whole.tool_choice == "required" and [tool.name for tool in whole.tools] == list(SCHEMAS)
+    with live.openai.responses.create(**asked, tool_choice="required", stream=True) as stream:
+        items = response_events(list(stream))
+    assert [(item.name, item.arguments) for item in items] == [(item.name, item.arguments) for item in whole.output]
+    (named,) = (answer := live.openai.responses.create(**asked, tool_choice={"type": "function", "name": "weather"})).output
+    assert named.name == "weather" and answer.tool_choice.name == "weather"
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_messages_calls(live: Live, parallel: bool) -> None:
+    """Anthropic's client gets each call as a block of its own, whole and streamed; one where several are not wanted."""
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=ANTHROPIC_TOOLS, max_tokens=1000, extra_body=GREEDY)
+    for choice in ({"type": "any"}, {"type": "tool", "name": "draw"}):
+        choice = choice | ({} if parallel else {"disable_parallel_tool_use": True})
+        whole = live.anthropic.messages.create(**asked, tool_choice=choice)
+        assert whole.stop_reason == "tool_use" and (len(whole.content) > 1) == (parallel and choice["type"] == "any")
+        for block in whole.content:
+            assert block.type == "tool_use" and block.id.startswith("toolu_") and block.name == choice.get("name", block.name)
+            check_call(block.name, json.dumps(block.input))
+        with live.anthropic.messages.stream(**asked, tool_choice=choice) as stream:
+            final = stream.get_final_message()
+        assert [(b.type, b.name, b.input) for b in final.content] == [(b.type, b.name, b.input) for b in whole.content]
+        assert (final.stop_reason, final.usage.output_tokens) == ("tool_use", whole.usage.output_tokens)
+
+
+def test_counted_tokens_of_tools(live: Live) -> None:
+    """Anthropic's client is told beforehand how many tokens a conversation with tools has."""
     import anthropic
 
     for system, tools in (("Be brief.", ANTHROPIC_TOOLS), ("Be brief.", []), (anthropic.omit, ANTHROPIC_TOOLS)):
@@ -325,16 +397,6 @@ def test_messages_calls(live: Live) -> None:
         usage = live.anthropic.messages.create(**said, max_tokens=1).usage
         counted = live.anthropic.messages.count_tokens(**said).input_tokens
         assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
-    for choice in ({"type": "any"}, {"type": "tool", "name": "draw", "disable_parallel_tool_use": True}):
-        whole = live.anthropic.messages.create(**asked, tool_choice=choice)
-        (block,) = whole.content
-        assert (whole.stop_reason, block.type) == ("tool_use", "tool_use") and block.id.startswith("toolu_")
-        check_call(block.name, json.dumps(block.input))
-        assert block.name == choice.get("name", block.name)
-        with live.anthropic.messages.stream(**asked, tool_choice=choice) as stream:
-            final = stream.get_final_message()
-        assert [(b.type, b.name, b.input) for b in final.content] == [("tool_use", block.name, block.input)]
-        assert (final.stop_reason, final.usage.output_tokens) == ("tool_use", whole.usage.output_tokens)
 
 
 # ---- what a model says by itself ---------------------------------------------------------------------------------------
@@ -364,32 +426,28 @@ SPOKEN = "\nWell <tool: "
 CALLED = {"text": 'a "b}', "tags": ["red"]}
 
 
-def test_text_and_a_call(live: Live, puppet: Callable[[str], None]) -> None:
-    """What a model says before it calls is its text, in all three layouts, whole and streamed; no piece of the call is."""
-    puppet(SPOKEN + str(Call("", "take-note", compact(CALLED))))
+@pytest.mark.parametrize("called", [[CALLED], [CALLED, {"text": "", "tags": []}, CALLED]])
+def test_text_and_calls(live: Live, puppet: Callable[[str], None], called: list[dict[str, Any]]) -> None:
+    """What a model says before it calls is its text, in all three layouts, whole and streamed; no piece of the calls is."""
+    written = [compact(arguments) for arguments in called]
+    puppet(SPOKEN + spoken([Call("", "take-note", arguments) for arguments in written]))
     asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=300)
     (choice,) = live.openai.chat.completions.create(**asked, tools=CHAT_TOOLS, logprobs=True).choices
-    (call,) = choice.message.tool_calls
     assert (choice.message.content, choice.finish_reason) == (SPOKEN, "tool_calls")
-    assert (call.function.name, json.loads(call.function.arguments)) == ("take-note", CALLED)
+    assert [(c.function.name, c.function.arguments) for c in choice.message.tool_calls] == [("take-note", a) for a in written]
     assert "".join(entry.token for entry in choice.logprobs.content) == SPOKEN
     heard, _ = heard_chat(live, **asked, tools=CHAT_TOOLS)
-    assert [(content, [c["arguments"] for c in calls], reason) for content, calls, reason in heard] == [
-        (SPOKEN, [call.function.arguments], "tool_calls")
-    ]
+    assert [(content, [c["arguments"] for c in calls], reason) for content, calls, reason in heard] == [(SPOKEN, written, "tool_calls")]
     answer: dict[str, Any] = dict(model="demo", input=HELLO, tools=RESPONSE_TOOLS)
-    message, item = live.openai.responses.create(**answer).output
-    assert (message.content[0].text, message.status, json.loads(item.arguments)) == (SPOKEN, "completed", CALLED)
+    message, *items = live.openai.responses.create(**answer).output
+    assert (message.content[0].text, message.status, [item.arguments for item in items]) == (SPOKEN, "completed", written)
     with live.openai.responses.create(**answer, stream=True) as stream:
-        seen = list(stream)
-    assert [event.item.type for event in seen if event.type == "response.output_item.done"] == ["message", "function_call"]
-    assert [event.output_index for event in seen if event.type == "response.output_item.added"] == [0, 1]
-    assert "".join(event.delta for event in seen if event.type == "response.output_text.delta") == SPOKEN
-    assert [i.type for i in seen[-1].response.output] == ["message", "function_call"] and seen[-1].response.output_text == SPOKEN
-    text, use = live.anthropic.messages.create(**asked, tools=ANTHROPIC_TOOLS).content
+        message, *items = response_events(list(stream))
+    assert (message.content[0].text, message.status, [item.arguments for item in items]) == (SPOKEN, "completed", written)
+    text, *uses = live.anthropic.messages.create(**asked, tools=ANTHROPIC_TOOLS).content
     with live.anthropic.messages.stream(**asked, tools=ANTHROPIC_TOOLS) as stream:
-        final = stream.get_final_message().content
-    assert (text.text, use.input, use.name) == (SPOKEN, CALLED, "take-note") == (final[0].text, final[1].input, final[1].name)
+        again, *streamed = stream.get_final_message().content
+    assert text.text == again.text == SPOKEN and [use.input for use in uses] == [use.input for use in streamed] == called
 
 
 def test_text_alone(live: Live, puppet: Callable[[str], None]) -> None:
@@ -411,20 +469,23 @@ def test_text_alone(live: Live, puppet: Callable[[str], None]) -> None:
 
 
 def test_cut_by_the_length(live: Live, puppet: Callable[[str], None], model: LanguageModel) -> None:
-    """A call that the length cuts comes as far as it came, says so, and is the same streamed and whole."""
-    head = f'{BEGIN}{{"name":"take-note","arguments":{{"text":"a'
-    puppet(str(Call("", "take-note", compact(CALLED))))
-    for most in (3, len(model.tokenizer.encode("a" + head, add_special_tokens=False)) - 1):
+    """Calls that the length cuts come as far as they came, say so, and are the same streamed and whole."""
+    head, first = f'{BEGIN}{{"name":"take-note","arguments":{{"text":"a', str(Call("", "now", "{}"))
+    for before, cut, wanted in (
+        ("", BEGIN[:3], []), ("", head, ['{"text":"a']), (f"{first}\n", BEGIN, ["{}"]), (f"{first}\n", head, ["{}", '{"text":"a']),
+    ):  # fmt: skip
+        puppet(before + str(Call("", "take-note", compact(CALLED))))
+        most = len(model.tokenizer.encode("a" + before + cut, add_special_tokens=False)) - 1
         asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=most)
         (choice,) = live.openai.chat.completions.create(**asked, tools=CHAT_TOOLS, tool_choice="required").choices
         (heard,), _ = heard_chat(live, **asked, tools=CHAT_TOOLS, tool_choice="required")
         calls = [call.function.arguments for call in choice.message.tool_calls or ()]
-        assert choice.finish_reason == "length" and heard[1:] == ([{**c, "arguments": calls[0]} for c in heard[1]], "length")
-        assert calls == ([] if most == 3 else ['{"text":"a'])
+        assert (choice.finish_reason, heard[2]) == ("length", "length") and [call["arguments"] for call in heard[1]] == calls == wanted
         answer = live.openai.responses.create(
             model="demo", input=HELLO, tools=RESPONSE_TOOLS, tool_choice="required", max_output_tokens=most
         )  # fmt: skip
-        assert (answer.status, answer.output[0].status) == ("incomplete", "incomplete")
+        assert answer.status == "incomplete"
+        assert [item.status == "completed" for item in answer.output] == ([call == "{}" for call in wanted] or [False])
         whole = live.anthropic.messages.create(**asked, tools=ANTHROPIC_TOOLS, tool_choice={"type": "any"})
         with live.anthropic.messages.stream(**asked, tools=ANTHROPIC_TOOLS, tool_choice={"type": "any"}) as stream:
             final = stream.get_final_message()
@@ -435,32 +496,39 @@ def test_cut_by_the_length(live: Live, puppet: Callable[[str], None], model: Lan
 # ---- second turns ----------------------------------------------------------------------------------------------------
 
 
-def test_second_turns_are_cached(model: LanguageModel) -> None:
-    """A call and its result sent back are read from behind the call alone, in all three layouts, whatever the next turn wants."""
+@pytest.mark.parametrize("count", [1, 3])
+def test_second_turns_are_cached(model: LanguageModel, puppet: Callable[[str], None], count: int) -> None:
+    """Calls and their results sent back are read from behind the calls alone, in all three layouts, whatever the next turn wants."""
     closing = len(model.tokenizer.encode("<|im_end|>\n", add_special_tokens=False))
+    puppet("\nWell: " + spoken([Call("", "take-note", compact(CALLED | {"text": f"é{i}"})) for i in range(count)]))
     with Live(model, cached=True) as live:
-        asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=CHAT_TOOLS, seed=1, max_tokens=300)
-        first = live.openai.chat.completions.create(**asked, tool_choice="required")
+        asked: dict[str, Any] = dict(model="demo", messages=HELLO, tools=CHAT_TOOLS, max_tokens=900)
+        first = live.openai.chat.completions.create(**asked)
         own = first.choices[0].message
-        more = [*HELLO, own.model_dump(), {"role": "tool", "tool_call_id": own.tool_calls[0].id, "content": "42"}]
-        for choice in ("auto", "none", "required"):
-            second = live.openai.chat.completions.create(**asked | {"messages": more, "max_tokens": 4}, tool_choice=choice)
+        assert len(own.tool_calls) == count
+        more = [*HELLO, own.model_dump(), *({"role": "tool", "tool_call_id": c.id, "content": "42"} for c in own.tool_calls[::-1])]
+        for choice in ("auto", "none"):
+            second = live.openai.chat.completions.create(**asked | {"messages": more, "max_tokens": 3}, tool_choice=choice)
             cached = second.usage.prompt_tokens_details.cached_tokens
             assert cached == first.usage.prompt_tokens + first.usage.completion_tokens - 1 + closing
 
         said: dict[str, Any] = dict(model="demo", tools=RESPONSE_TOOLS, instructions="Hm.")
-        call = live.openai.responses.create(**said, input=HELLO, tool_choice="required", temperature=0)
-        items = [*HELLO, *call.output, {"type": "function_call_output", "call_id": call.output[0].call_id, "output": "42"}]
-        answer = live.openai.responses.create(**said, input=items, max_output_tokens=16)
-        assert answer.usage.input_tokens_details.cached_tokens == call.usage.input_tokens + call.usage.output_tokens - 1 + closing
+        answer = live.openai.responses.create(**said, input=HELLO)
+        results = [{"type": "function_call_output", "call_id": c.call_id, "output": "42"} for c in answer.output[1:]]
+        items = [*HELLO, *answer.output, *results]
+        next_one = live.openai.responses.create(**said, input=items, max_output_tokens=3)
+        assert next_one.usage.input_tokens_details.cached_tokens == answer.usage.input_tokens + answer.usage.output_tokens - 1 + closing
 
-        kept: dict[str, Any] = dict(model="demo", tools=ANTHROPIC_TOOLS, system="Well.", extra_body=GREEDY)
-        use = live.anthropic.messages.create(**kept, messages=HELLO, max_tokens=300, tool_choice={"type": "any"})
-        result = {"type": "tool_result", "tool_use_id": use.content[0].id, "content": [{"type": "text", "text": "42"}], "is_error": True}
-        messages = [*HELLO, {"role": "assistant", "content": use.content}, {"role": "user", "content": [result]}]
-        reply = live.anthropic.messages.create(**kept, messages=messages, max_tokens=4)
-        total = use.usage.input_tokens + use.usage.cache_read_input_tokens + use.usage.output_tokens
-        assert reply.usage.cache_read_input_tokens == total - 1 + closing
+        kept: dict[str, Any] = dict(model="demo", tools=ANTHROPIC_TOOLS, system="Well.")
+        uses = live.anthropic.messages.create(**kept, messages=HELLO, max_tokens=900)
+        results = [
+            {"type": "tool_result", "tool_use_id": use.id, "content": [{"type": "text", "text": "42"}], "is_error": True}
+            for use in uses.content[1:]
+        ]
+        messages = [*HELLO, {"role": "assistant", "content": uses.content}, {"role": "user", "content": results}]
+        reply = live.anthropic.messages.create(**kept, messages=messages, max_tokens=3)
+        total = uses.usage.input_tokens + uses.usage.cache_read_input_tokens + uses.usage.output_tokens
+        assert len(results) == count and reply.usage.cache_read_input_tokens == total - 1 + closing
 
 
 def test_tokens_of_a_conversation_with_tools(live: Live, model: LanguageModel) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Constraint, Scores
 from zamba2.language.messages import brief
 from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer
-from zamba2.serve.tools import BEGIN, END, NO_ARGUMENTS, Tool, Toolbox, head
+from zamba2.serve.tools import BEGIN, END, NO_ARGUMENTS, Toolbox, head
 
 __all__ = ["Grammars", "Unmet", "check_schema"]
 
@@ -86,12 +87,12 @@ class Grammars:
         return self._compiled(lambda: self._library.LLMatcher.grammar_from_json_schema(text, overrides=COMPACT))
 
     def compile_calls(self, box: Toolbox, form: Any = None) -> Callable[[], Constraint]:
-        """The same for replies that may or must call a tool, in the form of ``zamba2.serve.tools``. form: a schema for what is no call;
+        """The same for replies that may or must call tools, in the form of ``zamba2.serve.tools``. form: a schema for what is no call;
         None for any text. Raises Unmet."""
         if box.choice == "none":
             return self.compile(form) if form is not None else lambda: FreeText(self.marks, None)
         begins, free = box.choice == "required" or form is not None, box.choice == "auto" and form is None
-        lark = call_grammar(box.callable, begins=begins, form=None if box.choice == "required" else form)
+        lark = call_grammar(box, begins=begins, form=None if box.choice == "required" else form)
         call = self._compiled(lambda: str(self._library.LLMatcher.grammar_from_lark(lark)))
         return (lambda: FreeText(self.marks, call)) if free else call
 
@@ -180,7 +181,7 @@ class Marks:
 
 
 class FreeText:
-    """A ``Constraint``: any text, and from BEGIN on a call. call: makes what holds from there; None where no call may begin."""
+    """A ``Constraint``: any text, and from BEGIN on calls. call: makes what holds from there; None where no call may begin."""
 
     def __init__(self, marks: Marks, call: Callable[[], Constraint] | None) -> None:
         self._marks, self._call, self._there = marks, call, 0
@@ -216,17 +217,20 @@ def _guarded(work: Callable[[], Any], what: str) -> Any:
 # ---- what a schema may be --------------------------------------------------------------------------------------------
 
 
-def call_grammar(tools: Sequence[Tool], *, begins: bool, form: Any = None) -> str:
-    """A call of one of the tools as a grammar for llguidance, each schema for itself, since references begin at its root. Raises Unmet.
+def call_grammar(box: Toolbox, *, begins: bool, form: Any = None) -> str:
+    """Calls of the tools as a grammar for llguidance, each schema for itself, since references begin at its root. Raises Unmet.
 
-    begins: whether BEGIN is to come first. form: a schema of JSON that may stand in the call's place.
+    begins: whether BEGIN is to come first. form: a schema of JSON that may stand in the calls' place.
     """
+    tools = box.callable
     parameters = [tool.parameters or NO_ARGUMENTS for tool in tools]
     _measure(parameters)
     schemas = [check_schema(schema, tool.name) for tool, schema in zip(tools, parameters, strict=True)]
     if (count := sum(map(len, schemas))) > MOST_CHARACTERS:
         raise Unmet(f"the schemas of the tools have {count} characters together; at most {MOST_CHARACTERS} are possible.")
-    rules = [f"start: {'' if form is None else 'form | '}{json.dumps(BEGIN) if begins else ''} call"]
+    more = f"next{{0,{box.most_calls - 1}}}" if box.most_calls > 1 else ""
+    rules = [f"start: {'' if form is None else 'form | '}{json.dumps(BEGIN) if begins else ''} call {more}"]
+    rules.append(f"next: {json.dumps(chr(10) + BEGIN)} call")
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, (tool, schema) in enumerate(zip(tools, schemas, strict=True)):
         rules.append(f"call_{i}: {json.dumps(head(tool.name))} arguments_{i} {json.dumps('}' + END)}")
@@ -251,7 +255,7 @@ def check_schema(schema: Any, where: str = "schema") -> str:
     if len(text) > MOST_CHARACTERS:
         raise Unmet(f"the schema has {len(text)} characters; at most {MOST_CHARACTERS} are possible.")
     schema = json.loads(text)
-    _Checker(schema).choices(schema, where, 0)
+    _Checker(schema).check(where)
     return json.dumps(schema)
 
 
@@ -282,6 +286,44 @@ class _Checker:
         self.root = root
         self.known: dict[int, int] = {}
         self.within: set[int] = set()
+        self.inner: deque[tuple[Any, str, int]] = deque()  # schemas of items and properties, which may refer to what they are within
+        self.walked: dict[int, tuple[dict[str, Any], str]] = {}
+
+    def check(self, where: str) -> None:
+        """Raises Unmet. where: the name of the schema."""
+        self.inner.append((self.root, where, 0))
+        while self.inner:
+            self.choices(*self.inner.popleft())
+        needs = {key: self._needs(schema) for key, (schema, _) in self.walked.items()}
+        users: dict[int, list[int]] = {key: [] for key in needs}
+        for key, ways in needs.items():
+            for inner in {inner for choice in ways for way in choice for inner in way}:
+                users[inner].append(key)
+        ending, looked_at = set[int](), list(needs)
+        while looked_at:
+            key = looked_at.pop()
+            if key not in ending and all(any(ending.issuperset(way) for way in choice) for choice in needs[key]):
+                ending.add(key)
+                looked_at += users[key]
+        if endless := [place for key, (_, place) in self.walked.items() if key not in ending]:
+            raise Unmet(f"{endless[0]} has no end: what it requires requires it again; let something of it be left out, or be null.")
+
+    def _needs(self, schema: dict[str, Any]) -> list[list[list[int]]]:
+        """What must have finite values so that the schema has one: of each list one list of schemas, by their ids."""
+
+        def ids(schemas: Iterable[Any]) -> list[int]:
+            return [id(inner) for inner in schemas if isinstance(inner, dict)]
+
+        kinds, least, first = schema.get("type", TYPES), schema.get("minItems", 0), schema.get("prefixItems", [])
+        named, other = schema.get("properties", {}), [] if "patternProperties" in schema else [schema.get("additionalProperties")]
+        of_kinds = {
+            "object": ids(inner for name in schema.get("required", ()) for inner in ([named[name]] if name in named else other)),
+            "array": ids([*first[:least], *([schema.get("items")] if least > len(first) else ())]),
+        }
+        whole = [*schema.get("allOf", ()), *([self._target(schema["$ref"], "")] if "$ref" in schema else ())]
+        choices = [[ids([inner])] for inner in whole]
+        choices += [[ids([inner]) for inner in schema[name]] for name in ("anyOf", "oneOf") if name in schema]
+        return [*choices, [of_kinds.get(kind, []) for kind in ([kinds] if isinstance(kinds, str) else kinds)]]
 
     def choices(self, schema: Any, where: str, depth: int) -> int:
         """In how many ways the schema can be met, as far as it is a choice. Raises Unmet."""
@@ -291,11 +333,12 @@ class _Checker:
             raise Unmet(f"{where} is {brief(repr(schema))}; a schema is needed, an object or a truth value.")
         key = id(schema)
         if key in self.within:
-            raise Unmet(f"{where} refers to what it is within; schemas that contain themselves are not supported.")
+            raise Unmet(f"{where} refers back to itself with nothing in between; a schema may contain itself in items or properties.")
         if depth > MOST_DEPTH:
             raise Unmet(f"the schema is nested more than {MOST_DEPTH} schemas deep, references included; a flatter one is needed.")
         if key not in self.known:
             self.within.add(key)
+            self.walked[key] = schema, where
             counts = [self._keyword(name, value, where, depth) for name, value in schema.items()]
             if "pattern" in schema:
                 schema["pattern"] = self._pattern(schema["pattern"], f"{where}.pattern")
@@ -332,15 +375,18 @@ class _Checker:
             above = name == "multipleOf"
             self._need(good and (value > 0 or not above), here, value, "a number above 0" if above else "0 or a number of 1e-9 to 2**53")
         elif name in ONE:
-            self.choices(value, here, depth + 1)
+            self.inner.append((value, here, depth + 1))
         elif name in NAMED | DEFINED:
             self._need(isinstance(value, dict), here, value, "an object of schemas")
-            for key, inner in value.items():
-                self.choices(inner, f"{here}.{brief(key)}", depth + 1)
+            self.inner.extend((inner, f"{here}.{brief(key)}", depth + 1) for key, inner in value.items())
         elif name in SEVERAL:
             self._need(isinstance(value, list) and len(value) > 0, here, value, "a list of schemas")
-            counts = [self.choices(inner, f"{here}[{i}]", depth + 1) for i, inner in enumerate(value)]
-            return 1 if name == "prefixItems" else self._product(counts, here) if name == "allOf" else sum(counts)
+            places = [(inner, f"{here}[{i}]", depth + 1) for i, inner in enumerate(value)]
+            if name == "prefixItems":
+                self.inner.extend(places)
+                return 1
+            counts = [self.choices(*place) for place in places]
+            return self._product(counts, here) if name == "allOf" else sum(counts)
         elif name == "enum":
             self._need(isinstance(value, list) and len(value) > 0, here, value, "a list of values")
             return len(value)
@@ -399,9 +445,10 @@ class _Checker:
         return ("[^\\x01" if negated else "[") + ("\\" if inner[:1] in ("]", "-") else "") + inner + "]"
 
     def _target(self, reference: Any, where: str) -> Any:
-        self._need(isinstance(reference, str) and reference.startswith("#/"), where, reference, "a place in the same schema, #/...,")
+        good = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
+        self._need(good, where, reference, "a place in the same schema, # or #/...,")
         found: Any = self.root
-        for step in reference[2:].split("/"):
+        for step in reference.split("/")[1:]:
             name = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(found, list) and name.isascii() and name.isdigit() and len(name) < 6 and int(name) < len(found):
                 found = found[int(name)]

@@ -23,7 +23,20 @@ from zamba2.language.messages import brief
 from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer, _piece_bytes
 from zamba2.serve.grammar import Unmet
 from zamba2.serve.scheduler import Busy, Prompt, TimeIsUp
-from zamba2.serve.tools import NO_ARGUMENTS, Call, CallReader, Calls, Result, Tool, Toolbox, Turn, compact, conversation, stray_result
+from zamba2.serve.tools import (
+    NO_ARGUMENTS,
+    Call,
+    CallDelta,
+    CallReader,
+    Calls,
+    Result,
+    Tool,
+    Toolbox,
+    Turn,
+    compact,
+    conversation,
+    stray_result,
+)  # fmt: skip
 
 __all__ = [
     "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "CountTokensBody", "DetokenizeBody", "Event", "MessageStream",
@@ -371,10 +384,12 @@ AnthropicTools = Annotated[list[AnthropicTool] | None, AfterValidator(distinct)]
 
 
 class Choice(Body):
-    """What a request wants of its tools, in one layout for all APIs. named: the tool that must be called."""
+    """What a request wants of its tools, in one layout for all APIs. named: the tool that must be called. parallel: whether several calls
+    may be made; Anthropic's API says it here."""
 
     mode: Literal["none", "auto", "required"]
     named: str | None = None
+    parallel: bool = True
 
 
 def chat_choice(value: Any) -> Any:
@@ -405,7 +420,9 @@ def anthropic_choice(value: Any) -> Any:
     known = {"type", "disable_parallel_tool_use"} | ({"name"} if kind == "tool" else set())
     if not isinstance(kind, str) or kind not in modes or set(value) - known or isinstance(value.get("name"), str) != (kind == "tool"):
         raise ValueError(f"it is {brief(repr(value))}; {{type: auto, any or none}} or {{type: tool, name: NAME}} is needed.")
-    return Choice(mode=modes[kind], named=value.get("name"))
+    if (single := value.get("disable_parallel_tool_use")) not in (None, False, True):
+        raise ValueError(f"disable_parallel_tool_use is {brief(repr(single))}; true or false is needed.")
+    return Choice(mode=modes[kind], named=value.get("name"), parallel=not single)
 
 
 MODES = {"enum": ["none", "auto", "required"]}
@@ -421,16 +438,19 @@ AnthropicChoice = Annotated[
     Choice | None, BeforeValidator(anthropic_choice),
     WithJsonSchema({"anyOf": [{"type": "object", "required": ["type"]}, {"type": "null"}]}),
 ]  # fmt: skip
-Parallel = Annotated[bool | None, Field(description="Taken either way: a reply makes one call at most.")]
+Parallel = Annotated[bool | None, Field(description="Whether a reply may make several calls; null is true.")]
 
 
-def toolbox(tools: Sequence[ChatTool | ResponseTool | AnthropicTool] | None, choice: Choice | None) -> Toolbox | None:
+def toolbox(
+    tools: Sequence[ChatTool | ResponseTool | AnthropicTool] | None, choice: Choice | None, parallel: bool | None = None
+) -> Toolbox | None:  # fmt: skip
     """The tools of a request. Raises ValueError for a choice that they do not have."""
     if not tools:
         if choice is not None and choice.mode == "required":
             raise ValueError("tool_choice asks for a call, but there are no tools; give tools, or leave it out.")
         return None
-    box = Toolbox(tuple(tool.tool for tool in tools), *(() if choice is None else (choice.mode, choice.named)))
+    choice = Choice(mode="auto") if choice is None else choice
+    box = Toolbox(tuple(tool.tool for tool in tools), choice.mode, choice.named, choice.parallel and parallel is not False)
     if not box.callable and box.choice != "none":
         names = ", ".join(tool.name for tool in box.tools)
         raise ValueError(f"tool_choice names {brief(repr(box.named))}, which is none of the tools; there is {names}.")
@@ -563,7 +583,7 @@ class ChatBody(OpenAIBody):
         return self.max_tokens or self.max_completion_tokens
 
     def toolbox(self) -> Toolbox | None:
-        return toolbox(self.tools, self.tool_choice)
+        return toolbox(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def turns(self) -> list[Turn]:
@@ -723,7 +743,7 @@ class ResponseBody(Sampled):
         return self
 
     def toolbox(self) -> Toolbox | None:
-        return toolbox(self.tools, self.tool_choice)
+        return toolbox(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def form(self) -> dict[str, Any] | None:
@@ -857,7 +877,7 @@ def sampling_options(body: Sampled | MessagesBody) -> Json:
 @dataclass(frozen=True)
 class Ask:
     """One reply that is wanted. text: the prompt's; number: of the prompt it answers; silent: the prompt is all that is of interest;
-    calls: whether the reply may call a tool."""
+    calls: whether the reply may call tools."""
 
     request: Request
     prompt: Prompt
@@ -872,8 +892,7 @@ class Ask:
 class Said:
     """One step of a reply, as ``generate.Piece`` without its state. time: by time.monotonic().
 
-    logprobs: of the tokens whose text is certain, and of none of a call. name: of the tool, in the step that tells it. arguments: what is
-    added to them.
+    logprobs: of the tokens whose text is certain, and of none of a call.
     """
 
     index: int
@@ -883,8 +902,7 @@ class Said:
     finish_reason: str | None
     stop: str | None
     time: float
-    name: str | None = None
-    arguments: str = ""
+    calls: Sequence[CallDelta] = ()
 
 
 @dataclass
@@ -898,12 +916,11 @@ class Reply:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     tokens: int = 0
     cached_tokens: int = 0
-    finish_reason: str | None = None  # "tool_calls" where a call came to its end
+    finish_reason: str | None = None  # "tool_calls" where calls came to their end
     stop: str | None = None
 
     def __post_init__(self) -> None:
         self.reader = None if self.ask.calls == "none" else CallReader(self.ask.calls)
-        self.call_id = uuid.uuid4().hex
         self._held: list[TokenLogprob] = []  # of text that may become a call
 
     def add(self, said: Said) -> Said:
@@ -917,24 +934,19 @@ class Reply:
         return said
 
     def _read(self, said: Said, reader: CallReader) -> Said:
-        named, reason = reader.name is not None, said.finish_reason
-        text, arguments = reader.push(said.text, last=reason is not None)
+        text, calls = reader.push(said.text, last=said.finish_reason is not None)
         self._held += said.logprobs
         logprobs: tuple[TokenLogprob, ...] = ()
         if reader.is_calling or not reader.held:
             logprobs = () if reader.is_calling else tuple(self._held)
             self._held = []
-        return replace(
-            said, text=text, logprobs=logprobs, name=None if named else reader.name, arguments=arguments,
-            finish_reason="tool_calls" if reason is not None and reader.is_whole else reason,
-        )  # fmt: skip
+        said = replace(said, text=text, logprobs=logprobs, calls=calls)
+        return replace(said, finish_reason="tool_calls", stop=None) if said.finish_reason is not None and reader.is_done else said
 
     @property
-    def call(self) -> Call | None:
-        """A call, as far as it has come; None until its tool is known."""
-        if self.reader is None or self.reader.name is None:
-            return None
-        return Call(self.call_id, self.reader.name, self.reader.arguments)
+    def calls(self) -> Sequence[Call]:
+        """As far as they have come, each from when its tool is known."""
+        return () if self.reader is None else self.reader.found
 
     @property
     def text(self) -> str:
@@ -1110,12 +1122,12 @@ class ChatStream(Stream):
 
     def _message(self, reply: Reply) -> Json:
         message = {"role": "assistant", "content": reply.text, "refusal": None}
-        if (call := reply.call) is None:
+        if not reply.calls:
             return message
-        return message | {"content": reply.text or None, "tool_calls": [self._call(call.id, call.name, call.arguments)]}
+        return message | {"content": reply.text or None, "tool_calls": [self._call(call, call.arguments) for call in reply.calls]}
 
-    def _call(self, number: str, name: str, arguments: str) -> Json:
-        return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+    def _call(self, call: Call, arguments: str) -> Json:
+        return {"id": f"call_{call.id}", "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
     def whole(self) -> Json:
         choices = [
@@ -1145,10 +1157,11 @@ class ChatStream(Stream):
         reply = self.replies[said.index]
         if said.text or said.logprobs:
             yield self._delta(said.index, {"content": said.text}, logprobs=self._logprobs(reply, said.logprobs))
-        if said.name is not None:
-            yield self._delta(said.index, {"tool_calls": [{"index": 0} | self._call(reply.call_id, said.name, "")]})
-        if said.arguments:
-            yield self._delta(said.index, {"tool_calls": [{"index": 0, "function": {"arguments": said.arguments}}]})
+        for part in said.calls:
+            if part.name is not None:
+                yield self._delta(said.index, {"tool_calls": [{"index": part.index} | self._call(reply.calls[part.index], "")]})
+            if part.arguments:
+                yield self._delta(said.index, {"tool_calls": [{"index": part.index, "function": {"arguments": part.arguments}}]})
         if said.finish_reason is not None:
             yield self._delta(said.index, {}, said.finish_reason)
 
@@ -1208,30 +1221,34 @@ class CompletionStream(Stream):
 
 
 class ResponseStream(Stream):
-    """``/v1/responses``; always one reply: a message, a call, or a message and a call."""
+    """``/v1/responses``; always one reply: a message, calls, or a message and calls."""
 
     def __init__(self, model: str, replies: Sequence[Reply], texts: TokenTexts, *, body: ResponseBody) -> None:
         super().__init__(model, replies, texts)
         self.id, self.item_id, self.body = new_id("resp_"), new_id("msg_"), body
         self._number = self._index = -1  # of the last event, and of the last item
-        self._open: Literal["message", "call"] | None = None
+        self._open: Literal["message"] | int | None = None  # a number is a call's
         (self.reply,) = replies
 
     def _item(self, status: str, content: list[Json]) -> Json:
         return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
-    def _call_item(self, call: Call, status: str) -> Json:
-        names = {"id": f"fc_{call.id}", "type": "function_call", "status": status, "call_id": f"call_{call.id}", "name": call.name}
-        return names | {"arguments": call.arguments}
+    def _call_item(self, i: int) -> Json:
+        call, whole = self.reply.calls[i], self.reply.reader is not None and i < self.reply.reader.whole
+        return {
+            "id": f"fc_{call.id}", "type": "function_call", "status": "completed" if whole else "incomplete", "call_id": f"call_{call.id}",
+            "name": call.name, "arguments": call.arguments,
+        }  # fmt: skip
 
     def _message_item(self, status: str) -> Json:
         return self._item(status, [self._part(self.reply.text, self._logprobs(self.reply.logprobs))])
 
     def _items(self, status: str) -> list[Json]:
-        """status: of the last one."""
-        if (call := self.reply.call) is None:
+        """status: of a message that nothing follows."""
+        calls = [self._call_item(i) for i in range(len(self.reply.calls))]
+        if not calls:
             return [self._message_item(status)]
-        return [*([self._message_item("completed")] if self.reply.text else ()), self._call_item(call, status)]
+        return [*([self._message_item("completed")] if self.reply.text else ()), *calls]
 
     def _part(self, text: str, logprobs: list[Json]) -> Json:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
@@ -1292,21 +1309,21 @@ class ResponseStream(Stream):
         yield self._event("response.output_item.added", output_index=self._index, item=self._item("in_progress", []))
         yield self._event("response.content_part.added", **self._place(), part=self._part("", []))
 
-    def _begin_call(self, call: Call) -> Iterator[Event]:
-        self._index, self._open = self._index + 1, "call"
-        item = self._call_item(Call(call.id, call.name, ""), "in_progress")
+    def _begin_call(self, i: int) -> Iterator[Event]:
+        self._index, self._open = self._index + 1, i
+        item = self._call_item(i) | {"status": "in_progress", "arguments": ""}
         yield self._event("response.output_item.added", output_index=self._index, item=item)
 
     def _end_item(self, status: str) -> Iterator[Event]:
-        """Close what is open."""
+        """Close what is open. status: of a message."""
         if self._open == "message":
             item = self._message_item(status)
             part = item["content"][0]
             yield self._event("response.output_text.done", **self._place(), text=part["text"], logprobs=part["logprobs"])
             yield self._event("response.content_part.done", **self._place(), part=part)
-        elif (call := self.reply.call) is not None and self._open == "call":
-            item = self._call_item(call, status)
-            done = {"item_id": item["id"], "output_index": self._index, "name": call.name, "arguments": call.arguments}
+        elif self._open is not None:
+            item = self._call_item(self._open)
+            done = {"item_id": item["id"], "output_index": self._index, "name": item["name"], "arguments": item["arguments"]}
             yield self._event("response.function_call_arguments.done", **done)
         else:
             return
@@ -1324,13 +1341,13 @@ class ResponseStream(Stream):
             if self._open is None:
                 yield from self._begin_message()
             yield self._event("response.output_text.delta", **self._place(), delta=said.text, logprobs=self._logprobs(said.logprobs))
-        call = self.reply.call
-        if said.name is not None and call is not None:
-            yield from self._end_item("completed")
-            yield from self._begin_call(call)
-        if said.arguments:
-            place = {"item_id": f"fc_{self.reply.call_id}", "output_index": self._index}
-            yield self._event("response.function_call_arguments.delta", **place, delta=said.arguments)
+        for part in said.calls:
+            if part.name is not None:
+                yield from self._end_item("completed")
+                yield from self._begin_call(part.index)
+            if part.arguments:
+                place = {"item_id": f"fc_{self.reply.calls[part.index].id}", "output_index": self._index}
+                yield self._event("response.function_call_arguments.delta", **place, delta=part.arguments)
 
     def end(self) -> Iterator[Event]:
         if self._index < 0:  # an empty reply is an empty message
@@ -1371,19 +1388,19 @@ class MessageStream(Stream):
         return message | stop | {"usage": self._usage(output)}
 
     def whole(self) -> Json:
-        call, text = self.reply.call, {"type": "text", "text": self.reply.text}
-        content = [text] if self.reply.text or call is None else []
-        if call is not None:  # one that was cut off as far as it came, which is what the clients make of a stream
+        calls = self.reply.calls
+        content: list[Json] = [] if calls and not self.reply.text else [{"type": "text", "text": self.reply.text}]
+        for call in calls:  # one that was cut off as far as it came, which is what the clients make of a stream
             try:
                 arguments = from_json(call.arguments, allow_partial=True) if call.arguments else {}
                 json.dumps(arguments, allow_nan=False)
             except ValueError as error:  # nested too deep for a reader, or a number that no JSON reader keeps
                 raise Problem(f"the arguments for {call.name} cannot be sent as JSON ({brief(str(error))}).", status=500) from None
-            content.append(self._use(call.name) | {"input": arguments})
+            content.append(self._use(call) | {"input": arguments})
         return self._message(content, self._stop(), self.reply.tokens)
 
-    def _use(self, name: str) -> Json:
-        return {"type": "tool_use", "id": f"toolu_{self.reply.call_id}", "name": name, "input": {}}
+    def _use(self, call: Call) -> Json:
+        return {"type": "tool_use", "id": f"toolu_{call.id}", "name": call.name, "input": {}}
 
     def _event(self, kind: str, **data: Any) -> Event:
         return kind, {"type": kind} | data
@@ -1414,11 +1431,12 @@ class MessageStream(Stream):
             if self._open is None:
                 yield from self._begin_text()
             yield self._added(type="text_delta", text=said.text)
-        if said.name is not None:
-            yield from self._end_block()
-            yield from self._begin_block("tool_use", self._use(said.name))
-        if said.arguments:
-            yield self._added(type="input_json_delta", partial_json=said.arguments)
+        for part in said.calls:
+            if part.name is not None:
+                yield from self._end_block()
+                yield from self._begin_block("tool_use", self._use(self.reply.calls[part.index]))
+            if part.arguments:
+                yield self._added(type="input_json_delta", partial_json=part.arguments)
 
     def end(self) -> Iterator[Event]:
         if self._index < 0:  # an empty reply is an empty text

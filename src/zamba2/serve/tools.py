@@ -4,36 +4,39 @@ Zamba2's chat templates know no tools, so all of it is text in plain messages. `
 
     <tool_call>{"name":"NAME","arguments":{...}}</tool_call>
 
-in JSON without spaces, and ends its reply: a reply makes one call at most, behind whatever text it begins with. The grammar forces this
-form and the history is written in it, so that a call which a client sends back is the text that the model wrote, whose state the cache
-has. (Anthropic's clients send arguments as data: a number that the model wrote otherwise than Python would, 1e2 for 100.0, is read
-again.) A result is a message of the user's, <tool_response>TEXT</tool_response>; several stand on lines of one message, and "error: "
-stands before the text of what Anthropic's clients call an error.
+in JSON without spaces, and ends its reply, behind whatever text that begins with; further calls follow on lines of their own. The grammar
+forces this form and the history is written in it, so that calls which a client sends back are the text that the model wrote, whose state
+the cache has. (Anthropic's clients send arguments as data: a number that the model wrote otherwise than Python would, 1e2 for 100.0, is
+read again.) A result is a message of the user's, <tool_response>TEXT</tool_response>; several stand on lines of one message in the order
+of their calls, and "error: " stands before the text of what Anthropic's clients call an error.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from zamba2.errors import Zamba2Error
 
 __all__ = [
-    "BEGIN", "END", "NO_ARGUMENTS", "Call", "CallReader", "Calls", "Result", "Tool", "Toolbox", "Turn", "compact", "conversation",
-    "described", "head", "stray_result",
+    "BEGIN", "END", "NO_ARGUMENTS", "Call", "CallDelta", "CallReader", "Calls", "Result", "Tool", "Toolbox", "Turn", "compact",
+    "conversation", "described", "head", "stray_result",
 ]  # fmt: skip
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 HEAD = re.compile(r'\{"name":"([a-zA-Z0-9_-]+)","arguments":')
+NEXT = re.compile(re.escape(f"}}{END}\n{BEGIN}") + HEAD.pattern)  # between one call's arguments and those of the next
+MOST_CALLS = 16  # of one reply
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 HOW = """You can call the functions below; each line is one, with the JSON schema of its arguments.
 {tools}
-To call one, end with this line, its name and arguments filled in:
+To call some, end with a line like this for each call, its name and arguments filled in:
 {call}
-What it returns follows as <tool_response>RESULT</tool_response>. Answer in words where no call is needed."""
+What each returns follows as <tool_response>RESULT</tool_response>. Answer in words where no call is needed."""
 
 Calls = Literal["none", "may", "first", "must"]  # whether a reply calls: never, anywhere, at its beginning if at all, from its beginning
 
@@ -49,15 +52,22 @@ class Tool:
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools of a request and what it wants of them. named: the one that must be called, if it must be a certain one."""
+    """The tools of a request and what it wants of them. named: the one that must be called, and once, if it must be a certain one.
+    parallel: whether a reply may make several calls."""
 
     tools: tuple[Tool, ...]
     choice: Literal["none", "auto", "required"] = "auto"
     named: str | None = None
+    parallel: bool = True
 
     @property
     def callable(self) -> tuple[Tool, ...]:
         return tuple(tool for tool in self.tools if self.choice != "none" and self.named in (None, tool.name))
+
+    @property
+    def most_calls(self) -> int:
+        """Of one reply."""
+        return MOST_CALLS if self.parallel and self.named is None else 1
 
     def calls(self, *, formatted: bool) -> Calls:
         """formatted: whether a reply that does not call is JSON of a schema, in which BEGIN is a text like any other."""
@@ -74,6 +84,15 @@ class Call:
 
     def __str__(self) -> str:
         return f"{BEGIN}{head(self.name)}{self.arguments}}}{END}"
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """What a step adds to a reply's calls. index: which one it goes on with; name: in the step that begins it; arguments: JSON text."""
+
+    index: int
+    name: str | None
+    arguments: str
 
 
 @dataclass(frozen=True)
@@ -127,11 +146,22 @@ def conversation(turns: Iterable[Turn], tools: Sequence[Tool] = ()) -> list[dict
             joined[-1] = Turn(turn.role, (*before.parts, *turn.parts))
         else:
             joined.append(turn)
-    messages = [{"role": "user" if turn.role == "tool" else turn.role, "content": written(turn.parts)} for turn in joined]
+    messages, calls = list[dict[str, str]](), list[str]()
+    for turn in joined:
+        calls = [part.id for part in turn.parts if isinstance(part, Call)] or calls
+        role = "user" if turn.role == "tool" else turn.role
+        messages.append({"role": role, "content": written(in_order(turn.parts, calls))})
     if tools:
         first = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
         messages.insert(0, {"role": "system", "content": f"{first}\n\n{described(tools)}" if first else described(tools)})
     return messages
+
+
+def in_order(parts: Sequence[str | Call | Result], calls: Sequence[str]) -> list[str | Call | Result]:
+    """The parts with the results among them in the order of their calls, of which these are the ids: nothing else tells them apart."""
+    place = {number: i for i, number in enumerate(calls)}
+    results = iter(sorted((part for part in parts if isinstance(part, Result)), key=lambda result: place.get(result.id, len(place))))
+    return [next(results) if isinstance(part, Result) else part for part in parts]
 
 
 def written(parts: Sequence[str | Call | Result]) -> str:
@@ -156,30 +186,47 @@ def stray_result(turns: Iterable[Turn]) -> str | None:
 
 
 class CallReader:
-    """Takes a reply's text as it comes apart into what is said and a call. What may still become a call is held back.
+    """Takes a reply's text as it comes apart into what is said and calls. What may still become a call is held back.
 
-    name: None until a call has one. arguments: JSON text so far. is_whole: whether that is all of it.
+    found: the calls as far as they have come, each from its name on. whole: how many of them have come to their end.
     """
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
-        self.name: str | None = None
-        self.held, self.arguments, self.is_whole = "", "", False
+        self.found: list[Call] = []
+        self.whole = 0
+        self.held = ""
         self.is_calling = False  # BEGIN is behind us
         self._depth, self._in_text, self._escaped = 0, False, False
 
-    def push(self, text: str, *, last: bool = False) -> tuple[str, str]:
-        """What is certain now: text, and arguments. With ``last``, text is not held back any more."""
+    @property
+    def is_done(self) -> bool:
+        """Whether there are calls, and none that is cut."""
+        return 0 < len(self.found) == self.whole and BEGIN not in self.held
+
+    def push(self, text: str, *, last: bool = False) -> tuple[str, list[CallDelta]]:
+        """What is certain now: text, and what is added to calls. With ``last``, text is not held back any more."""
         self.held += text
         said = "" if self.is_calling else self._say(last)
-        if self.is_calling and self.name is None and (found := HEAD.match(self.held)) is not None:
-            self.name, self.held = found[1], self.held[found.end() :]
-        added = ""
-        if self.name is not None and not self.is_whole:
-            end = self._scan(self.held)
-            added, self.held = self.held[:end], self.held[end:]
-            self.arguments += added
+        added = []
+        while self.is_calling and (delta := self._call()) is not None:
+            added.append(delta)
         return said, added
+
+    def _call(self) -> CallDelta | None:
+        """What the text held back adds to the call that is open, or to the next one."""
+        name = None
+        if self.whole == len(self.found):
+            if (head := (NEXT if self.found else HEAD).match(self.held)) is None:
+                return None
+            name, self.held = head[1], self.held[head.end() :]
+            self.found.append(Call(uuid.uuid4().hex, name, ""))
+        end = self._scan(self.held)
+        added, self.held = self.held[:end], self.held[end:]
+        if name is None and not added:
+            return None
+        self.found[-1] = replace(self.found[-1], arguments=self.found[-1].arguments + added)
+        return CallDelta(len(self.found) - 1, name, added)
 
     def _say(self, last: bool) -> str:
         place = self.held.find(BEGIN)
@@ -211,6 +258,6 @@ class CallReader:
             elif letter in "}]":
                 self._depth -= 1
                 if not self._depth:
-                    self.is_whole = True
+                    self.whole += 1
                     return i + 1
         return len(text)
