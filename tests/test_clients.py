@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import random
 import subprocess
 import sys
@@ -171,6 +173,31 @@ def test_langchain_structured_output(chain: Any) -> None:
     schema = Cat.model_json_schema() | {"additionalProperties": False}
     plain = chain.with_structured_output(schema, method="json_schema").invoke(ASKED, max_tokens=100)
     assert Cat.model_validate(plain) == found
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_langchain_tools(model: LanguageModel, newer: bool) -> None:
+    """Through bind_tools a reply is calls with the arguments wanted, whole and streamed; sent back with their results they are not read
+    again, though LangChain writes them in its own way."""
+    openai = pytest.importorskip("langchain_openai", reason="LangChain comes with the extra [test]")
+    from langchain_core.messages import HumanMessage, ToolMessage
+
+    def pick(color: Literal["red", "black"], size: Literal[1, 2]) -> str:
+        """Pick a cat."""
+        return f"{color} {size}"
+
+    with Live(model, cached=True) as live:
+        address: dict[str, Any] = dict(base_url=f"{live.url}/v1", api_key="none", max_retries=0, use_responses_api=newer)
+        chain = openai.ChatOpenAI(model="demo", temperature=0, **address)
+        bound = chain.bind_tools([pick], tool_choice="any")
+        reply = bound.invoke(ASKED)
+        whole = functools.reduce(operator.add, bound.stream(ASKED))
+        for calls in (reply.tool_calls, whole.tool_calls):
+            assert calls and all(call["args"]["color"] in ("red", "black") and call["args"]["size"] in (1, 2) for call in calls)
+        assert [call["args"] for call in whole.tool_calls] == [call["args"] for call in reply.tool_calls]
+        results = [ToolMessage("done", tool_call_id=call["id"], name=call["name"]) for call in reply.tool_calls]
+        answer = chain.bind_tools([pick]).invoke([HumanMessage(ASKED), reply, *results[::-1]], max_tokens=8)
+    assert answer.usage_metadata["input_token_details"]["cache_read"] >= reply.usage_metadata["total_tokens"]
 
 
 # ---- the OpenAPI document --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ pytest.importorskip("openai", reason="clients come with the extra [test]")
 pytest.importorskip("llguidance", reason="calls need the extra [serve]")
 pytest.importorskip("uvicorn", reason="the server needs the extra [serve]")
 
+from pydantic import BaseModel
 from pydantic_core import from_json
 from test_grammar import COLOR, HOSTILE, POINT, array, record, valid
 from test_serve import CHAT, HELLO, MESSAGE, RESPONSE, Live, check_error
@@ -399,6 +400,30 @@ def test_counted_tokens_of_tools(live: Live) -> None:
         assert counted == usage.input_tokens + (usage.cache_read_input_tokens or 0)
 
 
+class Branch(BaseModel):
+    """What contains itself."""
+
+    kind: Literal["oak", "elm"]
+    below: Branch | None
+
+
+def test_classes_as_formats_and_tools(live: Live) -> None:
+    """The clients' own helpers make objects of a class that contains itself, as a format and as the arguments of calls."""
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=1500)
+    assert isinstance(live.openai.chat.completions.parse(**asked, response_format=Branch).choices[0].message.parsed, Branch)
+    assert isinstance(live.openai.responses.parse(model="demo", input=HELLO, text_format=Branch).output_parsed, Branch)
+    assert isinstance(live.anthropic.messages.parse(**asked, output_format=Branch).parsed_output, Branch)
+    import openai
+
+    with live.openai.chat.completions.stream(
+        **asked, tools=[openai.pydantic_function_tool(Branch)], tool_choice="required", seed=1
+    ) as stream:  # fmt: skip
+        kinds = {event.type for event in stream}
+        calls = stream.get_final_completion().choices[0].message.tool_calls
+    assert kinds == {"chunk", "tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"}
+    assert calls and all(isinstance(call.function.parsed_arguments, Branch) for call in calls)
+
+
 # ---- what a model says by itself ---------------------------------------------------------------------------------------
 
 
@@ -448,6 +473,21 @@ def test_text_and_calls(live: Live, puppet: Callable[[str], None], called: list[
     with live.anthropic.messages.stream(**asked, tools=ANTHROPIC_TOOLS) as stream:
         again, *streamed = stream.get_final_message().content
     assert text.text == again.text == SPOKEN and [use.input for use in uses] == [use.input for use in streamed] == called
+
+
+def test_the_tool_runner(live: Live, puppet: Callable[[str], None]) -> None:
+    """Anthropic's own loop around tools calls them all, sends what they return, and gets the answer."""
+    import anthropic
+
+    @anthropic.beta_tool
+    def now(place: str) -> str:
+        """The time."""
+        puppet("\nIt is noon.")
+        return f"noon in {place}"
+
+    puppet(spoken([Call("", "now", compact({"place": place})) for place in ("Paris", "Rome")]))
+    runner = live.anthropic.beta.messages.tool_runner(model="demo", messages=HELLO, tools=[now], max_tokens=300)
+    assert [[block.type for block in message.content] for message in runner] == [["tool_use", "tool_use"], ["text"]]
 
 
 def test_text_alone(live: Live, puppet: Callable[[str], None]) -> None:
@@ -553,6 +593,25 @@ def test_tokens_of_a_conversation_with_tools(live: Live, model: LanguageModel) -
     assert [*counts, usage["input_tokens"] + usage["cache_read_input_tokens"]] == [len(ids)] * 3
 
 
+def test_spellings_of_a_history(live: Live) -> None:
+    """What frameworks add to calls and results that they send back changes no token: spaces, names, nothing where nothing is."""
+
+    def tokens(arguments: str, **more: Any) -> Any:
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        result = {"role": "tool", "content": "", "tool_call_id": "c"} | more
+        return live.post("/tokenize", messages=[*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]).json()
+
+    own = '{"a b":"x \\" : y","c":[1e2,-2],"d":{}}'
+    assert tokens(own) == tokens(' {"a b": "x \\" : y",\n "c": [1e2, -2], "d": {  }}\t', name="f")
+    assert tokens("{}") == tokens("") == tokens("{ }") != tokens('{" ":1}')
+    counts = set()
+    for content in ({}, {"content": None}, {"content": ""}, {"content": []}):
+        result = {"type": "tool_result", "tool_use_id": "c"} | content
+        blocks = [{"role": "assistant", "content": [USE]}, {"role": "user", "content": [result]}]
+        counts.add(live.post("/v1/messages/count_tokens", messages=[*HELLO, *blocks]).json()["input_tokens"])
+    assert len(counts) == 1
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -605,6 +664,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "the user's call": (CHAT, {"messages": [{"role": "user", "content": "a", "tool_calls": [CALLING]}]}, "the assistant's"),
     "an answer of nothing": (CHAT, {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "content is missing"),
     "going on": (CHAT, {"tools": tools(CHAT), "ignore_eos": True}, "ignore_eos goes on after the end of a call"),
+    "a name": (CHAT, {"messages": [{"role": "user", "content": "a", "name": "bob"}]}, "no place for name"),
     "functions": (CHAT, {"functions": [{"name": "f"}]}, "use tools and tool_choice"),
     "a stray output": (RESPONSE, {"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]}, "'x' belongs to no call"),
     "a call without a name": (RESPONSE, {"input": [{"type": "function_call", "call_id": "x", "arguments": ""}]}, r"input\[0\]\.name is"),
@@ -614,6 +674,15 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a use at the end": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE]}]}, "the tool's result is needed"),
     "a use of text": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE | {"input": "x"}]}]}, "part 0 is no call"),
     "a use without an id": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE | {"id": 1}]}]}, "part 0 has no id"),
+    "a thread": (MESSAGE, {"thread": {"type": "create"}}, "keeps no threads"),
+    "effort": (MESSAGE, {"output_config": {"effort": "low"}}, r"output_config\.effort: this model knows no effort"),
+    "a schema": (MESSAGE, {"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "schema.not is no keyword"),
+    "a beginning and a format": (MESSAGE, {
+        "messages": [*HELLO, {"role": "assistant", "content": "x"}], "output_config": {"format": {"type": "json_schema", "schema": COLOR}},
+    }, "begins the reply with a text"),
+    "not several": (MESSAGE, {
+        "tools": tools(MESSAGE), "tool_choice": {"type": "any", "disable_parallel_tool_use": "x"},
+    }, "disable_parallel_tool_use is 'x'; true or false is needed"),
     "a beginning and a call": (MESSAGE, {
         "messages": [*HELLO, {"role": "assistant", "content": "x"}], "tools": tools(MESSAGE), "tool_choice": {"type": "any"},
     }, "begins the reply with a text"),

@@ -630,7 +630,7 @@ def schema(**required: Any) -> dict[str, Any]:
 
 TEXT, NUMBER, ANYTHING = {"type": "string"}, {"type": "integer"}, {"type": "array"}
 OPENAI_ERROR = schema(error=schema(message=TEXT, type=TEXT, param={}, code={}))
-ANTHROPIC_ERROR = schema(type={"const": "error"}, error=schema(type=TEXT, message=TEXT))
+ANTHROPIC_ERROR = schema(type={"const": "error"}, error=schema(type=TEXT, message=TEXT))  # and details, where there is a code
 COMPLETION = schema(id=TEXT, object=TEXT, created=NUMBER, model=TEXT, choices=ANYTHING, usage={"type": "object"})
 EVENT = {"type": "object", "required": ["data"], "properties": {"event": TEXT, "data": TEXT}}  # each of a stream's, as OpenAPI 3.1 has it
 FAILURES = {
@@ -703,7 +703,10 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         server.check_sizes(messages=len(body.messages), stops=len(body.stop_sequences))
         options = sampling_options(body) | {"stop": body.stop_sequences, "adapter": adapter}
         goes_on = body.messages[-1].role == "assistant"
-        asks = await asyncio.to_thread(server.chat_asks, body.turns, options, body.max_tokens, box=body.toolbox(), goes_on=goes_on)
+        asks = await asyncio.to_thread(
+            server.chat_asks, body.turns, options, body.max_tokens, box=body.toolbox(), form=body.form, field="output_config.format",
+            goes_on=goes_on,
+        )  # fmt: skip
         talk = server.talk(http, asks, body.stream)
         return await server.respond(http, talk, MessageStream(name, talk.replies, server.texts))
 

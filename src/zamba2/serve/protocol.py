@@ -90,7 +90,11 @@ ANTHROPIC_KINDS = {
 
 def anthropic_error(problem: Problem) -> Json:
     kind = ANTHROPIC_KINDS.get(problem.status, "invalid_request_error" if problem.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": str(problem)}}
+    details = {} if problem.code is None else {"details": {"error_code": problem.code}}
+    return {"type": "error", "error": {"type": kind, "message": str(problem)} | details}
+
+
+CODES = {"thread": "thread_unsupported_request"}  # of fields refused; upon this one Anthropic's tool runner goes on without
 
 
 def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
@@ -117,7 +121,7 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
     else:
         needed = str(first["msg"]).replace(" after validation", "")
         message = f"{where} is {brief(repr(found))}; {needed[:1].lower()}{needed[1:]}."
-    return Problem(message, param=where)
+    return Problem(message, param=where, code=CODES.get(where))
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
@@ -196,7 +200,8 @@ def one_block(block: Any, i: int) -> str | Call | Result:
             raise ValueError(f"part {i}: {error}") from None
     if kind == "tool_result":
         without(block, i, "type", "tool_use_id", "content", "is_error", "cache_control")
-        return Result(the_text(block, i, "tool_use_id"), ("error: " if block.get("is_error") else "") + joined(block.get("content", "")))
+        said = "" if block.get("content") is None else joined(block["content"])
+        return Result(the_text(block, i, "tool_use_id"), ("error: " if block.get("is_error") else "") + said)
     return part_text(block, i)
 
 
@@ -272,6 +277,7 @@ OldTools = Annotated[Any, Only("functions are given as tools here; use tools and
 TextAlone = Annotated[Any, Only("this model writes text alone; leave this out.", ["text"])]
 NoReasoning = Annotated[Any, Only("this model does not reason apart from its answer; leave this out.", *NO_REASONING)]
 NoState = Annotated[Any, Only("this server keeps no responses; send the whole conversation and leave this out.", False)]
+NoThreads = Annotated[Any, Only("this server keeps no threads; send the whole conversation and leave this out.", False)]
 NoName = Annotated[Any, Only("the chat template has no place for this; leave this out.", [])]
 Verbosity = Annotated[Any, Only("this model knows no verbosity; leave this out.", "medium")]
 NotHere = Annotated[Any, Only("this server does not support this; leave it out.", [], {}, False, "")]
@@ -480,11 +486,11 @@ class ChatCall(Body):
 
 
 class ChatMessage(Body):
-    """content: needed but for an assistant's calls. tool_call_id: of role tool alone."""
+    """content: needed but for an assistant's calls. tool_call_id: of role tool alone. name: that of a tool is known from its call."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
-    name: NoName = None
+    name: str | None = None
     tool_calls: list[ChatCall] | None = None
     function_call: OldTools = None
     tool_call_id: str | None = None
@@ -500,6 +506,8 @@ class ChatMessage(Body):
             raise ValueError("content is missing; a text is needed.")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise ValueError("tool_call_id is needed with role tool, and with no other.")
+        if self.name and self.role != "tool":
+            raise ValueError("the chat template has no place for name; leave it out.")
         return self
 
     @property
@@ -776,6 +784,16 @@ class AnthropicMessage(Body):
         return Turn(self.role, tuple(self.content))
 
 
+class OutputFormat(Body):
+    type: Literal["json_schema"]
+    wanted: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    effort: Annotated[Any, Only("this model knows no effort; leave this out.", "high")] = None
+    format: OutputFormat | None = None
+
+
 class MessagesBody(Body):
     """``/v1/messages``. A last message of the assistant is the beginning of the reply."""
 
@@ -799,9 +817,10 @@ class MessagesBody(Body):
     tools: AnthropicTools = None
     tool_choice: AnthropicChoice = None
     thinking: NoReasoning = None
-    output_config: NotHere = None
+    output_config: OutputConfig | None = None
     container: NotHere = None
     mcp_servers: NotHere = None
+    thread: NoThreads = None
 
     @model_validator(mode="after")
     def _fits(self) -> MessagesBody:
@@ -814,7 +833,14 @@ class MessagesBody(Body):
                 raise ValueError("the last message calls a tool; the tool's result is needed behind it.")
             if box is not None and box.choice == "required":
                 raise ValueError("tool_choice asks for a call, but the last message begins the reply with a text; leave one of them out.")
+            if self.form is not None:
+                raise ValueError("output_config asks for JSON, but the last message begins the reply with a text; leave one of them out.")
         return self
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        """The schema of the reply; None for text."""
+        return None if self.output_config is None or self.output_config.format is None else self.output_config.format.wanted
 
     def toolbox(self) -> Toolbox | None:
         return toolbox(self.tools, self.tool_choice)

@@ -30,6 +30,7 @@ __all__ = [
 BEGIN, END = "<tool_call>", "</tool_call>"
 HEAD = re.compile(r'\{"name":"([a-zA-Z0-9_-]+)","arguments":')
 NEXT = re.compile(re.escape(f"}}{END}\n{BEGIN}") + HEAD.pattern)  # between one call's arguments and those of the next
+PIECES = re.compile(r'(?:[^"\s]+|"[^"\\]*(?:\\.[^"\\]*)*"?)+', re.DOTALL)  # of JSON between the spaces outside of its texts
 MOST_CALLS = 16  # of one reply
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 HOW = """You can call the functions below; each line is one, with the JSON schema of its arguments.
@@ -76,14 +77,15 @@ class Toolbox:
 
 @dataclass(frozen=True)
 class Call:
-    """arguments: JSON text."""
+    """arguments: JSON text. Written out it is in the grammar's form, whatever spaces a client puts in."""
 
     id: str
     name: str
     arguments: str
 
     def __str__(self) -> str:
-        return f"{BEGIN}{head(self.name)}{self.arguments}}}{END}"
+        arguments = "".join(PIECES.findall(self.arguments))
+        return f"{BEGIN}{head(self.name)}{arguments or '{}'}}}{END}"
 
 
 @dataclass(frozen=True)
