@@ -475,6 +475,35 @@ def test_text_and_calls(live: Live, puppet: Callable[[str], None], called: list[
     assert text.text == again.text == SPOKEN and [use.input for use in uses] == [use.input for use in streamed] == called
 
 
+DUMPS: dict[str, Callable[[Any], Any]] = {
+    "objects": lambda found: found, "model_dump": lambda found: found.model_dump(), "to_dict": lambda found: found.to_dict(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dump", DUMPS.values(), ids=DUMPS)
+def test_replies_come_back(live: Live, puppet: Callable[[str], None], dump: Callable[[Any], Any]) -> None:
+    """A reply of text and calls comes back in whatever form the clients give it, also with what they made of its arguments."""
+    import openai
+
+    puppet(SPOKEN + spoken([Call("", "Branch", compact({"kind": kind, "below": None})) for kind in ("oak", "elm")]))
+    tool = openai.pydantic_function_tool(Branch)
+    asked: dict[str, Any] = dict(model="demo", messages=HELLO, max_tokens=300)
+    message = live.openai.chat.completions.parse(**asked, tools=[tool]).choices[0].message
+    answer: dict[str, Any] = dict(model="demo", input=HELLO, tools=[{"type": "function"} | tool["function"]])
+    output = live.openai.responses.parse(**answer).output
+    use: Any = [{"name": "Branch", "input_schema": Branch.model_json_schema()}]
+    blocks = live.anthropic.messages.create(**asked, tools=use).content
+    puppet("\nYes.")
+    results: list[Any] = [{"role": "tool", "tool_call_id": call.id, "content": "1"} for call in message.tool_calls]
+    more = asked | {"messages": [*HELLO, dump(message), *results]}
+    assert live.openai.chat.completions.create(**more, tools=[tool]).choices[0].message.content == "\nYes."
+    results = [{"type": "function_call_output", "call_id": item.call_id, "output": "1"} for item in output[1:]]
+    assert live.openai.responses.create(**answer | {"input": [*HELLO, *map(dump, output), *results]}).output_text == "\nYes."
+    results = [{"type": "tool_result", "tool_use_id": block.id, "content": "1"} for block in blocks[1:]]
+    turns = [*HELLO, {"role": "assistant", "content": [dump(block) for block in blocks]}, {"role": "user", "content": results}]
+    assert live.anthropic.messages.create(**asked | {"messages": turns}, tools=use).content[0].text == "\nYes."
+
+
 def test_the_tool_runner(live: Live, puppet: Callable[[str], None]) -> None:
     """Anthropic's own loop around tools calls them all, sends what they return, and gets the answer."""
     import anthropic
@@ -642,6 +671,7 @@ def test_bad_tools(live: Live, path: str) -> None:
         (many, None, "tools: 65 were given; at most 64"),
         (tools(path, schema={"type": "array"}), None, "its type is 'array'; the schema of an object"),
         (tools(path, schema={"anyOf": []}), None, "its type is None"),
+        (tools(path, schema={"$ref": "#/$defs/x", "$defs": {"x": {"type": "array"}}}), None, "its type is None"),
         (tools(path, schema=[1]), None, "is \\[1\\]"),
         (tools(path, schema={"type": "object", "not": {}}), None, "tools: f.not is no keyword"),
         (tools(path, schema={"type": "object", "$ref": "#"}), None, "tools: f"),

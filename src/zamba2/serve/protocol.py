@@ -14,7 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)  # fmt: skip
 from pydantic_core import CoreSchema, core_schema, from_json
 
 from zamba2.errors import Zamba2Error
@@ -163,7 +174,8 @@ def part_text(part: Any, i: int) -> str:
     if kind not in ("text", "input_text", "output_text"):
         what = f"is of type {brief(repr(kind))}" if isinstance(part, dict) else "is no object"
         raise ValueError(f"part {i} {what}; this model reads text alone, {{type: text, text}}.")
-    without(part, i, "type", "text", "annotations", "logprobs", "cache_control", "citations", "prompt_cache_breakpoint")
+    made = ("parsed", "parsed_output")  # by the clients, of the text
+    without(part, i, "type", "text", "annotations", "logprobs", "cache_control", "citations", "prompt_cache_breakpoint", *made)
     return the_text(part, i, "text")
 
 
@@ -190,7 +202,7 @@ def blocks(value: Any) -> Any:
 def one_block(block: Any, i: int) -> str | Call | Result:
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "tool_use":
-        without(block, i, "type", "id", "name", "input", "cache_control", "caller")
+        without(block, i, "type", "id", "name", "input", "cache_control", "caller", "toolset_name")
         name, given = the_text(block, i, "name"), block.get("input")
         if re.fullmatch(NAME, name) is None or not isinstance(given, dict):
             raise ValueError(f"part {i} is no call; a name of letters, digits, _ and -, at most 64, and an object as input are needed.")
@@ -199,7 +211,7 @@ def one_block(block: Any, i: int) -> str | Call | Result:
         except Zamba2Error as error:
             raise ValueError(f"part {i}: {error}") from None
     if kind == "tool_result":
-        without(block, i, "type", "tool_use_id", "content", "is_error", "cache_control")
+        without(block, i, "type", "tool_use_id", "content", "is_error", "cache_control", "toolset_name")
         said = "" if block.get("content") is None else joined(block["content"])
         return Result(the_text(block, i, "tool_use_id"), ("error: " if block.get("is_error") else "") + said)
     return part_text(block, i)
@@ -265,9 +277,16 @@ def arguments_schema(value: dict[str, Any] | None) -> dict[str, Any]:
     """Of a tool; what is checked further is checked where it is compiled."""
     if not value:
         return NO_ARGUMENTS
-    if value.get("type") != "object":
+    named, definitions = value.get("$ref"), value.get("$defs")
+    if isinstance(named, str) and isinstance(definitions, dict):  # as pydantic has a class that contains itself
+        value = {"type": "object"} | value if is_object(definitions.get(named.removeprefix("#/$defs/"))) else value
+    if not is_object(value):
         raise ValueError(f"its type is {brief(repr(value.get('type')))}; the schema of an object of arguments is needed, type: object.")
     return value
+
+
+def is_object(schema: Any) -> bool:
+    return isinstance(schema, dict) and schema.get("type") == "object"
 
 
 Name = Annotated[str, Field(pattern=NAME)]
@@ -281,6 +300,7 @@ NoThreads = Annotated[Any, Only("this server keeps no threads; send the whole co
 NoName = Annotated[Any, Only("the chat template has no place for this; leave this out.", [])]
 Verbosity = Annotated[Any, Only("this model knows no verbosity; leave this out.", "medium")]
 NotHere = Annotated[Any, Only("this server does not support this; leave it out.", [], {}, False, "")]
+Async = Annotated[NotHere, Field(validation_alias=AliasChoices("async", "async_"))]  # the client's own dumps say the second
 
 
 class Body(BaseModel):
@@ -354,6 +374,7 @@ class ChatTool(Body):
 class ResponseTool(Function):
     type: Literal["function"]
     allowed_callers: Annotated[Any, Only("functions are called directly here; leave this out.", ["direct"])] = None
+    asynchronous: Async = None
     defer_loading: NotHere = None
     output_schema: NotHere = None
 
@@ -476,6 +497,7 @@ def checked(turns: Sequence[Turn]) -> Sequence[Turn]:
 class ChatFunction(Body):
     name: Name
     arguments: str
+    parsed_arguments: Unused = None  # what the client made of them
 
 
 class ChatCall(Body):
@@ -497,6 +519,7 @@ class ChatMessage(Body):
     refusal: NoName = None
     audio: TextAlone = None
     annotations: Unused = None
+    parsed: Unused = None  # what the client made of the content
 
     @model_validator(mode="after")
     def _fits(self) -> ChatMessage:
@@ -637,6 +660,8 @@ class ResponseCall(Body):
     arguments: str
     id: Unused = None
     status: Unused = None
+    parsed_arguments: Unused = None
+    asynchronous: Async = None
     caller: Unused = None
     namespace: NoName = None
 
