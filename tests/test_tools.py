@@ -633,6 +633,9 @@ def test_spellings_of_a_history(live: Live) -> None:
     own = '{"a b":"x \\" : y","c":[1e2,-2],"d":{}}'
     assert tokens(own) == tokens(' {"a b": "x \\" : y",\n "c": [1e2, -2], "d": {  }}\t', name="f")
     assert tokens("{}") == tokens("") == tokens("{ }") != tokens('{" ":1}')
+    left = [{"role": "assistant", "content": None, "tool_calls": [CALLING, CALLING | {"id": "d"}]}, *HELLO]  # calls that nobody answered
+    again = [{"role": "assistant", "content": None, "tool_calls": [CALLING]}, {"role": "tool", "tool_call_id": "c", "content": "1"}]
+    assert live.post(CHAT, messages=[*HELLO, *left, *again], max_tokens=1).status_code == 200
     counts = set()
     for content in ({}, {"content": None}, {"content": ""}, {"content": []}):
         result = {"type": "tool_result", "tool_use_id": "c"} | content
@@ -688,6 +691,7 @@ def test_bad_tools(live: Live, path: str) -> None:
 
 CALLING = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 USE = {"type": "tool_use", "id": "c", "name": "f", "input": {}}
+USED = {"type": "tool_result", "tool_use_id": "c"}
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "a result of nothing": (CHAT, {"messages": [*HELLO, {"role": "tool", "tool_call_id": "x", "content": "1"}]}, "'x' belongs to no call"),
     "a result without its call's id": (CHAT, {"messages": [{"role": "tool", "content": "1"}]}, "tool_call_id is needed with role tool"),
@@ -701,6 +705,17 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "another item": (RESPONSE, {"input": [{"type": "reasoning"}]}, r"input\[0\]\.type is 'reasoning'"),
     "a stray result": (MESSAGE, {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "belongs to"),
     "the user's use": (MESSAGE, {"messages": [{"role": "user", "content": [USE]}]}, "tool_use is not of role user"),
+    "half of the results": (CHAT, {"messages": [
+        *HELLO, {"role": "assistant", "tool_calls": [CALLING, CALLING | {"id": "d"}]},
+        {"role": "tool", "tool_call_id": "d", "content": "1"}, {"role": "assistant", "content": "Well."},
+    ]}, "the call 'c' has no result, but another call of the same reply has one"),
+    "half of the outputs": (RESPONSE, {"input": [
+        *({"type": "function_call", "call_id": i, "name": "f", "arguments": "{}"} for i in "ab"),
+        {"type": "function_call_output", "call_id": "a", "output": "1"},
+    ]}, "the call 'b' has no result"),
+    "half an error": (MESSAGE, {"messages": [
+        *HELLO, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [USED | {"is_error": "no"}]},
+    ]}, "part 0 has an is_error of 'no'; true or false is needed"),
     "a use at the end": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE]}]}, "the tool's result is needed"),
     "a use of text": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE | {"input": "x"}]}]}, "part 0 is no call"),
     "a use without an id": (MESSAGE, {"messages": [*HELLO, {"role": "assistant", "content": [USE | {"id": 1}]}]}, "part 0 has no id"),

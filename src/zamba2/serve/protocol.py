@@ -47,6 +47,7 @@ from zamba2.serve.tools import (
     compact,
     conversation,
     stray_result,
+    unanswered_call,
 )  # fmt: skip
 
 __all__ = [
@@ -212,8 +213,10 @@ def one_block(block: Any, i: int) -> str | Call | Result:
             raise ValueError(f"part {i}: {error}") from None
     if kind == "tool_result":
         without(block, i, "type", "tool_use_id", "content", "is_error", "cache_control", "toolset_name")
-        said = "" if block.get("content") is None else joined(block["content"])
-        return Result(the_text(block, i, "tool_use_id"), ("error: " if block.get("is_error") else "") + said)
+        said, failed = "" if block.get("content") is None else joined(block["content"]), block.get("is_error")
+        if failed not in (None, False, True):
+            raise ValueError(f"part {i} has an is_error of {brief(repr(failed))}; true or false is needed.")
+        return Result(the_text(block, i, "tool_use_id"), ("error: " if failed else "") + said)
     return part_text(block, i)
 
 
@@ -485,9 +488,11 @@ def toolbox(
 
 
 def checked(turns: Sequence[Turn]) -> Sequence[Turn]:
-    """Raises ValueError where a result belongs to no call."""
+    """Raises ValueError where a result belongs to no call, or to one of several of which others have none: their order tells them apart."""
     if (stray := stray_result(turns)) is not None:
         raise ValueError(f"the result of {brief(repr(stray))} belongs to no call before it; send the conversation with its calls.")
+    if (left := unanswered_call(turns)) is not None:
+        raise ValueError(f"the call {brief(repr(left))} has no result, but another call of the same reply has one; send all results.")
     return turns
 
 

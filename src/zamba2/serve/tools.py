@@ -24,7 +24,7 @@ from zamba2.errors import Zamba2Error
 
 __all__ = [
     "BEGIN", "END", "NO_ARGUMENTS", "Call", "CallDelta", "CallReader", "Calls", "Result", "Tool", "Toolbox", "Turn", "compact",
-    "conversation", "described", "head", "stray_result",
+    "conversation", "described", "head", "stray_result", "unanswered_call",
 ]  # fmt: skip
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -184,6 +184,20 @@ def stray_result(turns: Iterable[Turn]) -> str | None:
                 known.add(part.id)
             elif isinstance(part, Result) and part.id not in known:
                 return part.id
+    return None
+
+
+def unanswered_call(turns: Iterable[Turn]) -> str | None:
+    """The first id of a call without a result, where another call of the same reply has one."""
+    calls, results, role = list[str](), set[str](), ""
+    for turn in (*turns, Turn("assistant", ())):
+        if turn.role == "assistant" != role:
+            if results and (left := [number for number in calls if number not in results]):
+                return left[0]
+            calls, results = [], set()
+        calls += [part.id for part in turn.parts if isinstance(part, Call)]
+        results |= {part.id for part in turn.parts if isinstance(part, Result)}
+        role = turn.role
     return None
 
 
