@@ -10,7 +10,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -414,32 +414,43 @@ AnthropicTools = Annotated[list[AnthropicTool] | None, AfterValidator(distinct)]
 
 
 class Choice(Body):
-    """What a request wants of its tools, in one layout for all APIs. named: the tool that must be called. parallel: whether several calls
-    may be made; Anthropic's API says it here."""
+    """What a request wants of its tools, in one layout for all APIs. only: the tools that may be called, None for all. parallel: whether
+    several calls may be made, which Anthropic's API says here; one is made of a tool that must be called."""
 
     mode: Literal["none", "auto", "required"]
-    named: str | None = None
+    only: tuple[str, ...] | None = None
     parallel: bool = True
 
 
 def chat_choice(value: Any) -> Any:
-    inner = value.get("function") if isinstance(value, dict) and set(value) == {"type", "function"} else None
-    name = inner.get("name") if isinstance(inner, dict) and set(inner) == {"name"} else None
-    return one_choice(value, name, "{type: function, function: {name: NAME}}")
+    def name(tool: Any) -> Any:
+        inner = tool.get("function") if isinstance(tool, dict) and set(tool) == {"type", "function"} else None
+        return inner.get("name") if isinstance(inner, dict) and set(inner) == {"name"} else None
+
+    several = value.get("allowed_tools") if isinstance(value, dict) and set(value) == {"type", "allowed_tools"} else None
+    return one_choice(value, several, name, "{type: function, function: {name: NAME}}")
 
 
 def response_choice(value: Any) -> Any:
-    name = value.get("name") if isinstance(value, dict) and set(value) == {"type", "name"} else None
-    return one_choice(value, name, "{type: function, name: NAME}")
+    def name(tool: Any) -> Any:
+        return tool.get("name") if isinstance(tool, dict) and set(tool) == {"type", "name"} else None
+
+    several = {key: inner for key, inner in value.items() if key != "type"} if isinstance(value, dict) else None
+    return one_choice(value, several, name, "{type: function, name: NAME}")
 
 
-def one_choice(value: Any, name: Any, layout: str) -> Any:
-    """What OpenAI's two layouts have in common."""
+def one_choice(value: Any, several: Any, name: Callable[[Any], Any], layout: str) -> Any:
+    """What OpenAI's two layouts have in common. several: what may say which tools are allowed; name: gives the one that a layout names."""
     if value is None or value in ("none", "auto", "required"):
         return None if value is None else Choice(mode=value)
-    if isinstance(value, dict) and value.get("type") == "function" and isinstance(name, str):
-        return Choice(mode="required", named=name)
-    raise ValueError(f"it is {brief(repr(value))}; none, auto, required or {layout} is needed.")
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "function" and isinstance(name(value), str):
+        return Choice(mode="required", only=(name(value),), parallel=False)
+    if kind == "allowed_tools" and isinstance(several, dict) and set(several) == {"mode", "tools"} and isinstance(several["tools"], list):
+        names = tuple(name(tool) for tool in several["tools"])
+        if names and all(isinstance(one, str) for one in names) and several["mode"] in ("auto", "required"):
+            return Choice(mode=several["mode"], only=names)
+    raise ValueError(f"it is {brief(repr(value))}; none, auto, required, {layout} or allowed_tools, mode auto or required, is needed.")
 
 
 def anthropic_choice(value: Any) -> Any:
@@ -452,7 +463,7 @@ def anthropic_choice(value: Any) -> Any:
         raise ValueError(f"it is {brief(repr(value))}; {{type: auto, any or none}} or {{type: tool, name: NAME}} is needed.")
     if (single := value.get("disable_parallel_tool_use")) not in (None, False, True):
         raise ValueError(f"disable_parallel_tool_use is {brief(repr(single))}; true or false is needed.")
-    return Choice(mode=modes[kind], named=value.get("name"), parallel=not single)
+    return Choice(mode=modes[kind], only=(value["name"],) if kind == "tool" else None, parallel=not single and kind != "tool")
 
 
 MODES = {"enum": ["none", "auto", "required"]}
@@ -480,11 +491,10 @@ def toolbox(
             raise ValueError("tool_choice asks for a call, but there are no tools; give tools, or leave it out.")
         return None
     choice = Choice(mode="auto") if choice is None else choice
-    box = Toolbox(tuple(tool.tool for tool in tools), choice.mode, choice.named, choice.parallel and parallel is not False)
-    if not box.callable and box.choice != "none":
-        names = ", ".join(tool.name for tool in box.tools)
-        raise ValueError(f"tool_choice names {brief(repr(box.named))}, which is none of the tools; there is {names}.")
-    return box
+    names = [tool.tool.name for tool in tools]
+    if stray := [name for name in choice.only or () if name not in names]:
+        raise ValueError(f"tool_choice names {brief(repr(stray[0]))}, which is none of the tools; there is {', '.join(names)}.")
+    return Toolbox(tuple(tool.tool for tool in tools), choice.mode, choice.only, choice.parallel and parallel is not False)
 
 
 def checked(turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -1336,8 +1346,9 @@ class ResponseStream(Stream):
 
     def _choice(self) -> str | Json:
         choice = self.body.tool_choice
-        if choice is not None and choice.named is not None:
-            return {"type": "function", "name": choice.named}
+        if choice is not None and choice.only is not None:
+            named = [{"type": "function", "name": name} for name in choice.only]
+            return {"type": "allowed_tools", "mode": choice.mode, "tools": named} if choice.parallel else named[0]
         return choice.mode if choice is not None else "auto" if self.body.tools else "none"
 
     def _tool(self, tool: ResponseTool) -> Json:

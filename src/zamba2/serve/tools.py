@@ -53,22 +53,22 @@ class Tool:
 
 @dataclass(frozen=True)
 class Toolbox:
-    """The tools of a request and what it wants of them. named: the one that must be called, and once, if it must be a certain one.
-    parallel: whether a reply may make several calls."""
+    """The tools of a request and what it wants of them. only: the names of those that may be called, None for all. parallel: whether a
+    reply may make several calls."""
 
     tools: tuple[Tool, ...]
     choice: Literal["none", "auto", "required"] = "auto"
-    named: str | None = None
+    only: tuple[str, ...] | None = None
     parallel: bool = True
 
     @property
     def callable(self) -> tuple[Tool, ...]:
-        return tuple(tool for tool in self.tools if self.choice != "none" and self.named in (None, tool.name))
+        return tuple(tool for tool in self.tools if self.choice != "none" and (self.only is None or tool.name in self.only))
 
     @property
     def most_calls(self) -> int:
         """Of one reply."""
-        return MOST_CALLS if self.parallel and self.named is None else 1
+        return MOST_CALLS if self.parallel else 1
 
     def calls(self, *, formatted: bool) -> Calls:
         """formatted: whether a reply that does not call is JSON of a schema, in which BEGIN is a text like any other."""
