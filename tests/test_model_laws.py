@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Attention, Linear, Zamba2
-from zamba2.model.state import ModelState
 from zamba2.runtime.backend import Backend, Row
 from zamba2.runtime.torch import TorchBackend, TorchState
 
@@ -158,15 +157,6 @@ def test_left_padding_changes_nothing(reading: Reading) -> None:
     found = [model(part, state=state) for part in more.split([1, 3, 1], dim=1)]  # one token, several, one
     expected = [model(torch.cat([real[:1], more[:1]], dim=1))[:, -5:], model(torch.cat([short, more[1:]], dim=1))[:, -5:]]
     close(torch.cat(found, dim=1), torch.cat(expected), "after the prompt")
-
-
-def same_states(found: ModelState, expected: ModelState, length: int, row: int = 0) -> None:
-    """A row of a state, of which its first ``length`` keys and values count, is another state's only one."""
-    for kind in ("conv", "ssm"):
-        for own, other in zip(getattr(found, kind), getattr(expected, kind), strict=True):
-            close(own[row : row + 1], other, f"{kind} of {length} tokens")
-    for own, other in zip(found.kv, expected.kv, strict=True):
-        close(own.tensor()[:, row : row + 1, :, :length], other.tensor(), f"keys and values of {length} tokens")
 
 
 @law("7b")
