@@ -9,6 +9,8 @@ import gc
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +22,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from zamba2 import errors
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
+from zamba2.model import ops
 from zamba2.model.model import Zamba2
 from zamba2.runtime import decoder as decoder_module
 from zamba2.runtime import torch as torch_runtime
@@ -351,6 +355,20 @@ def test_what_a_gpu_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Zamba2Error, match=r"needs 7\.3 GB on cuda, where 3\.0 of 8\.0 GB are free"):
         check_room(torch.device("cuda"), 5_300_000_000)
     check_room(torch.device("cuda"), 900_000_000)
+
+
+def test_other_makers_gpus_take_pytorchs_operations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where PyTorch is AMD's, kernels, which are NVIDIA's alone, are not taken, and one sentence says so; packed weights are refused."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(ops, "_on_gpu", None)
+    monkeypatch.setattr(errors, "_said", set[str]())
+    assert not ops.has_triton()
+    elsewhere: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    assert ops._for(elsewhere) is ops.select("torch")
+    assert "NVIDIA's alone" in capsys.readouterr().err
+    monkeypatch.setattr(torch_runtime, "device_of", lambda name: torch.device("cuda"))
+    with pytest.raises(Zamba2Error, match="this PyTorch is for AMD's; load the original one"):
+        TorchBackend.device_for(None, None, packed=True)
 
 
 def test_memory_that_runs_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

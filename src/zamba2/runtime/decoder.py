@@ -126,7 +126,7 @@ class Decoder:
         self.ahead: Step | None = None  # the call behind the last, begun unasked
         self.right = 0  # calls in a row that read what was likeliest
         # Kernels may begin while those before them end, where the card can do that: then weights are on their way already.
-        hopper = self.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(self.device) >= (9, 0)
+        hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (9, 0)
         self.early = hopper
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]] = {}
         d = torch.arange(0, config.attention_head_dim, 2, dtype=torch.float64) / config.attention_head_dim

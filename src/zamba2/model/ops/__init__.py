@@ -16,6 +16,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from zamba2.errors import notice
@@ -88,8 +89,8 @@ def select(name: str = "auto") -> Ops:
 
 
 def has_triton() -> bool:
-    """Whether Triton is installed, as it is beside PyTorch for NVIDIA GPUs."""
-    return find_spec("triton") is not None
+    """Whether Triton is there, as it is beside PyTorch for NVIDIA GPUs. Its kernels here are written for those alone."""
+    return torch.version.hip is None and find_spec("triton") is not None
 
 
 def _for(x: Tensor) -> Ops:
@@ -97,7 +98,9 @@ def _for(x: Tensor) -> Ops:
     if x.device.type != "cuda":
         return _on_cpu
     if _on_gpu is None:
-        if not has_triton():
+        if torch.version.hip is not None:
+            notice("the kernels for GPUs are NVIDIA's alone, so this one takes PyTorch's own operations, which are slower.")
+        elif not has_triton():
             notice("Triton is not installed, so this GPU runs the model slower than it could; install it with: pip install 'triton>=3.4'")
         _on_gpu = select("triton" if has_triton() else "torch")
     return _on_gpu
