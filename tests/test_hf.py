@@ -21,7 +21,16 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria, TextStreamer, Zamba2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+    TextStreamer,
+    Zamba2Config,
+)  # fmt: skip
 from transformers.models.zamba2.modeling_zamba2 import Zamba2ForCausalLM as Theirs
 
 import zamba2.hf
@@ -134,6 +143,18 @@ def test_short_names_and_import_registers(ours: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(zamba2.hf.__file__).parent / "random")
     out = model.generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert out.shape[1] <= 7
+
+
+def test_other_auto_classes_stay_transformers(tmp_path: Path, folder: Path, theirs: Any) -> None:
+    """Importing zamba2.hf leaves transformers' other Zamba2 classes where they were, and what is saved names the architecture as the Hub
+    does, whichever config a model was made with."""
+    config = AutoConfig.from_pretrained(folder)
+    other = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert type(other).__module__.startswith("transformers.") and type(AutoModelForCausalLM.from_config(config)) is Zamba2ForCausalLM
+    for model in (other, AutoModelForCausalLM.from_pretrained(folder, config=config), Theirs.from_pretrained(folder, config=config)):
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert type(theirs.config) is Zamba2Config and AutoConfig.from_pretrained(folder).to_dict() == config.to_dict()
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------

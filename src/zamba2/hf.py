@@ -10,7 +10,8 @@ class reads too. Parameter names are those of ``zamba2.model`` behind "model.": 
 gate_up_proj, down_proj (shared blocks: a LoRA there acts at every position that uses the block), in_proj, out_proj
 (mixers) and linear (behind each block). ``load_state_dict`` takes the Hub's names as well, so a Trainer can resume.
 
-trl's trainers take the model as it is, ``packing=True`` included: documents of a row do not see each other. For
+trl's trainers take the model as it is, ``packing=True`` included: documents of a row do not see each other. A reference
+model that they open themselves, and a model that they are given by name, are this class too. For
 ``assistant_only_loss=True``, set ``tokenizer.chat_template = zamba2.hf.TRAINING_TEMPLATE``.
 """
 
@@ -27,13 +28,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, Zamba2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Zamba2Config,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
@@ -46,7 +55,7 @@ from zamba2.model.state import ModelState
 from zamba2.runtime.torch import device_of
 from zamba2.weights.checkpoint import SHARD_BYTES, load_model, read_config, save_checkpoint
 from zamba2.weights.files import replacing
-from zamba2.weights.hub import SMALL_FILES, WEIGHT_FILES, resolve
+from zamba2.weights.hub import ALIASES, SMALL_FILES, WEIGHT_FILES, resolve
 from zamba2.weights.names import hub_names
 
 __all__ = ["TRAINING_TEMPLATE", "Zamba2Cache", "Zamba2ForCausalLM"]
@@ -256,7 +265,7 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
             if name not in NOT_HERE | ALWAYS:
                 raise TypeError(f"from_pretrained got an unexpected keyword argument {name!r}")
         chosen = _dtype(dtype if dtype is not None else torch_dtype) or _dtype(config.dtype)
-        config.name_or_path = str(source)
+        config.name_or_path = str(source if os.path.exists(source) else ALIASES.get(str(source).lower(), source))
         with init.no_init_weights():
             model = cls(config, load_model(path, dtype=chosen, device=device, config=shape_of(config), kind=Backbone))
         config.dtype = model.dtype
@@ -551,4 +560,22 @@ def _check_past(cache: Zamba2Cache, mask: Tensor | None, rows: int, length: int)
     return None if past else mask
 
 
-AutoModelForCausalLM.register(Zamba2Config, Zamba2ForCausalLM, exist_ok=True)
+class NamedConfig(Zamba2Config):
+    """A Zamba2Config as AutoConfig reads it, whose architecture is ours by name.
+
+    trl looks for that name in transformers, which has a class of the same one, and asks AutoModelForCausalLM for any other: so a
+    trainer's reference model, and a model given to a trainer by name, are ours too.
+    """
+
+    auto_map: ClassVar[dict[str, str]] = {}  # no code comes with a checkpoint; trl wants to read so
+
+    def __post_init__(self, **options: Any) -> None:
+        super().__post_init__(**options)
+        ours = {Zamba2ForCausalLM.__name__: f"{__name__}.{Zamba2ForCausalLM.__name__}"}
+        self.architectures = [ours.get(name, name) for name in self.architectures or ()]
+
+
+NamedConfig.__name__ = Zamba2Config.__name__  # by which transformers finds the other Auto classes of a config
+AutoConfig.register("zamba2", NamedConfig, exist_ok=True)
+for kind in (Zamba2Config, NamedConfig):
+    AutoModelForCausalLM.register(kind, Zamba2ForCausalLM, exist_ok=True)
