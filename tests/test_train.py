@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -318,6 +319,26 @@ def test_trl_alone_packs_and_masks_as_we_do(tmp_path, tokenizer):
     assert math.isfinite(trainer.train().training_loss)
 
 
+def test_trl_alone_opens_our_class(tmp_path):
+    """The reference that trl's own DPOTrainer opens where it is given none is our class, so that the first loss is ln 2; and so is a model
+    that a trainer of trl's is given by name."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.utils import create_model_from_path
+
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "pairs.jsonl", 4).read_text().splitlines()]
+    options = DPOConfig(
+        str(tmp_path / "out"), use_cpu=True, bf16=False, max_steps=1, report_to=[], per_device_train_batch_size=2, disable_tqdm=True,
+        activation_checkpointing=False,
+    )  # fmt: skip
+    model = zamba2.hf.Zamba2ForCausalLM.from_pretrained("random", dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(RANDOM))
+    trainer = DPOTrainer(model=model, args=options, processing_class=tokenizer, train_dataset=Dataset.from_list(rows))
+    assert type(trainer.ref_model) is zamba2.hf.Zamba2ForCausalLM
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-6)
+    assert type(create_model_from_path(str(RANDOM))) is zamba2.hf.Zamba2ForCausalLM
+
+
 def test_pair_rows_hold_prompt_and_answers(tokenizer):
     """A pair's ids are the prompt as a model is asked, and the two answers with their end token; together, the rendered conversation."""
     prompt = [{"role": "user", "content": "Which?"}]
@@ -378,6 +399,35 @@ def test_resuming_changes_nothing(tmp_path, stage, fields):
     found = weights(module.run(cut, resume=True))
     assert losses(cut.out) == pytest.approx(losses(through.out)[2:], rel=1e-6)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_metrics_have_each_step_once(tmp_path, stage):
+    """metrics.jsonl of a run that went on from an earlier checkpoint is that of one that was never cut: each loss and evaluation once, in
+    order, tokens and seconds counted from the beginning; a line that was cut in the middle is gone."""
+
+    def lines():
+        return [json.loads(line) for line in (own.out / "metrics.jsonl").read_text().splitlines()]
+
+    own = recipe(tmp_path, stage, steps=4, save_every=2, keep=9, held_out=8, evaluate_every=2)
+    module.run(own)
+    whole = lines()
+    shutil.rmtree(own.out / "checkpoint-4")
+    with (own.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "se')
+    module.run(own, resume=True)
+    assert sum("eval_loss" in line for line in whole) == 2  # the last step's is not taken again
+    for name in ("step", "loss", "eval_loss", "num_tokens", "learning_rate"):
+        assert [line.get(name, -1) for line in lines()] == pytest.approx([line.get(name, -1) for line in whole], rel=1e-6), name
+    assert [line["seconds"] for line in lines()] == sorted(line["seconds"] for line in lines())
+    second, evaluated, third = lines()[1:4]  # the third is the first behind the checkpoint
+    rate = (third["num_tokens"] - second["num_tokens"]) / (third["seconds"] - evaluated["seconds"])
+    assert third["tokens_per_second"] == pytest.approx(rate, rel=0.05)
+    (own.out / "recipe.yaml").unlink()
+    for folder in (own.out / "model", *module.checkpoints(own.out)):
+        shutil.rmtree(folder)
+    module.run(own)  # nor does a run that begins anew keep lines of one that ended before its first checkpoint
+    assert [line["step"] for line in lines()] == [line["step"] for line in whole]
 
 
 def test_muon_is_torchs_for_matrices_and_adamw_for_the_rest(monkeypatch):
@@ -546,10 +596,12 @@ def test_a_cpu_without_bf16_products_does_not_wait_for_them(tmp_path, monkeypatc
         (True, "bf16-mixed", None), (False, "fp32", None), (False, "bf16-mixed", module.SLOW_MIXED), (False, "bf16", module.SLOW_BF16),
     ):  # fmt: skip
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has, raising=False)
+        monkeypatch.setattr("zamba2.errors._said", set())
         own = recipe(tmp_path, out=tmp_path / f"{precision} {has}", precision=precision, steps=2)
         module.run(own)
+        module.for_this_machine(own, Progress())  # as of a second run in this process: it is said once
         said = " ".join(capsys.readouterr().err.split())
-        assert [line for line in (module.SLOW_MIXED, module.SLOW_BF16) if line in said] == [sentence] * (sentence is not None)
+        assert [line for line in (module.SLOW_MIXED, module.SLOW_BF16) for _ in range(said.count(line))] == [sentence] * bool(sentence)
         found[precision, has] = losses(own.out)
         assert read_recipe(own.out / "recipe.yaml").precision == ("fp32" if sentence == module.SLOW_MIXED else precision)
     assert found["bf16-mixed", False] == found["fp32", False]
@@ -572,7 +624,8 @@ def test_a_run_lowers_its_loss_and_says_all_about_itself(tmp_path):
 
 
 def test_prepared_data_and_reference_are_computed_once(tmp_path, monkeypatch):
-    """A second run on the same data and model reads neither the rows nor the reference again; another model's reference is its own."""
+    """A second run on the same data and model reads neither the rows nor the reference again; another model's reference is its own, and so
+    is that of another precision, in which the same weights give other numbers."""
     module.run(recipe(tmp_path, "dpo", out=tmp_path / "one"))
     calls = []
     original = module.Preferences.compute_ref_log_probs
@@ -582,6 +635,10 @@ def test_prepared_data_and_reference_are_computed_once(tmp_path, monkeypatch):
     assert not calls and losses(tmp_path / "one") == losses(tmp_path / "two")
     module.run(recipe(tmp_path, "dpo", out=tmp_path / "three", model=str(tmp_path / "one" / "model")))
     assert calls
+    calls.clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    module.run(recipe(tmp_path, "dpo", out=tmp_path / "four", precision="bf16-mixed"))
+    assert calls and losses(tmp_path / "four")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
@@ -822,18 +879,21 @@ def test_the_command_trains_and_prints_the_folder(tmp_path):
 # ---- several processes -----------------------------------------------------------------------------------------------
 
 
+def start_with_fsdp(own: Recipe, folder: Path) -> None:
+    """Run a recipe in two gloo processes with spread weights; facts.0 and facts.1 in the folder say how they were spread."""
+    (folder / "r.yaml").write_text(own.to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(Path(__file__).parent / "fsdp_worker.py"), str(folder / "r.yaml"), str(folder / "facts")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
+    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rror" in line)[-3000:]
+
+
 def test_two_processes_with_fsdp_train_as_one(tmp_path):
     """Two gloo processes with spread weights: losses and model of one process; transformers and the engine read the checkpoint alike."""
     alone = recipe(tmp_path, batch_size=4, device_batch_size=4, out=tmp_path / "alone")
     wanted = weights(module.run(alone))
     both = recipe(tmp_path, batch_size=4, device_batch_size=2, out=tmp_path / "both")
-    (tmp_path / "r.yaml").write_text(both.to_yaml())
-    worker = Path(__file__).parent / "fsdp_worker.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(worker), str(tmp_path / "r.yaml")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "facts")], capture_output=True, text=True, env=environment, timeout=280)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rror" in line)[-3000:]
+    start_with_fsdp(both, tmp_path)
     for rank in range(2):
         facts = json.loads((tmp_path / f"facts.{rank}").read_text())
         assert facts["world"] == 2 and facts["rank"] == rank
@@ -855,6 +915,14 @@ def test_two_processes_with_fsdp_train_as_one(tmp_path):
     engine = zamba2.load(folder, format="bf16").backend
     (logits,) = engine.forward([Row(ids[0].int().numpy(), engine.new_state())])
     assert (torch.from_numpy(logits.numpy()[0]) - expected).norm() <= 1.5 * (rounded - expected).norm()
+
+
+def test_pairs_under_fsdp_begin_at_their_reference(tmp_path):
+    """DPO of all weights, spread over two processes, begins at ln 2: its reference is the very policy, not another class's reading of it."""
+    both = recipe(tmp_path, "dpo", steps=2, device_batch_size=2, warmup=0.0, schedule="constant")
+    start_with_fsdp(both, tmp_path)
+    first, second = losses(both.out)
+    assert first == pytest.approx(math.log(2), abs=1e-6) and second != pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_training_keeps_little(monkeypatch, tokenizer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from zamba2.train.data import Part
+from zamba2.train.progress import read_metrics
 from zamba2.train.recipe import Recipe
 
 __all__ = ["model_card"]
@@ -32,7 +32,7 @@ def model_card(recipe: Recipe, report: Mapping[str, Any], versions: Mapping[str,
     fields = recipe.model_dump(mode="json")
     settings = {name: fields[name] for name in SHOWN} | ({} if recipe.stage == "sft" else {name: fields[name] for name in ("beta", "loss")})
     settings |= {f"lora.{name}": value for name, value in (fields["lora"] or {}).items()}
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    lines = read_metrics(metrics) if metrics.exists() else []
     names = ("loss", "eval_loss", "rewards/accuracies")
     last = {name: next((line[name] for line in reversed(lines) if name in line), None) for name in names}
     return "\n".join(

@@ -37,6 +37,7 @@ from zamba2.language.model import LanguageModel
 from zamba2.runtime.backend import Row
 from zamba2.runtime.processors import machine
 from zamba2.train.instructions import KINDS, Task, documents, passes, tasks
+from zamba2.train.progress import read_metrics
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named
 from zamba2.weights.packed import is_packed, quantize
@@ -381,13 +382,11 @@ def packed(folder: Path, stage: str, format: str) -> Path:
 
 
 def trained(run: Path) -> dict[str, Any]:
-    """What a run's folder says of it: seconds (all tries together), steps, tokens read (0 where they were not counted) and processors."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    times = [float(line["seconds"]) for line in lines]
-    tries = [before for before, after in itertools.pairwise(times) if after < before]  # each starts its clock anew
+    """What a run's folder says of it: seconds of training, steps, tokens read and processors."""
+    lines = read_metrics(run / "metrics.jsonl")
     tokens = max((line.get("num_tokens", 0) for line in lines), default=0)
     versions = json.loads((run / "versions.json").read_text(encoding="utf-8"))
-    return {"seconds": sum(tries) + times[-1], "steps": lines[-1]["step"], "tokens": tokens, "processors": versions["processors"]}
+    return {"seconds": lines[-1]["seconds"], "steps": lines[-1]["step"], "tokens": tokens, "processors": versions["processors"]}
 
 
 def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict[str, Any]:

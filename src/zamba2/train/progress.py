@@ -7,18 +7,29 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zamba2.errors import notice
 from zamba2.runtime.memory import memory
+from zamba2.weights.files import replacing
 
 if TYPE_CHECKING:
     from zamba2.train.adapters import Coverage
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "read_metrics"]
 
 SHOWN = ("loss", "eval_loss", "rewards/accuracies", "learning_rate", "tokens_per_second")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; without one that a killed process left half written."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def peak_memory() -> dict[str, int]:
@@ -58,7 +69,9 @@ class Progress:
         self._bar.update(self._task, description=f"reading, tokenizing and packing the data: {examples:,} examples")
 
     def say(self, line: str) -> None:
-        self.console.print(line)
+        """A line that this process says once, however many runs it makes."""
+        if not self.console.quiet:
+            notice(line)
 
     def coverage(self, rows: Sequence[Coverage]) -> None:
         """The table of what is trained."""
@@ -74,7 +87,8 @@ class Progress:
             table.add_row(row.name, f"{row.modules}", f"{row.parameters:,}", f"{row.trained:,}" if row.trained else "-", row.where)
         self.console.print(table)
 
-    def training(self, step: int, steps: int) -> None:
+    def training(self, step: int, steps: int, tokens: int = 0) -> None:
+        """Begin at a step, with so many tokens trained on before it: 0, unless a run is resumed."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
@@ -86,7 +100,17 @@ class Progress:
         self._task = self._bar.add_task("", total=steps, completed=step)
         self._bar.start()
         self._started = self._logged = time.monotonic()
-        self._tokens = 0.0
+        self._tokens = float(tokens)
+
+    def resume(self, folder: Path, step: int) -> None:
+        """Take from metrics.jsonl what an earlier try logged behind a step, which is done again; seconds go on from what is left."""
+        file = folder / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = [line for line in read_metrics(file) if line["step"] <= step]
+        with replacing(file) as place:
+            place.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._started -= kept[-1]["seconds"] if kept else 0.0
 
     def __enter__(self) -> Progress:
         return self
@@ -126,12 +150,12 @@ class Progress:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = read_metrics(folder / "metrics.jsonl")
         figure, left = pyplot.subplots(figsize=(8, 4.5))
         for name, style in (("loss", "-"), ("eval_loss", "o-")):
-            points = {line["step"]: line[name] for line in lines if isinstance(line.get(name), (int, float))}  # the last try of a step
+            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), (int, float))]
             if points:
-                left.plot(*zip(*sorted(points.items()), strict=True), style, label=name.replace("eval_", "held-out "), linewidth=1)
+                left.plot(*zip(*points, strict=True), style, label=name.replace("eval_", "held-out "), linewidth=1)
         left.set_xlabel("step")
         left.set_ylabel("loss (nats)")
         left.legend()

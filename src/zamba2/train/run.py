@@ -87,11 +87,14 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     if recipe.lora is not None:
         progress.coverage(coverage(trainer.model, model.model.config))
     checkpoint = checkpoints(recipe.out)[-1] if resume else None
+    if checkpoint is not None:
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        trainer._total_train_tokens = state.num_input_tokens_seen
     with _sentences(recipe), progress:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.verify_finite()
-        if prepared.held_out is not None:
-            trainer.evaluate()
+        if prepared.held_out is not None and (recipe.evaluate_every is None or trainer.state.global_step % recipe.evaluate_every):
+            trainer.evaluate()  # the last step was none of those that are
         folder = export(recipe, trainer, source)
     if processes.is_main_process:
         progress.plot(recipe.out)
@@ -236,6 +239,7 @@ class Watched:
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.verify_finite()
+        self.state.num_input_tokens_seen = self._total_train_tokens  # type: ignore[attr-defined]  # which trl would forget
         super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -302,7 +306,9 @@ class Watch(TrainerCallback):
         self.still: list[tuple[int, float]] | None = []  # step and distance of its loss from ln 2; None once it has moved
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.training(state.global_step, state.max_steps)
+        self.progress.training(state.global_step, state.max_steps, state.num_input_tokens_seen)
+        if state.is_world_process_zero:
+            self.progress.resume(self.recipe.out, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress.step(state.global_step)
