@@ -918,7 +918,7 @@ def test_two_processes_with_fsdp_train_as_one(tmp_path):
 
 
 def test_pairs_under_fsdp_begin_at_their_reference(tmp_path):
-    """DPO of all weights, spread over two processes, begins at ln 2: its reference is the very policy, not another class's reading of it."""
+    """DPO of all weights, spread over two processes, begins at ln 2: its reference is the very policy, not another class's reading."""
     both = recipe(tmp_path, "dpo", steps=2, device_batch_size=2, warmup=0.0, schedule="constant")
     start_with_fsdp(both, tmp_path)
     first, second = losses(both.out)
