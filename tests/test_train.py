@@ -33,6 +33,7 @@ from zamba2.model import model as model_module
 from zamba2.runtime.backend import Row
 from zamba2.train import run as module
 from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.card import model_card
 from zamba2.train.demo import average, pair, train, write_base
 from zamba2.train.instructions import documents, tasks
 from zamba2.train.masks import mask_conversation, mask_pair
@@ -706,6 +707,72 @@ def test_nan_loss_stops_and_leaves_the_last_checkpoint(tmp_path):
         module.run(wanted)
     last = module.checkpoints(wanted.out)[-1]
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] >= 1 and (last / "model.safetensors").exists()
+
+
+def test_nan_gradients_reach_no_checkpoint(tmp_path, monkeypatch):
+    """A gradient that is no number, of a loss that is one, ends the run before weights that it has spoilt are saved or exported."""
+    original = module.Conversations.training_step
+
+    def spoilt(self, model, *rest):
+        loss = original(self, model, *rest)
+        if self.state.global_step == 2:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(module.Conversations, "training_step", spoilt)
+    wanted = recipe(tmp_path, steps=3, save_every=1, log_every=1000)
+    with pytest.raises(Zamba2Error, match="NaN or infinite by step 3"):
+        module.run(wanted)
+    assert [path.name for path in module.checkpoints(wanted.out)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    """Whenever a checkpoint is deleted another one is complete, also where one alone is kept; those that were never completed go too."""
+    left, original = [], shutil.rmtree
+
+    def rmtree(path, **options):
+        if Path(path).name.startswith("checkpoint-"):
+            left.append([found.name for found in module.checkpoints(tmp_path / "out")])
+        original(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    (tmp_path / "out" / "checkpoint-9").mkdir(parents=True)  # as a killed process leaves it
+    module.run(recipe(tmp_path, save_every=1, keep=1))
+    assert left == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"], ["checkpoint-4"]]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_prepared_data_that_is_not_used_is_deleted(tmp_path, tokenizer):
+    """Each run deletes the prepared data, and what was left half written, that no run has begun with for a month, and keeps the rest."""
+    wanted, other = recipe(tmp_path), recipe(tmp_path, max_tokens=95)
+    for own in (wanted, other):
+        prepare(own, tokenizer, [], lambda n: None)
+    cache = tmp_path / "cache" / "zamba2" / "train"
+    (cache / ".partial.x").mkdir()
+    (cache / ".partial.y").mkdir()
+    for path in cache.iterdir():
+        month_ago = time.time() - (31 if path.name != ".partial.y" else 29) * 24 * 60 * 60
+        os.utime(path, (month_ago, month_ago))
+    prepare(wanted, tokenizer, [], lambda n: None)
+    found = sorted(path.name for path in cache.iterdir())
+    assert len(found) == 2 and found[0] == ".partial.y"
+    prepare(wanted, tokenizer, [], lambda n: pytest.fail("the data was prepared again"))
+
+
+def test_the_card_names_the_base_model_as_the_hub_does(tmp_path):
+    """A short name is written out in the card's base_model; a folder is none."""
+    for name, line in (("2.7B-instruct", "base_model: Zyphra/Zamba2-2.7B-instruct\n"), ("me/mine", "base_model: me/mine\n"),
+                       (str(RANDOM), None), ("random", None)):  # fmt: skip
+        card = model_card(recipe(tmp_path, model=name), {"sets": []}, {}, tmp_path / "none")
+        assert (line in card) if line else ("base_model" not in card)
+
+
+def test_compiling_is_announced(tmp_path, monkeypatch, capsys):
+    """What compiles says so before it begins."""
+    monkeypatch.setattr("zamba2.errors._said", set())
+    with pytest.raises(Zamba2Error, match="nowhere"):
+        module.run(recipe(tmp_path, compile=True, model="nowhere"))
+    assert module.COMPILES in capsys.readouterr().err
 
 
 def test_dpo_that_stands_at_ln_2_stops(tmp_path):

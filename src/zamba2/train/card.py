@@ -11,6 +11,7 @@ import yaml
 from zamba2.train.data import Part
 from zamba2.train.progress import read_metrics
 from zamba2.train.recipe import Recipe
+from zamba2.weights.hub import ALIASES
 
 __all__ = ["model_card"]
 
@@ -26,7 +27,8 @@ def model_card(recipe: Recipe, report: Mapping[str, Any], versions: Mapping[str,
     hubs = [hub for hub in (Part.parse(written).source.hub for written in recipe.data if ":" not in written) if hub]
     from_config = recipe.model.endswith(".json")
     head: dict[str, Any] = {"library_name": "zamba2", "pipeline_tag": "text-generation", "tags": ["zamba2", recipe.stage, "trl"]}
-    head |= {} if from_config or Path(recipe.model).exists() else {"base_model": recipe.model}
+    base = recipe.model if Path(recipe.model).exists() else ALIASES.get(recipe.model.lower(), recipe.model)
+    head |= {} if Path(base).exists() else {"base_model": base}
     head |= {"datasets": hubs} if hubs else {}
     start = f"new weights of the shape in `{recipe.model}`" if from_config else f"`{recipe.model}`"
     fields = recipe.model_dump(mode="json")

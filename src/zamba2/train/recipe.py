@@ -84,7 +84,7 @@ class Recipe(Strict):
         "the result is for that format alone",
     )  # fmt: skip
     checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
-    compile: bool = Field(False, description="torch.compile")
+    compile: bool = Field(False, description="torch.compile: minutes before the first step, for faster ones")
     graph: bool = Field(False, description="sft with packing, on one GPU: a step's passes as one CUDA graph, which saves launching kernels")
     device: str | None = Field(None, description="cpu, cuda, mps; by default a GPU if there is one")
     lora: Lora | None = Field(None, description="train adapters; without, all weights are trained")

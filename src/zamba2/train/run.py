@@ -65,6 +65,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 STILL_STEPS = 20  # optimizer steps behind the warm-up over which a DPO loss must leave ln 2 ...
 STILL = 1e-3  # ... by more than this on average
 SLOW_MIXED = "precision: fp32 in place of bf16-mixed: this CPU has no instructions for products of bf16, which take several times as long"
+COMPILES = "compile: the model is compiled before the first step; that takes minutes, on a CPU about one for each two layers"
 SLOW_BF16 = "precision is bf16, and this CPU has no instructions for its products: fp32's are several times as fast, in twice the memory"
 
 
@@ -76,6 +77,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     processes = PartialState(cpu=device_of(recipe.device).type == "cpu")  # one, unless torchrun or accelerate started more
     progress = progress or Progress(quiet=not processes.is_main_process)
     recipe = for_this_machine(recipe, progress)
+    if recipe.compile:
+        progress.say(COMPILES)
     with processes.main_process_first():
         _check_folder(recipe, resume, others=not processes.is_main_process)
     model, tokenizer, source = load(recipe)
@@ -83,7 +86,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
         prepared = prepare(recipe, Tokenizer.from_folder(source, config=model.model.config), _tokenizer_files(source), progress.prepared)
     if processes.is_main_process:
         _write_facts(recipe, prepared)
-    trainer = make_trainer(recipe, model, tokenizer, prepared, progress)
+    with _sentences(recipe):
+        trainer = make_trainer(recipe, model, tokenizer, prepared, progress)  # which for pairs runs the reference
     if recipe.lora is not None:
         progress.coverage(coverage(trainer.model, model.model.config))
     checkpoint = checkpoints(recipe.out)[-1] if resume else None
@@ -186,7 +190,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         "activation_checkpointing": recipe.checkpointing, "activation_checkpointing_kwargs": {"use_reentrant": False},
         "torch_compile": recipe.compile,
         "logging_steps": recipe.log_every, "logging_first_step": True, "logging_nan_inf_filter": False,
-        "save_steps": recipe.save_every, "save_total_limit": recipe.keep,
+        "save_steps": recipe.save_every, "save_total_limit": None,  # Watch deletes old ones, when the new one is complete
         "eval_strategy": "no" if recipe.evaluate_every is None else "steps", "eval_steps": recipe.evaluate_every,
         "report_to": [] if recipe.tracker == "none" else [recipe.tracker],
         "ddp_find_unused_parameters": False,
@@ -227,7 +231,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
 
 
 class Watched:
-    """Among a trainer's bases: notices a loss that is no number before it reaches a checkpoint."""
+    """Among a trainer's bases: notices a loss or a gradient that is no number before it reaches a checkpoint."""
 
     finite: Any = None
 
@@ -236,6 +240,11 @@ class Watched:
         good = torch.isfinite(loss).all()
         self.finite = good if self.finite is None else self.finite & good
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        norm: torch.Tensor = super()._clip_grad_norm(model)
+        self.finite = self.finite & torch.isfinite(norm).all()
+        return norm
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self.verify_finite()
@@ -246,7 +255,7 @@ class Watched:
         """trl writes one into every checkpoint; the run's folder says more."""
 
     def verify_finite(self) -> None:
-        """Raises Zamba2Error if a loss since the last call was NaN or infinite."""
+        """Raises Zamba2Error if a loss or a gradient since the last call was NaN or infinite."""
         if self.finite is not None and not bool(self.finite):
             step = self.state.global_step  # type: ignore[attr-defined]
             raise not_finite(step)
@@ -254,7 +263,9 @@ class Watched:
 
 
 def not_finite(step: int) -> Zamba2Error:
-    return Zamba2Error(f"the loss is NaN or infinite by step {step}; the last checkpoint is intact: lower learning_rate or check the data.")
+    return Zamba2Error(
+        f"the loss or its gradient is NaN or infinite by step {step}; the last checkpoint is intact: lower learning_rate or check the data."
+    )
 
 
 class Conversations(Watched, SFTTrainer):
@@ -339,8 +350,14 @@ class Watch(TrainerCallback):
         self.still = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            (self.recipe.out / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        if not state.is_world_process_zero:
+            return
+        new = self.recipe.out / f"checkpoint-{state.global_step}"
+        (new / COMPLETE).touch()
+        kept = {new, *checkpoints(self.recipe.out)[-self.recipe.keep :]}
+        for old in set(self.recipe.out.glob("checkpoint-*")) - kept:
+            (old / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is none to resume from
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
