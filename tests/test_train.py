@@ -240,6 +240,27 @@ def test_sft_loss_is_cross_entropy(tmp_path):
     assert losses(wanted.out)[0] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_held_out_loss_is_the_mean_over_targets(tmp_path, tokenizer, packing):
+    """The held-out loss is the mean of -log p over all held-out targets, whatever rows they lie in and however many are read at once."""
+    for rows in (1, 4):
+        own = recipe(tmp_path, steps=1, held_out=9, packing=packing, device_batch_size=rows, out=tmp_path / str(rows))
+        folder = module.run(own)
+        held_out = prepare(own, tokenizer, [RANDOM / name for name in module.TOKENIZER_FILES if (RANDOM / name).is_file()], len).held_out
+        assert len(held_out) > 1
+        model = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(folder), dtype="float32")
+        total = count = 0.0
+        for row in held_out:
+            batch = collate_packed([row], padding=0)
+            targets = batch.pop("labels")[:, 1:]
+            with torch.no_grad():
+                scores = torch.log_softmax(model(**batch).logits[:, :-1], -1)
+            picked = scores.gather(2, targets.clamp(min=0)[..., None])[..., 0][targets != IGNORED]
+            total, count = total - picked.sum().item(), count + picked.numel()
+        lines = [json.loads(line) for line in (own.out / "metrics.jsonl").read_text().splitlines()]
+        assert [line["eval_loss"] for line in lines if "eval_loss" in line] == pytest.approx([total / count], rel=1e-5)
+
+
 def first_batch(wanted: Recipe, rows) -> list[int]:
     """Indices of the first batch, as the trainer's sampler draws them."""
     model = fresh_model()

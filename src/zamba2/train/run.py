@@ -47,7 +47,7 @@ from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.card import model_card
 from zamba2.train.graph import GraphedStep
 from zamba2.train.muon import Muon
-from zamba2.train.packing import collate_packed
+from zamba2.train.packing import IGNORED, collate_packed
 from zamba2.train.prepare import Prepared, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import Recipe
@@ -209,6 +209,8 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
         teacher = deepcopy(model).eval().requires_grad_(False) if recipe.distill else None  # before a trainer wraps its forward
         trainer: Any = Conversations(args=options, data_collator=collate, **common)
         trainer.teacher = None if teacher is None else teacher.to(trainer.accelerator.device)
+        if prepared.held_out is not None:
+            trainer.targets = sum(len(row) - 1 - row[1:].count(IGNORED) for row in prepared.held_out["labels"]) / len(prepared.held_out)
         if recipe.graph:
             if workers > 1:
                 raise Zamba2Error(f"graph is for one GPU, and {workers} processes were started; use graph=false.")
@@ -273,6 +275,7 @@ class Conversations(Watched, SFTTrainer):
 
     graphed: GraphedStep | None = None
     teacher: Any = None  # whom to imitate, in place of the data
+    targets = 1.0  # of a held-out row, on average
 
     def packed_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, seq_idx: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """The loss of packed rows by the model's parts, none of which waits for the device. items: labels of the whole step."""
@@ -294,12 +297,15 @@ class Conversations(Watched, SFTTrainer):
                 loss, count = divergence(model, self.teacher, inputs)
             loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         else:
+            if not model.training:  # batches of an evaluation are averaged by rows; so the whole is the mean over targets
+                num_items_in_batch = self.targets * len(inputs["labels"])
             loss = model(**inputs, loss_only=True, num_items_in_batch=num_items_in_batch).loss
         if model.training:
             self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
             self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-        # as in trl: the count is of all processes, whose gradients are averaged
-        return loss if num_items_in_batch is None else loss * self.accelerator.num_processes
+            # as in trl: the count is of all processes, whose gradients are averaged
+            loss = loss if num_items_in_batch is None else loss * self.accelerator.num_processes
+        return loss
 
 
 class Preferences(Watched, DPOTrainer):
