@@ -9,6 +9,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1107,6 +1108,24 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("when", ["preparing", "training"])
+def test_ctrl_c_tidies_up_and_says_how_to_go_on(tmp_path, when):
+    """Ctrl-C ends a run at once with exit code 2: half prepared data is deleted, and behind a checkpoint a line says how to go on."""
+    write_chats(tmp_path / "chats.jsonl", 64 if when == "training" else 40_000)
+    own = recipe(tmp_path, steps=4000, save_every=2)
+    (tmp_path / "r.yaml").write_text(own.to_yaml())
+    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    partial, deadline = tmp_path / "cache" / "zamba2" / "train", time.monotonic() + 120
+    while not (module.checkpoints(own.out) if when == "training" else any(partial.glob(".partial.*"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and not out and said.endswith("zamba2: interrupted.\n") and "Traceback" not in said
+    assert ("is complete; the same command with --resume goes on from there" in said) is (when == "training")
+    assert not any(partial.glob(".partial.*"))
+
+
 @pytest.mark.parametrize(("fields", "sentence"), [
     ({"stage": "dpo", "label_smoothing": 0.2}, "for loss robust"),
     ({"stage": "dpo", "lora": Lora(dropout=0.1)}, "lora.dropout is for stage sft"), ({"betas": (0.9, 1.0)}, "less than 1"),
@@ -1169,7 +1188,7 @@ def test_what_is_held_out_is_never_trained_on(tmp_path):
 def test_the_disk_may_be_full_for_torch_too(tmp_path):
     """torch.save's own word for a full disk is the same sentence; other errors pass."""
     run = recipe(tmp_path)
-    with pytest.raises(Zamba2Error, match="is full; free some space"), module._sentences(run):
+    with pytest.raises(Zamba2Error, match="is full; free some space"), module._sentences(run, Progress()):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")
-    with pytest.raises(RuntimeError, match="other"), module._sentences(run):
+    with pytest.raises(RuntimeError, match="other"), module._sentences(run, Progress()):
         raise RuntimeError("another")

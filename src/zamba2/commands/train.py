@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,6 +83,8 @@ def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show:
     prepare_libraries()
     from zamba2.train.run import run
 
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is deleted, and it is said how to go on
     folder = run(wanted, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # several processes are one run
         print(folder)

@@ -86,7 +86,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
         prepared = prepare(recipe, Tokenizer.from_folder(source, config=model.model.config), _tokenizer_files(source), progress.prepared)
     if processes.is_main_process:
         _write_facts(recipe, prepared)
-    with _sentences(recipe):
+    with _sentences(recipe, progress):
         trainer = make_trainer(recipe, model, tokenizer, prepared, progress)  # which for pairs runs the reference
     if recipe.lora is not None:
         progress.coverage(coverage(trainer.model, model.model.config))
@@ -94,7 +94,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     if checkpoint is not None:
         state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         trainer._total_train_tokens = state.num_input_tokens_seen
-    with _sentences(recipe), progress:
+    with _sentences(recipe, progress), progress:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.verify_finite()
         if prepared.held_out is not None and (recipe.evaluate_every is None or trainer.state.global_step % recipe.evaluate_every):
@@ -434,13 +434,13 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _sentences(recipe: Recipe) -> Iterator[None]:
+def _sentences(recipe: Recipe, progress: Progress) -> Iterator[None]:
     """What goes wrong while training, as one sentence."""
     try:
         yield
     except KeyboardInterrupt:
         if checkpoints(recipe.out):
-            notice(f"{checkpoints(recipe.out)[-1]} is complete; the same command with --resume goes on from there.")
+            progress.say(f"{checkpoints(recipe.out)[-1]} is complete; the same command with --resume goes on from there.")
         raise
     except torch.OutOfMemoryError as error:
         what = "lower device_batch_size or max_tokens, or set checkpointing"
