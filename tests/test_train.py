@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("trl", reason="training needs the extra [train]")
+import accelerate
 import torch
 import transformers
 from hypothesis import given, settings
@@ -762,6 +763,19 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
     module.run(recipe(tmp_path, save_every=1, keep=1))
     assert left == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"], ["checkpoint-4"]]
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_is_complete_when_every_process_has_written(tmp_path, monkeypatch):
+    """Behind all its files, and before it counts, a checkpoint waits for what other processes write into it."""
+    seen, folder, original = [], tmp_path / "out" / "checkpoint-1", accelerate.Accelerator.wait_for_everyone
+
+    def wait(self):
+        seen.append(((folder / "trainer_state.json").exists(), (folder / module.COMPLETE).exists()))
+        original(self)
+
+    monkeypatch.setattr(accelerate.Accelerator, "wait_for_everyone", wait)
+    module.run(recipe(tmp_path, steps=1, save_every=1))
+    assert (True, False) in seen and (folder / module.COMPLETE).exists()
 
 
 def test_prepared_data_that_is_not_used_is_deleted(tmp_path, tokenizer):

@@ -252,6 +252,7 @@ class Watched:
         self.verify_finite()
         self.state.num_input_tokens_seen = self._total_train_tokens  # type: ignore[attr-defined]  # which trl would forget
         super()._save_checkpoint(*args, **kwargs)
+        self.accelerator.wait_for_everyone()  # each process writes its own random state; then Watch calls the checkpoint complete
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """trl writes one into every checkpoint; the run's folder says more."""
