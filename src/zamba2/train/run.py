@@ -252,7 +252,8 @@ class Watched:
         self.verify_finite()
         self.state.num_input_tokens_seen = self._total_train_tokens  # type: ignore[attr-defined]  # which trl would forget
         super()._save_checkpoint(*args, **kwargs)
-        self.accelerator.wait_for_everyone()  # each process writes its own random state; then Watch calls the checkpoint complete
+        # Each process writes its own random state; then Watch calls the checkpoint complete.
+        self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """trl writes one into every checkpoint; the run's folder says more."""
