@@ -346,7 +346,6 @@ OPTIONS = [
 CASES = WEIGHTS + INDEX + CONFIG + STANDALONE + TEXT + OPTIONS
 
 
-# Both need a line in runtime/torch.py; strict, so that whoever mends it takes the mark away.
 def files_under(path: Path) -> set[Path]:
     return {file for file in path.rglob("*")}
 

@@ -93,7 +93,7 @@ def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--shape", "3b"], "there is no shape '3b'; there are 1.2b, 2.7b, 7b"),
+        (["--shape", "3b"], "there is no shape '3b'; there are 1.2b, 2.7b, 7b, random, or a folder with a config.json"),
         (["--format", "q5"], "there is no format 'q5'"),
         (["--batch", "0"], "--batch is 0; at least 1 is needed"),
         (["--repeats", "-1"], "--repeats is -1; at least 1 is needed"),
@@ -131,6 +131,15 @@ def test_what_a_gpu_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["format"] == "bf16"
     for key in ("decode_tokens_per_second", "ttft_seconds", "decode_bandwidth_fraction", "prefill_matrix_fraction", "bytes_per_token"):
         assert math.isfinite(result[key]) and result[key] > 0, key
+
+
+@pytest.mark.parametrize("option", ["--kv-format q8", "--startup", "--compare llama.cpp"])
+def test_options_of_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """What has no meaning on a GPU is named as it was written."""
+    gpu = SimpleNamespace(device_for=lambda *_, **__: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("zamba2.commands.bench.torch_backend", lambda: gpu)
+    assert run([*QUICK, "--device", "cuda", *option.split()]) == 2
+    assert f"{option.removesuffix(' q8')} is for the CPU" in capsys.readouterr().err
 
 
 def test_a_bench_of_a_gpu_needs_pytorch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,6 +101,21 @@ def test_version(zamba: Any) -> None:
     assert zamba("--version") == (0, f"zamba2 {zamba2.__version__}\n", [])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train", "Missing command. See zamba2 train --help."),
+        ("train sft", "Missing argument 'RECIPE'. See zamba2 train sft --help."),
+        ("generate --top-k many", ". See zamba2 generate --help."),
+        ("--nonsense", "No such option: --nonsense. See zamba2 --help."),
+    ],
+)
+def test_usage_errors_name_the_commands_own_help(arguments: str, said: str, zamba: Any) -> None:
+    """Who mistook a command is sent to the help of that command."""
+    code, out, err = zamba(*arguments.split())
+    assert (code, out) == (2, "") and len(err) == 1 and err[0].endswith(said)
+
+
 @pytest.mark.parametrize(("arguments", "times"), [(["--help"], 1.6), *[([*command.split(), "--help"], 7) for command in COMMANDS]])
 def test_help_is_instant(arguments: list[str], times: float) -> None:
     """Help is there at once: within so many times what typer itself takes to start on this machine. The best of several runs counts, and

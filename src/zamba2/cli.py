@@ -698,7 +698,7 @@ INTERRUPTED = 130  # what newer versions of typer return instead of raising Keyb
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Everything that goes wrong is one line on standard error."""
     try:
-        code = app(args=list(arguments) or ["--help"], standalone_mode=False)
+        code = app(args=list(arguments) or ["--help"], prog_name="zamba2", standalone_mode=False)
         if code != INTERRUPTED:
             return code if isinstance(code, int) else 0
         message = "interrupted."
@@ -713,6 +713,8 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:
         message = f"{error.filename or 'standard output'} cannot be used ({error.strerror or error})."
     except UsageProblem as error:
-        message = f"{error.format_message().rstrip('.')}; see zamba2 --help."
+        said = error.format_message()
+        end = "" if said.endswith((".", "?")) else "."
+        message = f"{said}{end} See {error.ctx.command_path if error.ctx else 'zamba2'} --help."
     complain(message)
     return 2

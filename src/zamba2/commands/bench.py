@@ -100,7 +100,7 @@ def config_of(shape: str) -> Config:
         return PRESETS[shape.lower()]
     folder = RANDOM if shape == "random" else Path(shape)
     if not (folder / "config.json").exists():
-        raise Zamba2Error(f"there is no shape {shape!r}; there are {', '.join(PRESETS)}, default, or a folder with a config.json.")
+        raise Zamba2Error(f"there is no shape {shape!r}; there are {', '.join(PRESETS)}, random, or a folder with a config.json.")
     return Config.from_file(folder / "config.json")
 
 
@@ -121,8 +121,8 @@ def check_device(device: str, kv_format: str | None, startup: bool, compare: Seq
     """Raises Zamba2Error where a device cannot be used, or an option has no meaning on it."""
     if torch_backend().device_for(device, None, packed=False).type != "cuda":
         raise Zamba2Error(f"--device is {device!r}; cpu, or cuda for a GPU, is needed.")
-    for option, given in (("--kv", kv_format), ("--startup", startup or None), ("--compare llama.cpp", "llama.cpp" in compare or None)):
-        if given is not None:
+    for option, given in (("--kv-format", kv_format), ("--startup", startup), ("--compare llama.cpp", "llama.cpp" in compare)):
+        if given:
             raise Zamba2Error(f"{option} is for the CPU; leave it out, or leave --device out.")
 
 
