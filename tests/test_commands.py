@@ -167,6 +167,15 @@ def test_prompt_from_argument_file_and_input(zamba: Any, model: LanguageModel, t
     assert (code, out) == (0, expected) and len(without_notice(err)) == 1
 
 
+def test_texts_of_other_systems(zamba: Any, tmp_path: Path) -> None:
+    """A byte order mark and the line ends of other systems are no part of a prompt or of messages."""
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfA cat\r\nand a dog\r\n")
+    (tmp_path / "windows.json").write_bytes(b'\xef\xbb\xbf[{"role": "user",\r\n"content": "hi"}]\r\n')
+    options = ("-n", "4", *TINY)
+    assert zamba("generate", "--file", str(tmp_path / "windows.txt"), *options)[1] == zamba("generate", "A cat\nand a dog", *options)[1]
+    assert zamba("generate", "--messages", str(tmp_path / "windows.json"), *options)[1] == zamba("generate", "--chat", "hi", *options)[1]
+
+
 def test_summary_line(zamba: Any, model: LanguageModel) -> None:
     """After the text one line on standard error tells tokens, times and why it ended."""
     code, _, err = zamba(*GREEDY_HI)

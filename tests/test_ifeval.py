@@ -331,9 +331,36 @@ def test_nltk_data_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(Zamba2Error, match=r"punkt_tab, with which .* downloads are off; set NLTK_DATA"):
         check_prompts(COMMAS, offline=True)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
-    with pytest.raises(Zamba2Error, match="it cannot be downloaded; set NLTK_DATA"):
+
+    def fail(*_: Any, print_error_to: Any, **__: Any) -> bool:
+        print("[nltk_data] Error loading punkt_tab:\n[nltk_data]     no such host", file=print_error_to)
+        return False
+
+    monkeypatch.setattr(nltk, "download", fail)
+    with pytest.raises(Zamba2Error, match=r"it cannot be downloaded \(Error loading punkt_tab: no such host\); set NLTK_DATA"):
         check_prompts(COMMAS)
+
+
+def test_a_hub_out_of_reach_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's libraries are quiet about their tries, and what comes of them is one sentence that names the file to give instead."""
+    import datasets
+    from huggingface_hub.utils import logging
+
+    heard = []
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        heard.append(logging.get_verbosity())  # type: ignore[no-untyped-call]
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    before = logging.get_verbosity()  # type: ignore[no-untyped-call]
+    try:
+        with pytest.raises(Zamba2Error, match=r"cannot be read \(no such host\); give its file, input_data.jsonl"):
+            read_prompts()
+    finally:
+        logging.set_verbosity(before)
+    assert heard == [logging.ERROR]
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

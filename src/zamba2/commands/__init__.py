@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
-__all__ = ["complain"]
+from zamba2.errors import Zamba2Error
+
+__all__ = ["complain", "need", "read_text"]
 
 
 def complain(message: object) -> None:
     """One line on standard error: names out of files may hold line ends, control characters, or be as long as the file."""
     line = "".join(c if c.isprintable() else " " for c in str(message)[:1000])
     print(f"zamba2: {line}", file=sys.stderr, flush=True)
+
+
+def need(what: str, extra: str, *modules: str) -> None:
+    """Raises Zamba2Error, which names the extra to install, unless these can be imported."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise Zamba2Error(f"{what} needs {', '.join(missing)}; install with `pip install 'zamba2[{extra}]'`.")
+
+
+def read_text(file: Path | None) -> str:
+    """A UTF-8 text from a file or, without one, from standard input; without a byte order mark, its lines ending as in
+    any text that Python reads. Raises Zamba2Error."""
+    name = file or "standard input"
+    try:
+        text = (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
+        raise Zamba2Error(f"{name} cannot be read ({error.strerror}); a text file is needed.") from None
+    except UnicodeDecodeError as error:
+        raise Zamba2Error(f"{name} is not UTF-8 text (byte {error.start}); convert it first.") from None

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from zamba2.commands import need, read_text
 from zamba2.commands.bars import bar
 from zamba2.errors import Zamba2Error, notice
 
@@ -67,16 +68,6 @@ def own_model(model: str, where: Mapping[str, Any]) -> Any:
     return load(model, **where)
 
 
-def read_text(path: Path) -> str:
-    """A text file's words. Raises Zamba2Error."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise Zamba2Error(f"{path} is not UTF-8 text; a text file is needed.") from None
-    except OSError as error:
-        raise Zamba2Error(f"{path} cannot be read ({error.strerror}); a text file is needed.") from None
-
-
 def finish(
     kind: str, about: Mapping[str, Any], settings: Mapping[str, Any], scores: Mapping[str, Any], started: float, out: Path | None,
     as_json: bool, rows: list[tuple[str, str]], unit: str,
@@ -118,14 +109,16 @@ def tasks(
     include: Path | None, out: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Run lm-eval's tasks and print and write down the scores. Raises Zamba2Error."""
-    need("lm_eval")
+    need("this evaluation", "evaluate", "lm_eval")
     if where.get("offline"):  # before the libraries that read these are imported
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
             os.environ.setdefault(name, "1")
     from zamba2.evaluate.answers import open_answers
     from zamba2.evaluate.harness import run_tasks
     from zamba2.evaluate.results import document, slug, write_result
+    from zamba2.weights.hub import quiet_retries
 
+    quiet_retries()
     answers = open_answers(model, **where)
     folder = out / slug(answers.name)
     started = time.monotonic()
@@ -154,7 +147,7 @@ def ifeval(
     out: Path, as_json: bool, offline: bool,
 ) -> None:  # fmt: skip
     """Answer IFEval's prompts, or take answers that are there, and print and write down the scores. Raises Zamba2Error."""
-    need("lm_eval")
+    need("this evaluation", "evaluate", "lm_eval")
     from zamba2.evaluate import ifeval as measure
     from zamba2.evaluate.answers import open_answers
     from zamba2.evaluate.results import beside_the_card, document, slug, write_result
@@ -276,10 +269,3 @@ def report(place: Path, result: Mapping[str, Any], markdown: str, as_json: bool)
         print(json.dumps(result))
     else:
         print(f"{markdown}\nwritten to {place}")
-
-
-def need(*modules: str) -> None:
-    """Raises Zamba2Error unless these can be imported."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise Zamba2Error(f"this evaluation needs {', '.join(missing)}; install with `pip install 'zamba2[evaluate]'`.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import zamba2
+from zamba2.commands import read_text
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece, Progress, Request, collect
 from zamba2.language.messages import check_messages
@@ -61,16 +62,6 @@ def read_messages(messages: Path | None, prompt: str | None, file: Path | None) 
     except Zamba2Error as error:
         raise Zamba2Error(f"{messages}: {error}") from None
     return list(data)
-
-
-def read_text(file: Path | None) -> str:
-    """A UTF-8 text from a file or, without one, from standard input. Raises Zamba2Error."""
-    try:
-        return (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode("utf-8")
-    except OSError as error:
-        raise Zamba2Error(f"{file or 'standard input'} cannot be read ({error.strerror}); a text file is needed.") from None
-    except UnicodeDecodeError as error:
-        raise Zamba2Error(f"{file or 'standard input'} is not UTF-8 text (byte {error.start}); convert it first.") from None
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from zamba2.commands import read_text
 from zamba2.commands.bars import bar
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
@@ -29,7 +30,7 @@ def main(
     if packed.is_packed(path):
         raise Zamba2Error(f"{path} is packed already; give the original checkpoint.")
     packed.check_target(target)
-    moments = None if calibrate is None else read_text(path, target, packing, calibrate, calibrate_tokens)
+    moments = None if calibrate is None else moments_of(path, target, packing, calibrate, calibrate_tokens)
     with bar(f"packing {format}") as progress:
         packed.quantize(path, target, packing.format, embeddings=packing.embeddings, moments=moments, progress=progress)
     size = sum(file.stat().st_size for file in target.iterdir())
@@ -37,7 +38,7 @@ def main(
     print(f"{target}: {size / 1e9:.3f} GB, {packing.format.bits} bits a weight{finer}")
 
 
-def read_text(path: Path, target: Path, packing: packed.Packing, text: Path, tokens: int) -> dict[str, Moments]:
+def moments_of(path: Path, target: Path, packing: packed.Packing, text: Path, tokens: int) -> dict[str, Moments]:
     """What each matrix multiplies while the model, packed beside ``target`` for the time being, reads a text. Raises Zamba2Error."""
     from zamba2.language.tokenizer import Tokenizer
     from zamba2.runtime.calibrate import FEWEST_TOKENS, second_moments
@@ -45,11 +46,7 @@ def read_text(path: Path, target: Path, packing: packed.Packing, text: Path, tok
 
     config = Config.from_file(path / "config.json")
     tokenizer = Tokenizer.from_folder(path, config=config)
-    try:
-        words = text.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise Zamba2Error(f"{text} is not UTF-8 text; a text file is needed to calibrate on.") from None
-    if len(ids := tokenizer.encode(words)[:tokens]) < FEWEST_TOKENS:
+    if len(ids := tokenizer.encode(read_text(text))[:tokens]) < FEWEST_TOKENS:
         raise Zamba2Error(
             f"there are {len(ids)} tokens of {text} to calibrate on; at least {FEWEST_TOKENS} are needed, and thousands are better."
         )

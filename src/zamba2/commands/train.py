@@ -11,16 +11,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zamba2.commands import need
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, mix
 from zamba2.train.masks import Masked
-from zamba2.weights.hub import resolve
+from zamba2.weights.hub import quiet_retries, resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,9 @@ def preview(
     kind = check_parts(parts)
     for part in parts:
         if part.path is None:
-            quieten(part, offline)
+            if offline:
+                raise Zamba2Error(f"{part.label} is read from the Hub; leave out --offline, or give its files as {part.label}:PATH.")
+            quiet_retries()
     path = resolve(model, revision=revision, offline=offline, weights=False)
     if path.is_file():
         raise Zamba2Error(f"{path} is a standalone file; a checkpoint folder with a tokenizer.json is needed.")
@@ -73,7 +75,7 @@ def preview(
 
 def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show: bool) -> None:
     """Train by a recipe with changes. show: print it instead. Raises Zamba2Error."""
-    need("pydantic", "yaml")
+    need("training", "train", "pydantic", "yaml")
     from zamba2.train.recipe import read_recipe
 
     wanted = read_recipe(recipe, changes, stage=name)
@@ -92,7 +94,7 @@ def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show:
 
 def demonstration(out: Path, changes: Sequence[str], *, small: float, processes: int) -> None:
     """Build the demonstration model. small: the share of everything to use; processes: for training. Raises Zamba2Error."""
-    need("pydantic", "yaml")
+    need("training", "train", "pydantic", "yaml")
     prepare_libraries()
     from zamba2.train.demo import Sizes, build
 
@@ -102,26 +104,10 @@ def demonstration(out: Path, changes: Sequence[str], *, small: float, processes:
 
 def prepare_libraries() -> None:
     """Before trl and transformers are imported: they tell each other, and us, what is deprecated."""
-    need("torch", "trl", "peft", "datasets")
+    need("training", "train", "torch", "trl", "peft", "datasets")
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-
-
-def need(*modules: str) -> None:
-    """Raises Zamba2Error unless these can be imported."""
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise Zamba2Error(f"training needs {', '.join(missing)}; install with `pip install 'zamba2[train]'`.")
-
-
-def quieten(part: Part, offline: bool) -> None:
-    """The Hub's libraries tell of every retry; here the end of it is one line. Raises Zamba2Error if there is to be no Hub."""
-    from huggingface_hub.utils import logging
-
-    if offline:
-        raise Zamba2Error(f"{part.label} is read from the Hub; leave out --offline, or give its files as {part.label}:PATH.")
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def opener(examples: Sequence[Example]) -> Callable[[int], Iterable[Example]]:

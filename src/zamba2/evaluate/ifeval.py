@@ -13,6 +13,7 @@ Zhou et al., "Instruction-Following Evaluation for Large Language Models", 2023 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -30,6 +31,7 @@ import numpy.typing as npt
 from zamba2.errors import Zamba2Error, notice
 from zamba2.evaluate.answers import DECISIVE, decisive
 from zamba2.language.messages import brief
+from zamba2.weights.hub import quiet_retries
 
 if TYPE_CHECKING:
     from zamba2.evaluate.answers import Answers
@@ -164,6 +166,7 @@ def _hub_rows(offline: bool) -> Iterator[tuple[str, Any]]:
         import datasets
     except ImportError as error:
         raise Zamba2Error(f"{HUB} is read through the datasets library ({error}); {INSTALL}, or {instead}.") from None
+    quiet_retries()
     try:
         for number, row in enumerate(datasets.load_dataset(HUB, split="train"), 1):
             yield f"{HUB}, row {number}", row
@@ -342,8 +345,11 @@ def _find_punkt(nltk: Any, offline: bool) -> None:
         if may_download:
             before = socket.getdefaulttimeout()
             socket.setdefaulttimeout(CONNECT_SECONDS)
+            said = io.StringIO()  # quiet is not about errors
             try:
-                reason = "it was downloaded, but is not there" if nltk.download("punkt_tab", quiet=True) else "it cannot be downloaded"
+                done = nltk.download("punkt_tab", quiet=True, print_error_to=said)
+                why = " ".join(said.getvalue().replace("[nltk_data]", "").split())
+                reason = "it was downloaded, but is not there" if done else f"it cannot be downloaded ({brief(why)})"
             except (OSError, ValueError) as error:
                 reason = f"it cannot be downloaded ({brief(error)})"
             finally:

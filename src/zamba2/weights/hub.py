@@ -14,7 +14,7 @@ from typing import Any
 
 from zamba2.errors import Zamba2Error, notice
 
-__all__ = ["ALIASES", "DEMO", "RANDOM", "cache_folder", "resolve", "upload"]
+__all__ = ["ALIASES", "DEMO", "RANDOM", "cache_folder", "quiet_retries", "resolve", "upload"]
 
 # Inside the package: the demonstration model, packed, and a tiny checkpoint with random weights.
 DEMO, RANDOM = (Path(__file__).resolve().parent.parent / name for name in ("demo", "random"))
@@ -128,6 +128,13 @@ def _download(repository: str, revision: str | None, offline: bool, weights: boo
     if weights and not any(folder.glob("*.safetensors")):
         raise Zamba2Error(f"{repository} has no *.safetensors file in {folder}; a repository with weights in safetensors is needed.")
     return folder
+
+
+def quiet_retries() -> None:
+    """Data sets' library tells of each of its tries and of the wait behind it; here the end of them is one sentence."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def upload(folder: Path, repository: str, *, private: bool = True) -> str:
