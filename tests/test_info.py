@@ -98,10 +98,17 @@ def test_tables_say_what_the_document_says(capsys: pytest.CaptureFixture[str]) -
     """The table rounds the document's numbers and repeats none wrongly."""
     text, config = info(capsys, "7b"), PRESETS["7b"]
     assert f"{config.num_parameters:,}" in text
-    assert f"{config.weights_per_token() / 1e9:.3f} G ({config.weights_per_token(hoisted=False) / 1e9:.3f} G" in text
-    assert f"{2 * config.num_parameters / 1e9:.2f} GB" in text
+    assert f"{config.weights_per_token() / 1e9:.4g} G ({config.weights_per_token(hoisted=False) / 1e9:.4g} G" in text
+    assert f"{2 * config.num_parameters / 1e9:.3g} GB" in text
     for words in ("81, 13 of them hybrid", "112 heads x 64, state 64, 2 group(s)", "32 heads x 224", "4096 tokens", "base 10000"):
         assert words in text
+
+
+@pytest.mark.parametrize("name", ["demo", "random", "7b"])
+def test_no_size_is_rounded_to_nothing(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes of models of any size have their first digits."""
+    found = re.findall(r"([\d.]+) (?:G|GB|MiB|KiB)\b", info(capsys, name))
+    assert len(found) >= 7 and all(float(number) > 0 for number in found)
 
 
 @pytest.mark.parametrize("name", ["random", str(RANDOM)])

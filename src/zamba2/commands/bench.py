@@ -112,7 +112,7 @@ def synthetic(shape: str, config: Config, packing: Packing) -> Path:
         return target
     total = packed_bytes(config, packing)
     need_disk(target, total + (1 << 20))
-    notice(f"writing {total / 1e9:.2f} GB of random weights into {target}, once.")
+    notice(f"writing {total / 1e9:.3g} GB of random weights into {target}, once.")
     write_synthetic(config, packing, target)
     return target
 
@@ -272,12 +272,12 @@ def print_tables(result: dict[str, Any]) -> None:
     rows = [
         ("decode", f"{rate('decode_tokens_per_second')} tokens/s" + (f", {batch} sequences together" if batch > 1 else "")),
         ("prefill", f"{rate('prefill_tokens_per_second', 1)} tokens/s"),
-        ("time to first token", f"{rate('ttft_seconds')} s"),
+        ("time to first token", f"{rate('ttft_seconds', 3)} s"),
         ("load", f"{result['load_seconds']:.2f} s from mapping to ready"),
         ("peak memory of the GPU", f"{result['peak_gpu_bytes'] / 1e9:.2f} GB") if on_gpu else
         ("peak resident memory", f"{result['peak_rss_bytes'] / 1e9:.2f} GB, pages of the mapped weights included"),
-        ("a token moves", f"{result['bytes_per_token'] / 1e9:.3f} GB: weights {result['weight_bytes_per_token'] / 1e9:.3f}, "
-                          f"state {result['state_bytes_per_token'] / 1e9:.3f}, keys and values {result['kv_bytes_per_token'] / 1e9:.3f}"),
+        ("a token moves", f"{result['bytes_per_token'] / 1e9:.3g} GB: weights {result['weight_bytes_per_token'] / 1e9:.3g}, "
+                          f"state {result['state_bytes_per_token'] / 1e9:.3g}, keys and values {result['kv_bytes_per_token'] / 1e9:.3g}"),
         (f"best read of the {'memory' if on_gpu else 'weight file'}",
          f"{result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, {result['read_pattern']}"),
         ("decode uses of that", f"{result['decode_bandwidth_fraction']:.1%}; in single rounds {own['least']:.0%} to {own['most']:.0%}"),
@@ -304,7 +304,7 @@ def print_tables(result: dict[str, Any]) -> None:
     peak = "peak_gpu_bytes" if on_gpu else "peak_rss_bytes"
     for name, side in {"zamba2": result, **result["rivals"]}.items():
         table.add_row(
-            name, f"{side['decode_tokens_per_second']:.2f}", f"{side['prefill_tokens_per_second']:.1f}", f"{side['ttft_seconds']:.2f}",
+            name, f"{side['decode_tokens_per_second']:.2f}", f"{side['prefill_tokens_per_second']:.1f}", f"{side['ttft_seconds']:.3f}",
             f"{side[peak] / 1e9:.2f}",
         )  # fmt: skip
         if name != "zamba2":

@@ -128,15 +128,15 @@ def print_tables(model: str, config: Config, data: dict[str, Any]) -> None:
         ("trained context", f"{config.max_position_embeddings} tokens"),
         ("", ""),
         ("parameters", f"{config.num_parameters:,}"),
-        ("weights per decoded token", f"{config.weights_per_token() / 1e9:.3f} G ({data['weights_per_token'] / 1e9:.3f} G unhoisted)"),
-        ("weights in bfloat16", f"{2 * config.num_parameters / 1e9:.2f} GB"),
-        ("read per token in bfloat16", f"{data['weight_bytes_per_token_bfloat16'] / 1e9:.2f} GB"),
-        ("SSM state", f"{config.ssm_state_bytes / MIB:.1f} MiB per sequence"),
-        ("convolution state", f"{config.conv_state_bytes() / MIB:.1f} MiB per sequence"),
+        ("weights per decoded token", f"{config.weights_per_token() / 1e9:.4g} G ({data['weights_per_token'] / 1e9:.4g} G unhoisted)"),
+        ("weights in bfloat16", f"{2 * config.num_parameters / 1e9:.3g} GB"),
+        ("read per token in bfloat16", f"{data['weight_bytes_per_token_bfloat16'] / 1e9:.3g} GB"),
+        ("SSM state", f"{config.ssm_state_bytes / MIB:.3g} MiB per sequence"),
+        ("convolution state", f"{config.conv_state_bytes() / MIB:.3g} MiB per sequence"),
         ("keys and values in bfloat16", f"{config.kv_bytes_per_token() / 1024:.0f} KiB per token"),
     ]
     if "checkpoint" in data:
-        rows.append(("checkpoint", f"{data['checkpoint']['path']} ({data['checkpoint']['bytes'] / 1e9:.2f} GB)"))
+        rows.append(("checkpoint", f"{data['checkpoint']['path']} ({data['checkpoint']['bytes'] / 1e9:.3g} GB)"))
     here, run = data["machine"], data["runs"]
     rows += [("", ""), ("runs with", run_line(run))]
     if run["weight_bytes_per_token"] is not None:

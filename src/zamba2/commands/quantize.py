@@ -35,7 +35,7 @@ def main(
         packed.quantize(path, target, packing.format, embeddings=packing.embeddings, moments=moments, progress=progress)
     size = sum(file.stat().st_size for file in target.iterdir())
     finer = "" if packing.embeddings == packing.format else f", embeddings {packing.embeddings.bits}"
-    print(f"{target}: {size / 1e9:.3f} GB, {packing.format.bits} bits a weight{finer}")
+    print(f"{target}: {size / 1e9:.3g} GB, {packing.format.bits} bits a weight{finer}")
 
 
 def moments_of(path: Path, target: Path, packing: packed.Packing, text: Path, tokens: int) -> dict[str, Moments]:
