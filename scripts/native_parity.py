@@ -186,7 +186,7 @@ def main() -> None:
     if arguments.part:
         measured = parts[arguments.part[0]](*arguments.part[1:]) | {"peak_rss_bytes": peak_bytes()}  # type: ignore[operator]
     else:
-        PEERS["transformers"].prepare(PRESETS["2.7b"], None)
+        PEERS["transformers"](PRESETS["2.7b"], None)
         measured = {"machine": machine()}
         for name in ("blocks", "ends"):
             measured[name] = {format: run(sys.executable, __file__, name, format) for format in FORMATS}

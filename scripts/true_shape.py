@@ -187,7 +187,7 @@ def main() -> None:
     if arguments.command == "speed-worker":
         speed_worker(*map(int, arguments.rest))
         return
-    command = PEERS["transformers"].prepare(PRESETS["2.7b"], None)
+    command = PEERS["transformers"](PRESETS["2.7b"], None)
     measured: dict[str, Any] = {"machine": f"{machine()}, {versions()}"}
     if arguments.command in ("parity", "all"):
         measured["parity"] = parity()

@@ -13,12 +13,12 @@ import pytest
 
 from zamba2 import _engine
 from zamba2.cli import run
-from zamba2.commands.info import bytes_per_token, draw
+from zamba2.commands.info import draw
 from zamba2.config import PRESETS, Config
 from zamba2.runtime.processors import versions
 from zamba2.weights.formats import FORMATS
 from zamba2.weights.hub import RANDOM
-from zamba2.weights.packed import parts, quantize
+from zamba2.weights.packed import bytes_per_token, parts, quantize
 
 PARAMETERS = {"1.2b": 1_215_064_704, "2.7b": 2_662_214_560, "7b": 7_356_749_648}  # of the published checkpoints (FACTS 2)
 

@@ -288,7 +288,7 @@ def figures(
     memory: Annotated[Optional[float], typer.Option(help="GB that one process may take; what is free, less one, if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
     threads: Annotated[Optional[int], typer.Option(help="Threads; all processors that this process may use if not given.")] = None,
-    small: Annotated[bool, typer.Option("--small", help="Shapes shrunk to next to nothing: tries everything in a minute.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Shapes shrunk to next to nothing: tries everything in minutes.")] = False,
     again: Annotated[Optional[Path], typer.Option(help="Only draw: the report of this figures.json, into --out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
 ) -> None:

@@ -71,7 +71,7 @@ class Settings:
     """What is measured. Those of two tries into one folder must be the same.
 
     models: rivals' names; transformers' own Zamba2 is "zamba2-2.7b". formats: of ours. lengths: of prompts, of one sequence. batches: of
-    ``batch_length`` tokens each. small: shapes shrunk to next to nothing, to try everything in a minute.
+    ``batch_length`` tokens each. small: shapes shrunk to next to nothing, to try everything in minutes.
     """
 
     models: tuple[str, ...] = (OURS, *RIVALS)
@@ -142,9 +142,8 @@ def gguf_of(model: str, settings: Settings) -> llama_cpp_peer.Spec:
     return replace(RIVALS[model], name=name, shape=shape_of(model, settings)).gguf
 
 
-def command_of(series: Series, settings: Settings, synthetic: Callable[[Config, str], Path]) -> list[str | Path]:
-    """What measures a series, to which the request is appended; writes what it needs. synthetic: makes our packed checkpoint of a
-    config in a format. Raises Zamba2Error."""
+def command_of(series: Series, settings: Settings) -> list[str | Path]:
+    """What measures a series, to which the request is appended; writes llama.cpp's weights. Raises Zamba2Error."""
     if series.engine == "zamba2":
         return [sys.executable, "-m", "zamba2.bench.measure"]
     if series.engine == "llama.cpp":
@@ -156,6 +155,7 @@ def command_of(series: Series, settings: Settings, synthetic: Callable[[Config, 
 
 
 def request_of(series: Series, point: Point, settings: Settings, synthetic: Callable[[Config, str], Path]) -> dict[str, Any]:
+    """What the process is asked to measure. synthetic: makes our packed checkpoint of a config in a format."""
     request = asdict(settings) | point._asdict()
     found = {key: request[key] for key in ("prompt_tokens", "batch", "new_tokens", "threads", "device")}
     if series.engine != "zamba2":
@@ -194,7 +194,7 @@ def run(
                     continue
                 if one.name not in commands:
                     try:
-                        commands[one.name] = command_of(one, settings, synthetic)
+                        commands[one.name] = command_of(one, settings)
                     except Zamba2Error as error:
                         commands[one.name] = str(error)
                 command = commands[one.name]

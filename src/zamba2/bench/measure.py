@@ -23,7 +23,7 @@ from zamba2.runtime.backend import Row
 from zamba2.runtime.memory import memory
 from zamba2.weights.files import DTYPE_BYTES, TensorFile
 from zamba2.weights.formats import KVFormat, kv_format_named
-from zamba2.weights.packed import is_packed, open_packed, parts
+from zamba2.weights.packed import bytes_per_token, is_packed, open_packed, parts
 
 __all__ = ["WARM_TOKENS", "decode_bytes", "gpu_limits", "gpu_memory", "kv_bytes_per_token", "prefill_operations", "random_ids"]
 
@@ -49,16 +49,9 @@ def gpu_memory(device: str) -> dict[str, int]:
 
 def decode_bytes(file: TensorFile, config: Config, context: float, kv: KVFormat) -> dict[str, float]:
     """Bytes that one decode step moves: weights read (once for the whole batch); per sequence, the state read and written, and the
-    keys and values of ``context`` tokens read. A shared block's weights count at each of its positions, the hoisted halves once."""
-    weights = 0
-    for part in parts(config):
-        if part.name == "embed_tokens.weight" and not config.tie_word_embeddings:
-            continue  # one row of it
-        owner = part.name.split(".")
-        repeated = owner[0] == "shared_blocks" and "right" not in owner and not any("adapter_list" in name for name in owner)
-        uses = sum(layer.block == int(owner[1]) for layer in config.layers) if repeated else 1
-        weights += uses * file.entries[part.name].nbytes
-    return {"weights": weights} | state_bytes(config, context, kv)
+    keys and values of ``context`` tokens read."""
+    sizes = {part.name: file.entries[part.name].nbytes for part in parts(config)}
+    return {"weights": bytes_per_token(config, sizes)} | state_bytes(config, context, kv)
 
 
 def state_bytes(config: Config, context: float, kv: KVFormat) -> dict[str, float]:
@@ -86,7 +79,7 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Answers, one for each line of standard input, the first without one."""
     import zamba2
 
-    prompt_tokens, new_tokens, batch = request["prompt_tokens"], request["new_tokens"], request["batch"]
+    prompt_tokens, new_tokens = request["prompt_tokens"], request["new_tokens"]
     start = time.perf_counter()
     backend: Any = zamba2.load(request["path"], backend="native", kv=request["kv_format"]).backend
     load_seconds = time.perf_counter() - start
@@ -100,16 +93,12 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "prefill_operations": prefill_operations(config, prompt_tokens),
         "kind": product_kind(backend.isa, backend.format.name),
     }  # fmt: skip
-    texts = random_ids(config.vocab_size, batch, prompt_tokens)
-    for line in sys.stdin:
-        if line.strip() == "warm":
-            repeat(backend, [text[:WARM_TOKENS] for text in texts], 1)
-            yield {}
-        elif line.strip() == "limits":
-            rate, pattern, _ = _engine.read_bandwidth(np.frombuffer(backend.file.map(), dtype=np.uint8), threads, backend.isa)
-            yield {"read_bandwidth": rate, "read_pattern": pattern, "product_rates": dict(_engine.product_rates(threads, backend.isa))}
-        else:
-            yield repeat(backend, texts, new_tokens)
+
+    def limits() -> dict[str, Any]:
+        rate, pattern, _ = _engine.read_bandwidth(np.frombuffer(backend.file.map(), dtype=np.uint8), threads, backend.isa)
+        return {"read_bandwidth": rate, "read_pattern": pattern, "product_rates": dict(_engine.product_rates(threads, backend.isa))}
+
+    yield from answers(backend, request, limits)
 
 
 def serve_torch(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -131,15 +120,20 @@ def serve_torch(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         "load_seconds": load_seconds, "isa": device_name(device), "threads": 1, "format": name, "kv_format": kv.name,
         "decode_bytes": moved, "prefill_operations": prefill_operations(config, prompt_tokens), "kind": GPU_PRODUCTS,
     }  # fmt: skip
-    texts = random_ids(config.vocab_size, request["batch"], prompt_tokens)
+    yield from answers(backend, request, lambda: gpu_limits(device))
+
+
+def answers(backend: Any, request: dict[str, Any], limits: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One for each line of standard input."""
+    texts = random_ids(backend.config.vocab_size, request["batch"], request["prompt_tokens"])
     for line in sys.stdin:
         if line.strip() == "warm":
             repeat(backend, [text[:WARM_TOKENS] for text in texts], 1)
             yield {}
         elif line.strip() == "limits":
-            yield gpu_limits(device)
+            yield limits()
         else:
-            yield repeat(backend, texts, new_tokens) | gpu_memory(device)
+            yield repeat(backend, texts, request["new_tokens"]) | gpu_memory(request["device"])
 
 
 def device_name(device: str) -> str:

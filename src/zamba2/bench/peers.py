@@ -153,15 +153,6 @@ def resident(pid: int) -> int:
         return 0
 
 
-@dataclass(frozen=True)
-class Peer:
-    """prepare: makes what the peer needs for a config (and, if the user gave one, a checkpoint folder) and returns the command of
-    its worker, to which the request is appended. Raises Zamba2Error, saying what to install."""
-
-    title: str
-    prepare: Callable[[Config, Path | None], list[str | Path]]
-
-
 def prepare_transformers(config: Config, checkpoint: Path | None, dtype: str) -> list[str | Path]:
     if find_spec("transformers") is None or find_spec("torch") is None:
         raise Zamba2Error(f"transformers is not installed; install it with: pip install 'zamba2[hf]' (transformers {TRANSFORMERS}).")
@@ -225,9 +216,10 @@ def llama_cpp(spec: llama_cpp_peer.Spec) -> list[str | Path]:
     return [python, llama_cpp_peer.__file__, "run", model]
 
 
-PEERS = {
-    "transformers": Peer("transformers, bf16", partial(prepare_transformers, dtype="bfloat16")),
-    # what processors without bf16 products are served better by
-    "transformers-fp32": Peer("transformers, fp32", partial(prepare_transformers, dtype="float32")),
-    "llama.cpp": Peer("llama.cpp, Q4_0, dense stand-in", prepare_llama_cpp),
+# Each makes what the peer needs for a config (or for the user's own checkpoint folder) and returns the command of its worker, to which the
+# request is appended. They raise Zamba2Error, saying what to install.
+PEERS: dict[str, Callable[[Config, Path | None], list[str | Path]]] = {
+    "transformers": partial(prepare_transformers, dtype="bfloat16"),
+    "transformers-fp32": partial(prepare_transformers, dtype="float32"),  # what processors without bf16 products are served better by
+    "llama.cpp": prepare_llama_cpp,  # a dense stand-in in Q4_0
 }

@@ -75,7 +75,7 @@ def main(
         caches = batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv)
         need_memory((path / "model.safetensors").stat().st_size + caches + ROOM)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes that measure are to be closed
-    commands = {name: PEERS[name].prepare(config, original) for name in compare}
+    commands = {name: PEERS[name](config, original) for name in compare}
     request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "device": device}
     own = {"path": str(path), "batch": batch} | ({"kv_format": kv.name} if device == "cpu" else {})
     result = measure(commands, request, own, repeats)

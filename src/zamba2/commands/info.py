@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from zamba2.api import MODEL_FILES, backend_for, default_format, read_config
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.weights.hub import resolve
-from zamba2.weights.packed import Packing, is_packed, open_packed, parts
+from zamba2.weights.packed import Packing, bytes_per_token, is_packed, open_packed, parts
 
 __all__ = ["main"]
 
@@ -89,20 +88,6 @@ def runs(config: Config, path: Path | None) -> dict[str, Any]:
         packing, plan = Packing.named(default_format(config)), parts(config)
         sizes = {part.name: packing.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in plan}
     return {"backend": backend, "format": packing.format.name, "weight_bytes_per_token": bytes_per_token(config, sizes)}
-
-
-def bytes_per_token(config: Config, sizes: Mapping[str, int]) -> int:
-    """Bytes of weights that a decoded token reads, from the bytes of each of the engine's tensors: all of them once, a shared
-    block's at each of its positions (its embedding half and each position's own adapters once), an untied embedding not at all."""
-    total = 0
-    for name, size in sizes.items():
-        times = 1
-        if name.startswith("shared_blocks.") and ".right." not in name and "_adapter_list." not in name:
-            times = sum(layer.block == int(name.split(".")[1]) for layer in config.layers)
-        if name == "embed_tokens.weight" and not config.tie_word_embeddings:
-            times = 0  # one row of it
-        total += times * size
-    return total
 
 
 def print_tables(model: str, config: Config, data: dict[str, Any]) -> None:

@@ -29,7 +29,9 @@ from zamba2.weights.files import TensorFile, replacing, write_tensors
 from zamba2.weights.formats import BLOCK, Format, format_named, pack
 from zamba2.weights.hub_files import HubFiles
 
-__all__ = ["VERSION", "Packing", "Part", "check_target", "is_packed", "open_packed", "parts", "quantize", "write_packed"]
+__all__ = [
+    "VERSION", "Packing", "Part", "bytes_per_token", "check_target", "is_packed", "open_packed", "parts", "quantize", "write_packed",
+]  # fmt: skip
 
 VERSION = 2
 ALIGNMENT = 64  # of a matrix in the file, and so in memory
@@ -123,6 +125,20 @@ def parts(config: Config) -> list[Part]:
             add(f"{mlp}.gate_up_proj_adapter_list.{layer.position}.0.weight", config.adapter_rank, hidden)
             add(f"{mlp}.gate_up_proj_adapter_list.{layer.position}.1.weight", 2 * config.intermediate_size, config.adapter_rank)
     return sorted(found, key=lambda part: not part.is_matrix)
+
+
+def bytes_per_token(config: Config, sizes: Mapping[str, int]) -> int:
+    """Bytes of weights that a decoded token reads, from the bytes of each of the engine's tensors: all of them once, a shared
+    block's at each of its positions (its embedding half and each position's own adapters once), an untied embedding not at all."""
+    total = 0
+    for name, size in sizes.items():
+        times = 1
+        if name.startswith("shared_blocks.") and ".right." not in name and "_adapter_list." not in name:
+            times = sum(layer.block == int(name.split(".")[1]) for layer in config.layers)
+        if name == "embed_tokens.weight" and not config.tie_word_embeddings:
+            times = 0  # one row of it
+        total += times * size
+    return total
 
 
 def is_packed(path: Path) -> bool:
