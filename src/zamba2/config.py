@@ -342,13 +342,13 @@ class Config:
             )
         return found_ids
 
-    def _check_redundant(self, data: Mapping[str, Any]) -> None:
-        """Keys that repeat or switch what this implementation fixes must agree with it."""
-        expected: dict[str, Any] = {
+    @property
+    def _redundant(self) -> dict[str, Any]:
+        """Keys that repeat others, or switch what this implementation fixes."""
+        return {
             "mamba_headdim": self.mamba_headdim,
             "attention_hidden_size": self.attention_hidden_size,
             "attention_head_dim": self.attention_head_dim,
-            "head_dim": self.attention_head_dim,
             "kv_channels": self.hidden_size // self.num_attention_heads,
             "num_query_groups": self.num_attention_heads,
             "ffn_hidden_size": self.intermediate_size,
@@ -357,7 +357,10 @@ class Config:
             "use_conv_bias": True,
             "use_shared_mlp_adapter": True,
         }
-        for key, value in expected.items():
+
+    def _check_redundant(self, data: Mapping[str, Any]) -> None:
+        """Such keys must agree with the others."""
+        for key, value in (self._redundant | {"head_dim": self.attention_head_dim}).items():
             if data.get(key) is not None and data[key] != value:
                 raise Zamba2Error(
                     f"config key {key} is {data[key]!r}; {value!r} is needed to agree with the other keys and with published models."
@@ -374,23 +377,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The Hub's ``config.json`` for this shape, as transformers reads it (derived keys included)."""
-        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        data |= {
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "architectures": ["Zamba2ForCausalLM"],
             "model_type": "zamba2",
             "hybrid_layer_ids": list(self.hybrid_layer_ids),
             "layers_block_type": ["hybrid" if layer.is_hybrid else "mamba" for layer in self.layers],
             "eos_token_id": list(self.eos_token_ids) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
-            "mamba_headdim": self.mamba_headdim,
-            "attention_hidden_size": self.attention_hidden_size,
-            "attention_head_dim": self.attention_head_dim,
-            "kv_channels": self.hidden_size // self.num_attention_heads,
-            "num_query_groups": self.num_attention_heads,
-            "ffn_hidden_size": self.intermediate_size,
-            "hidden_act": "gelu",
-            "add_bias_linear": False,
-            "use_conv_bias": True,
-            "use_shared_mlp_adapter": True,
+            **self._redundant,
             "attention_dropout": 0.0,
             "time_step_min": 0.001,
             "time_step_max": 0.1,
@@ -398,7 +391,6 @@ class Config:
             "use_cache": True,
             "num_logits_to_keep": 1,
         }
-        return data
 
 
 def read_json(path: Path) -> Any:
