@@ -137,7 +137,7 @@ def bf16_logits(side: str, target: Path) -> dict[str, Any]:
         model = Zamba2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
         for module in model.modules():
             if hasattr(module, "time_step_limit"):
-                module.time_step_limit = (0.0, float("inf"))  # its dt floor is not in the model (FACTS 4.2)
+                module.time_step_limit = (0.0, float("inf"))  # its dt floor is not in the model
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
             calls = [tokens[:PROMPT], *([token] for token in tokens[PROMPT:])]

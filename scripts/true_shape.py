@@ -69,7 +69,7 @@ def logits_worker(implementation: str, dtype: str, target: Path) -> None:
         model = Zamba2ForCausalLM.from_pretrained(CHECKPOINT, dtype=getattr(torch, dtype)).eval()
         for module in model.modules():
             if hasattr(module, "time_step_limit"):
-                module.time_step_limit = (0.0, float("inf"))  # its dt floor is not in the model (FACTS 4.2)
+                module.time_step_limit = (0.0, float("inf"))  # its dt floor is not in the model
         with torch.inference_mode():
             scores = model(torch.tensor([tokens])).logits[0].float().numpy()
     np.save(target, scores)

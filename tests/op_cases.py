@@ -33,7 +33,7 @@ OPS = {
     torch.float32: Tolerance(output=1e-5, gradient=3e-5),
     torch.bfloat16: Tolerance(output=4e-3, gradient=8e-3),
 }
-# The model: ``logits_error``, the largest difference relative to the largest logit (DESIGN 3), and gradients by norm.
+# The model: ``logits_error``, the largest difference relative to the largest logit, and gradients by norm.
 MODEL = {
     torch.float64: Tolerance(output=1e-10, gradient=1e-8),
     torch.float32: Tolerance(output=2e-4, gradient=1e-3),

@@ -16,7 +16,7 @@ from zamba2.config import PRESETS, Config, Layer
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Zamba2
 
-# FACTS 1, the table: parameters, weights per token and hoisted (G), KV bytes per token, SSM and conv state (MiB)
+# Of the published shapes: parameters, weights per token and hoisted (G), KV bytes per token, SSM and conv state (MiB)
 PUBLISHED = {
     "1.2b": (1_215_064_704, "1.760", "1.634", 98_304, "76.0", "1.3"),
     "2.7b": (2_662_214_560, "3.855", "3.580", 184_320, "67.5", "2.2"),
@@ -32,7 +32,7 @@ def same_digits(value: float, printed: str) -> bool:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str) -> None:
-    """Parameters, weights per token, KV and state bytes are those of FACTS 1."""
+    """Parameters, weights per token, KV and state bytes are those of the published shapes."""
     config = PRESETS[name]
     parameters, weights, hoisted, kv_bytes, ssm, conv = PUBLISHED[name]
     assert config.num_parameters == parameters
@@ -55,7 +55,7 @@ def test_published_model_has_its_parameters(name: str) -> None:
 
 
 def test_published_shapes() -> None:
-    """The derived sizes that FACTS 1 to 3 print for the 2.7B model, and the 16k context of the 7B."""
+    """The derived sizes of the 2.7B model, and the 16k context of the 7B."""
     config = PRESETS["2.7b"]
     assert (config.d_inner, config.mamba_headdim, config.conv_dim, config.in_proj_dim) == (5120, 64, 5248, 10448)
     assert (config.attention_hidden_size, config.attention_head_dim, config.kv_dim) == (5120, 160, 5120)
@@ -65,7 +65,7 @@ def test_published_shapes() -> None:
     assert config.layers[12] == Layer(12, position=1, block=1)
     assert config.layers[13] == Layer(13)
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2,), 0)
-    assert config.conv_state_bytes() / MIB == pytest.approx(3.2, abs=0.05)  # DESIGN 4: fp32, three columns
+    assert config.conv_state_bytes() / MIB == pytest.approx(3.2, abs=0.05)  # fp32, three columns
     long = Config.from_dict(PRESETS["7b"].to_dict() | {"use_long_context": True})
     assert long.rope_base == pytest.approx(1e4 * 8 ** (224 / 222))
 
@@ -92,7 +92,7 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 def test_hub_config() -> None:
-    """The Hub's config.json of 2.7B, key by key as FACTS 1 lists it, is the preset."""
+    """The Hub's config.json of 2.7B, key by key, is the preset."""
     assert Config.from_dict(HUB_27B) == PRESETS["2.7b"]
 
 

@@ -1,4 +1,4 @@
-"""The GPU path behind the waist: decoding in slots, packed weights, and the laws of DESIGN 3 on them.
+"""The GPU path behind the waist: decoding in slots, packed weights, and the model's laws on them.
 
 On a machine with a GPU the kernels run there, as CUDA graphs; elsewhere in Triton's interpreter on the CPU, on models in little.
 """

@@ -1,6 +1,6 @@
 """Our model behind transformers' interface, against transformers' own Zamba2 on small random fp32 checkpoints.
 
-transformers floors dt at 0.001 in prefill (FACTS 4.2); dt_bias is drawn so that no dt comes near it.
+transformers floors dt at 0.001 in prefill; dt_bias is drawn so that no dt comes near it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from zamba2.weights.formats import FORMATS
 from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import bytes_per_token, parts, quantize
 
-PARAMETERS = {"1.2b": 1_215_064_704, "2.7b": 2_662_214_560, "7b": 7_356_749_648}  # of the published checkpoints (FACTS 2)
+PARAMETERS = {"1.2b": 1_215_064_704, "2.7b": 2_662_214_560, "7b": 7_356_749_648}  # of the published checkpoints
 
 
 def info(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -60,7 +60,7 @@ def test_json_numbers_are_the_configs(name: str, capsys: pytest.CaptureFixture[s
 
 
 def test_known_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    """The shapes have the published checkpoints' parameters, and 2.7B the figures that DESIGN 4 gives."""
+    """The shapes have the published checkpoints' parameters, and 2.7B the figures below."""
     assert {name: document(capsys, name)["parameters"] for name in PRESETS} == PARAMETERS
     data = document(capsys, "2.7b")
     assert round(data["weights_per_token"] / 1e9, 3) == 3.855 and round(data["weights_per_token_hoisted"] / 1e9, 2) == 3.58

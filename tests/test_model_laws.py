@@ -1,4 +1,4 @@
-"""The laws of DESIGN 3 for the PyTorch model and its backend: properties over random models, each also beyond 256 tokens."""
+"""The laws of the PyTorch model and its backend: properties over random models, each also beyond 256 tokens."""
 
 from __future__ import annotations
 

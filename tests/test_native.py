@@ -1,4 +1,4 @@
-"""The native engine on every instruction set of this machine: the PyTorch model's numbers, and the laws of DESIGN 3 to the bit."""
+"""The native engine on every instruction set of this machine: the PyTorch model's numbers, and its laws to the bit."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_rms_norm_is_torchs() -> None:
 
 
 def test_gated_rms_norm_by_group() -> None:
-    """The gate multiplies first, then each group is normed on its own (FACTS 2)."""
+    """The gate multiplies first, then each group is normed on its own."""
     x, z, weight = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(12).double()
     y = x * z / (1 + torch.exp(-z))
     parts = [F.rms_norm(y[..., i : i + 4], (4,), weight[i : i + 4], 1e-5) for i in (0, 4, 8)]

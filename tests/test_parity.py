@@ -1,8 +1,8 @@
 """The model against transformers 5.23.0, and checkpoints in every layout that circulates.
 
-transformers floors dt at time_step_min in prefill alone (FACTS 4.2). The models never had a floor: it is taken out of
+transformers floors dt at time_step_min in prefill alone. The models never had a floor: it is taken out of
 transformers' mixers here (``hub_model``), and ``test_the_floor_of_transformers`` shows what it does. transformers has lost the
-NTK rescaling of the long context (FACTS 4.7): its rope_theta is set to the rescaled base instead.
+NTK rescaling of the long context: its rope_theta is set to the rescaled base instead.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def test_the_floor_of_transformers(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_ntk_base() -> None:
-    """use_long_context rescales theta as the original fork does, and the rescaling is audible (FACTS 4.7)."""
+    """use_long_context rescales theta as the original fork does, and the rescaling is audible."""
     config = MINIATURES["7b-long"]
     d = config.attention_head_dim
     assert config.rope_base == pytest.approx(1e4 * 8 ** (d / (d - 2)))
@@ -299,7 +299,7 @@ def test_shared_blocks_elsewhere(name: str, keep_first: bool, tmp_path: Path) ->
 
 
 def interleaved(config: Config, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """linear_qkv: per group of heads, its rows of q, of k and of v (FACTS 3); written here one head at a time."""
+    """linear_qkv: per group of heads, its rows of q, of k and of v; written here one head at a time."""
     d, groups = config.attention_head_dim, config.num_key_value_heads
     per_group = config.num_attention_heads // groups
     rows = []

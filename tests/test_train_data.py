@@ -93,7 +93,7 @@ def single(messages: Messages) -> tuple[str, str, str]:
 
 @st.composite
 def rows(draw: st.DrawFn, name: str) -> tuple[dict[str, Any], dict[str, Messages]]:
-    """A row of the set with every column it has on the Hub (FACTS 8), and what it should become."""
+    """A row of the set with every column it has on the Hub, and what it should become."""
     if SOURCES[name].kind == "sft":
         messages = draw(conversations())
         prompt = {"prompt": messages[0]["content"], "prompt_id": draw(st.text("0123456789abcdef", min_size=4))}

@@ -160,7 +160,7 @@ class Config:
 
     @property
     def attention_scale(self) -> float:
-        """Softmax scale, (head_dim / 2) ** -0.5: the halving is Zamba2's own (FACTS 2)."""
+        """Softmax scale, (head_dim / 2) ** -0.5: the halving is Zamba2's own."""
         return float((self.attention_head_dim / 2) ** -0.5)
 
     @property
@@ -232,7 +232,7 @@ class Config:
     def weights_per_token(self, *, hoisted: bool = True) -> int:
         """Weights applied to decode one token, a shared block counted each time it is used.
 
-        ``hoisted``: the embedding half of q/k/v is applied once per block instead of once per position (DESIGN 4);
+        ``hoisted``: the embedding half of q/k/v is applied once per block instead of once per position;
         q/k/v adapters see the whole input and are not hoisted.
         """
         positions = len(self.hybrid_layer_ids)

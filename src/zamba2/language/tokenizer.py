@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer: text to ids and back, whole or token by token, and its chat template.
 
-Every id is read from the checkpoint's files. Instruct checkpoints rename ids, early uploads used others (FACTS 5).
+Every id is read from the checkpoint's files. Instruct checkpoints rename ids, early uploads used others.
 """
 
 from __future__ import annotations

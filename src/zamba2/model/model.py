@@ -12,8 +12,8 @@ What is unusual here, beside a Mamba2 or a transformer:
     block alone, so it is taken once per block ("hoisted") and not once per position.
 
 Letters: b batch, T tokens of this call, L keys in sight, V vocabulary, H hidden size; in the mixer P channels of a head,
-N state size, G groups; S the SSM state. Sources: FACTS section 2, that is, Zyphra's standalone PyTorch code, its fork
-of transformers, and the Mamba2 paper (Dao & Gu 2024).
+N state size, G groups; S the SSM state. Sources: Zyphra's standalone PyTorch code, its fork of transformers, and
+the Mamba2 paper (Dao & Gu 2024).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from zamba2.model.state import LayerRecord, ModelState
 __all__ = ["Mamba2", "SharedBlock", "Zamba2"]
 
 T = TypeVar("T")
-GATED_EPS = 1e-5  # of the norm behind a mixer's scan, not rms_norm_eps (FACTS 2)
+GATED_EPS = 1e-5  # of the norm behind a mixer's scan, not rms_norm_eps
 WORTH_IT = 1 << 21  # elements
 
 

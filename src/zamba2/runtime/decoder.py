@@ -261,8 +261,8 @@ class Decoder:
         return outputs
 
     def _token(self, count: int) -> tuple[Tensor, Tensor]:
-        """The forward pass of the given tokens' first ``count``; FACTS 2 names every value. Returns the scores fp32 (count, V), and what
-        ``choose`` says of them, which is given from then on."""
+        """The forward pass of the given tokens' first ``count``; model/model.py names every value. Returns the scores fp32 (count, V),
+        and what ``choose`` says of them, which is given from then on."""
         model, config = self.model, self.config
         ids, slots, positions = self.given[:, :count]
         weight = model.embed_tokens.weight

@@ -29,7 +29,7 @@ __all__ = ["load_model", "load_packed", "packed_model", "read_config", "save_che
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# fp32 whatever the model's dtype: small, and what exponents, recurrences and norms depend on (FACTS 2)
+# fp32 whatever the model's dtype: small, and what exponents, recurrences and norms depend on
 FP32_PARTS = ("A_log", "D", "dt_bias", "norm.weight", "layernorm.weight", "conv1d.weight", "conv1d.bias")
 SHARD_BYTES = 5_000_000_000
 M = TypeVar("M", bound=Zamba2)

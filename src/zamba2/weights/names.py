@@ -10,7 +10,7 @@ MIXER = ("in_proj.weight", "conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "
 
 
 def hub_names(config: Config) -> dict[str, list[str]]:
-    """Model parameter -> its possible names in the Hub's layout, the usual one first (FACTS 3).
+    """Model parameter -> its possible names in the Hub's layout, the usual one first.
 
     A shared block may stand under any hybrid layer that uses it; one copy is enough.
     """
@@ -68,7 +68,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def standalone_names(config: Config) -> dict[str, tuple[str, int | None]]:
-    """Model parameter -> (name in the standalone ``.pt`` layout, part of the interleaved qkv or None) (FACTS 3).
+    """Model parameter -> (name in the standalone ``.pt`` layout, part of the interleaved qkv or None).
 
     ``linear_qkv`` holds, per group of heads, the rows of q, k and v one behind the other; the part is 0, 1 or 2.
     """

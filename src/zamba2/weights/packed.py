@@ -3,7 +3,7 @@
 A packed checkpoint is a folder like any other: config.json, the tokenizer's files, and model.safetensors, whose metadata
 say what it is. Its tensors have the model's own names: matrices as U8 bytes in a layout of ``formats``, vectors as F32.
 Of each shared block the rows of q, k and v lie in one matrix, split into its left half, for the residual stream, and its
-right half, for the embedding (DESIGN 4).
+right half, for the embedding.
 """
 
 from __future__ import annotations
