@@ -95,9 +95,9 @@ def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--shape", "3b"], "there is no shape '3b'; there are 1.2b, 2.7b, 7b, random, or a folder with a config.json"),
         (["--format", "q5"], "there is no format 'q5'"),
-        (["--batch", "0"], "--batch is 0; at least 1 is needed"),
-        (["--repeats", "-1"], "--repeats is -1; at least 1 is needed"),
-        (["--threads", "0"], "--threads is 0; a whole number from 1 to 1024 is needed"),
+        (["--batch", "0"], "Invalid value for '--batch': 0 is not in the range x>=1"),
+        (["--repeats", "-1"], "Invalid value for '--repeats': -1 is not in the range x>=1"),
+        (["--threads", "0"], "Invalid value for '--threads': 0 is not in the range 1<=x<=1024"),
         (["--compare", "ollama"], "--compare is 'ollama'; there are transformers, transformers-fp32, llama.cpp"),
         (["--compare", "llama.cpp"], "llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install"),
         (["--compare", "llama.cpp", "--batch", "2"], "--compare measures one sequence"),

@@ -819,7 +819,7 @@ BAD = {
     "evaluation empty": (["messages:FOLDER/good.jsonl", "--against", "FOLDER/empty.jsonl"], "empty.jsonl is empty"),
     "twice": (["messages:FOLDER/good.jsonl", "messages:FOLDER/good.jsonl=2"], "good.jsonl is given 2 times"),
     "offline": (["gsm8k", "--offline"], "gsm8k is read from the Hub"),
-    "count": (["messages:FOLDER/good.jsonl", "--count", "-1"], "--count is -1"),
+    "count": (["messages:FOLDER/good.jsonl", "--count", "-1"], "-1 is not in the range x>=0"),
     "model": (["messages:FOLDER/good.jsonl", "--model", "FOLDER/nodata"], "has no tokenizer.json"),
     "no set": ([], "NAME"),
     "no network": (["ultrachat"], "HuggingFaceH4/ultrachat_200k"),

@@ -32,6 +32,7 @@ Dtype = Annotated[Optional[str], typer.Option(help="Run with PyTorch in float32,
 FormatName = Annotated[Optional[str], typer.Option("--format", help="q4 (the default on CPUs), q8 or bf16: packed weights, on the CPU.")]
 KVFormatName = Annotated[Optional[str], typer.Option("--kv-format", help="Keys and values of packed models: bf16, or q8, half as large.")]
 Threads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads of the native engine; one per core if not given.")]
+AllThreads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads; one per core if not given.")]
 Pin = Annotated[Optional[bool], typer.Option("--pin", help="Keep each of these threads on a processor of its own (Linux).")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option("--temperature", "-t", help="0 takes the likeliest token each time.")]
@@ -239,11 +240,11 @@ def bench(
     ] = None,
     kv_format: KVFormatName = None,
     device: Annotated[str, typer.Option(help="cpu for the native engine, or cuda for a GPU.")] = "cpu",
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first.")] = 32,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Measured rounds, after one to warm up.")] = 5,
-    threads: Annotated[Optional[int], typer.Option(help="Threads; all processors that this process may use if not given.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the first.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded together.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds, after one to warm up.")] = 5,
+    threads: AllThreads = None,
     compare: Annotated[
         Optional[list[str]], typer.Option(help="Measure beside it: transformers, transformers-fp32, llama.cpp; repeatable.")
     ] = None,
@@ -280,14 +281,14 @@ def figures(
     ] = None,
     formats: Annotated[Optional[list[str]], typer.Option(help="Of ours: q4, q8, bf16; all if not given.")] = None,
     engines: Annotated[Optional[list[str]], typer.Option(help="zamba2, transformers, llama.cpp; all that are installed.")] = None,
-    prompt_tokens: Annotated[Optional[list[int]], typer.Option(help="Lengths of prompts: 128, 512, 1024, 2048.")] = None,
-    batches: Annotated[Optional[list[int]], typer.Option(help="Numbers of sequences of 128 tokens: 1, 4, 8.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode after the first.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Rounds over all points.")] = 3,
+    prompt_tokens: Annotated[Optional[list[int]], typer.Option(min=1, help="Lengths of prompts: 128, 512, 1024, 2048.")] = None,
+    batches: Annotated[Optional[list[int]], typer.Option(min=1, help="Numbers of sequences of 128 tokens: 1, 4, 8.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode after the first.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds over all points.")] = 3,
     budget: Annotated[str, typer.Option(help="Time for this try, such as 30m or 2h.")] = "2h",
     memory: Annotated[Optional[float], typer.Option(help="GB that one process may take; what is free, less one, if not given.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
-    threads: Annotated[Optional[int], typer.Option(help="Threads; all processors that this process may use if not given.")] = None,
+    threads: AllThreads = None,
     small: Annotated[bool, typer.Option("--small", help="Shapes shrunk to next to nothing: tries everything in minutes.")] = False,
     again: Annotated[Optional[Path], typer.Option(help="Only draw: the report of this figures.json, into --out.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
@@ -386,10 +387,10 @@ def preview(
     model: Annotated[
         str, typer.Option("--model", "--tokenizer", "-m", help="Whose tokenizer and chat template: alias, Hub id or folder.")
     ] = "demo",
-    count: Annotated[int, typer.Option("--count", "-c", help="Examples to show, drawn by weight.")] = 3,
-    rows: Annotated[int, typer.Option(help="Most rows of each set to read; 0 reads all.")] = 1000,
+    count: Annotated[int, typer.Option("--count", "-c", min=0, help="Examples to show, drawn by weight.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="Most rows of each set to read; 0 reads all.")] = 1000,
     seed: Annotated[int, typer.Option(help="The same seed shows the same examples.")] = 0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Longer examples are dropped.")] = 4096,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longer examples are dropped.")] = 4096,
     language: Annotated[str, typer.Option(help="Of the sets that name it, keep this language; all keeps every one.")] = "en",
     ties: Annotated[bool, typer.Option("--ties", help="Keep preferences with equal answers or scores.")] = False,
     against: Annotated[

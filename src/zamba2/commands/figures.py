@@ -37,8 +37,6 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
     else:
         settings = settings_of(models, formats, engines, lengths, batches, new_tokens, device, threads, small)
-        if repeats < 1:
-            raise Zamba2Error(f"--repeats is {repeats}; at least 1 is needed.")
         time = seconds(budget)
         allowed = memory * 1e9 if memory is not None else free_memory() - ROOM
         if not allowed > 0:  # no number is not either
@@ -82,13 +80,7 @@ def settings_of(
                 raise Zamba2Error(f"{option} is {name!r}; there are {', '.join(among)}.")
     for name in formats:
         format_named(name)
-    for option, numbers in (("--prompt-tokens", lengths), ("--batches", batches), ("--new-tokens", [new_tokens])):
-        for number in numbers:
-            if number < 1:
-                raise Zamba2Error(f"{option} is {number}; at least 1 is needed.")
     threads = default_threads() if threads is None else threads
-    if not 1 <= threads <= 1024:
-        raise Zamba2Error(f"--threads is {threads}; a whole number from 1 to 1024 is needed.")
     if not engines:
         engines = [name for name in ENGINES if name != "llama.cpp" or llama_cpp_python() is not None]
         if "llama.cpp" not in engines and device == "cpu":

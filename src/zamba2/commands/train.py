@@ -40,9 +40,6 @@ def preview(
 
     Raises Zamba2Error.
     """
-    for name, value, least in (("--count", count, 0), ("--rows", rows, 0), ("--max-tokens", max_tokens, 1)):
-        if value < least:
-            raise Zamba2Error(f"{name} is {value}; at least {least} is needed.")
     parts = [Part.parse(written) for written in sets]
     kind = check_parts(parts)
     for part in parts:
