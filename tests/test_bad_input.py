@@ -297,6 +297,7 @@ TEXT = [
     Case("prompt file missing", command("generate", "--file", "/nowhere/to/be"), "/nowhere/to/be cannot be read"),
     Case("prompt file a folder", command("generate", "--file", "/"), "/ cannot be read"),
     Case("prompt file not UTF-8", lambda m: m.file(b"ab\xff", "--file"), "not UTF-8 text (byte 2)"),
+    Case("prompt not UTF-8", command("generate", os.fsdecode(b"\xfcben")), "a byte that is not UTF-8 (U+DCFC at character 0)"),
     Case("input not UTF-8", command("generate", "-"), "standard input is not UTF-8", stdin=b"\xff"),
     Case("file beside a prompt", lambda m: m.file(b"hi", "text", "--file"), "give one of them"),
     Case("messages beside a prompt", lambda m: m.file(b"[]", "text", "--messages"), "give one of them"),

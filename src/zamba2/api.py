@@ -18,11 +18,10 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend
-from zamba2.weights.files import TensorFile
 from zamba2.weights.formats import Format, format_named, kv_format_named
 from zamba2.weights.hub import cache_folder, resolve
 from zamba2.weights.hub_files import HubFiles
-from zamba2.weights.packed import VERSION, is_packed, open_packed, quantize
+from zamba2.weights.packed import VERSION, is_packed, is_random, open_packed, quantize
 
 if TYPE_CHECKING:
     from zamba2.runtime.native import NativeBackend
@@ -219,9 +218,3 @@ def tokenizer_of(path: Path, config: Config) -> Tokenizer | None:
     """The tokenizer of a checkpoint, or None if it has none."""
     folder = path if path.is_dir() else path.parent
     return Tokenizer.from_folder(folder, config=config) if (folder / "tokenizer.json").exists() else None
-
-
-def is_random(path: Path) -> bool:
-    """Whether the checkpoint says that its weights are random."""
-    file = path / "model.safetensors"
-    return path.is_dir() and file.exists() and TensorFile(file).metadata.get("zamba2_random") == "true"

@@ -28,9 +28,8 @@ def perplexity(text: Path, model: str, where: Mapping[str, Any], *, context: int
     with bar("reading") as progress:
         scores = measure.perplexity(loaded, words, context=context, progress=progress)
     rows = [
-        ("tokens", f"{scores['tokens']:,} in {scores['windows']:,} windows"), ("perplexity", f"{scores['perplexity']:.4f}"),
-        ("nats a token", f"{scores['nats']:.5f}"), ("nats a byte", f"{scores['nats_per_byte']:.5f}"),
-        ("likeliest token right", f"{scores['top1']:.2%}"),
+        ("perplexity", f"{scores['perplexity']:.4f}"), ("nats a token", f"{scores['nats']:.5f}"),
+        ("nats a byte", f"{scores['nats_per_byte']:.5f}"), ("likeliest token right", f"{scores['top1']:.2%}"),
     ]  # fmt: skip
     settings = {"text": str(text), "context": context}
     finish("perplexity", about_ours(loaded, where), settings, scores, started, out, as_json, rows, "nats")
@@ -50,7 +49,7 @@ def divergence(
     with bar("reading") as progress:
         scores = measure.divergence(near, loaded, words, context=context, progress=progress)
     rows = [
-        ("tokens", f"{scores['tokens']:,} in {scores['windows']:,} windows"), ("mean divergence, nats", f"{scores['mean']:.6f}"),
+        ("mean divergence, nats", f"{scores['mean']:.6f}"),
         *((f"{float(q):.1%} of tokens below", f"{value:.6f}") for q, value in scores["quantiles"].items()),
         ("same likeliest token", f"{scores['top1_agreement']:.2%}"),
         ("nats a token: reference, model", f"{scores['reference_nats']:.5f}, {scores['nats']:.5f}"),
@@ -88,7 +87,8 @@ def finish(
 
     console = Console(highlight=False, markup=False, emoji=False)
     table = Table(box=box.SIMPLE, show_header=False, title=f"{kind} of {about['model']} ({about['format']})", title_justify="left")
-    for row in rows:
+    tokens = f"{scores['tokens']:,} in {scores['windows']:,} window{'s' * (scores['windows'] > 1)}"
+    for row in [("tokens", tokens), *rows]:
         table.add_row(*row)
     console.print(table)
     table = Table(box=box.SIMPLE)

@@ -86,7 +86,7 @@ def runs(config: Config, path: Path | None) -> dict[str, Any]:
         sizes = {part.name: file.entries[part.name].nbytes for part in plan}
     else:
         packing, plan = Packing.named(default_format(config)), parts(config)
-        sizes = {part.name: packing.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in plan}
+        sizes = {part.name: packing.nbytes(part) for part in plan}
     return {"backend": backend, "format": packing.format.name, "weight_bytes_per_token": bytes_per_token(config, sizes)}
 
 

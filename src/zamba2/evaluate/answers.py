@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from zamba2.errors import Zamba2Error
-from zamba2.language.generate import Piece, run
+from zamba2.language.generate import run
 from zamba2.language.model import LanguageModel
 
 if TYPE_CHECKING:
@@ -65,12 +65,8 @@ class Ours:
             texts = [""] * len(requests)
             for piece in run(self.model.backend, requests, tokenizer):
                 texts[piece.index] += piece.text
-                if finished(piece):
+                if piece.finish_reason is not None:
                     yield start + piece.index, texts[piece.index]
-
-
-def finished(piece: Piece) -> bool:
-    return piece.finish_reason is not None
 
 
 @dataclass

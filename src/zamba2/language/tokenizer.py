@@ -89,8 +89,8 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise Zamba2Error(f"the text holds half a surrogate pair ({found}); valid Unicode text is needed.") from None
+            found = f"half a surrogate pair, or a byte that is not UTF-8 (U+{ord(text[error.start]):04X} at character {error.start})"
+            raise Zamba2Error(f"the text holds {found}; valid Unicode text is needed.") from None
         if len(text) > LONG:
             return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return self._backend.encode(text, add_special_tokens=add_special_tokens)

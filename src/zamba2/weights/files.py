@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import mmap
 import os
 import struct
@@ -15,9 +16,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zamba2.errors import Zamba2Error
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["DTYPE_BYTES", "Entry", "TensorFile", "replacing", "write_tensors"]
 
@@ -101,11 +106,8 @@ class TensorFile:
             raise self._bad(f"the header entry of tensor {name} is malformed")
         if dtype not in DTYPE_BYTES:
             raise Zamba2Error(f"{self.path}: tensor {name} has dtype {dtype}; one of {', '.join(DTYPE_BYTES)} is needed.")
-        count = 1
-        for side in shape:
-            count *= side
         start, end = offsets
-        if end - start != count * DTYPE_BYTES[dtype]:
+        if end - start != math.prod(shape) * DTYPE_BYTES[dtype]:
             raise self._bad(f"tensor {name} has shape {shape} of {dtype} but {end - start} bytes")
         if data + end > size:
             raise self._bad(f"tensor {name} ends at byte {data + end} and the file has {size}")
@@ -146,6 +148,17 @@ class TensorFile:
                 raise self.unread(name, 0)
             done += got
         return target
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """A floating-point tensor as fp32, in its shape."""
+        import numpy as np
+
+        entry, data = self.entries[name], self.read(name)
+        if entry.dtype == "BF16":
+            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype]).astype(np.float32, copy=False)
+        return values.reshape(entry.shape)
 
     def map(self, name: str | None = None) -> memoryview:
         """One tensor's bytes, or all of the file's, mapped: copied by the system only if written to, never written back."""
@@ -205,9 +218,7 @@ def write_tensors(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape, _ in tensors:
-        nbytes = DTYPE_BYTES[dtype]
-        for side in shape:
-            nbytes *= side
+        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

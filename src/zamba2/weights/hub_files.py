@@ -52,13 +52,8 @@ class HubFiles:
 
     def floats(self, parameter: str) -> npt.NDArray[np.float32]:
         """A parameter as fp32, in its shape."""
-        entry = self.entry(self.stored[parameter])
-        data = self.read(self.stored[parameter])
-        if entry.dtype == "BF16":
-            wide = np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16
-            return wide.view(np.float32).reshape(entry.shape)
-        kind = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype]
-        return np.frombuffer(data, dtype=kind).astype(np.float32, copy=False).reshape(entry.shape)
+        stored = self.stored[parameter]
+        return self._files[stored].floats(stored)
 
     def _match(self) -> dict[str, str]:
         names, folder = set(self._files), self.folder

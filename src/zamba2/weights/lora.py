@@ -113,15 +113,9 @@ def _sizes(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def _values(file: TensorFile, key: str) -> Floats:
-    entry, data = file.entries[key], file.read(key)
-    if entry.dtype == "F32":
-        values = np.frombuffer(data, np.float32)
-    elif entry.dtype == "BF16":
-        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    elif entry.dtype == "F16":
-        values = np.frombuffer(data, np.float16).astype(np.float32)
-    else:
-        raise Zamba2Error(f"{file.path}: {key} is {entry.dtype}; F32, BF16 or F16 is needed.")
+    if (dtype := file.entries[key].dtype) not in ("F32", "BF16", "F16"):
+        raise Zamba2Error(f"{file.path}: {key} is {dtype}; F32, BF16 or F16 is needed.")
+    values = file.floats(key)
     if not np.isfinite(values).all():
         raise Zamba2Error(f"{file.path}: {key} has values that are not finite; train or export the adapter again.")
-    return values.reshape(entry.shape)
+    return values

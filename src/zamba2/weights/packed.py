@@ -30,7 +30,8 @@ from zamba2.weights.formats import BLOCK, Format, format_named, pack
 from zamba2.weights.hub_files import HubFiles
 
 __all__ = [
-    "VERSION", "Packing", "Part", "bytes_per_token", "check_target", "is_packed", "open_packed", "parts", "quantize", "write_packed",
+    "VERSION", "Packing", "Part", "bytes_per_token", "check_target", "is_packed", "is_random", "open_packed", "parts", "quantize",
+    "write_packed",
 ]  # fmt: skip
 
 VERSION = 2
@@ -77,6 +78,10 @@ class Packing:
 
     def of(self, part: Part) -> Format:
         return self.embeddings if part.name in ("embed_tokens.weight", "lm_head.weight") else self.format
+
+    def nbytes(self, part: Part) -> int:
+        """Bytes of a tensor in the file."""
+        return self.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count
 
 
 EMBEDDINGS = {"q4": "q8"}  # docs/log.md: KL divergence against bytes
@@ -148,6 +153,12 @@ def is_packed(path: Path) -> bool:
         return path.is_dir() and file.exists() and "zamba2" in TensorFile(file).metadata
     except (Zamba2Error, OSError):
         return False
+
+
+def is_random(path: Path) -> bool:
+    """Whether a checkpoint, packed or not, says that its weights are random."""
+    file = path / "model.safetensors"
+    return path.is_dir() and file.exists() and TensorFile(file).metadata.get("zamba2_random") == "true"
 
 
 def open_packed(path: Path, config: Config) -> tuple[TensorFile, Packing, list[Part]]:
@@ -231,7 +242,7 @@ def quantize(
     small = [file for pattern in SMALL_FILES for file in source.glob(pattern)]
     pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
     try:
-        mark = _random_mark(source)
+        mark = {"zamba2_random": "true"} if is_random(source) else {}
         write_packed(target, config, packing, lambda part: partial(pieces, part), mark, small, calibrated=moments is not None)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C need not wait for what is in the queue
@@ -257,7 +268,7 @@ def write_packed(
 
 def _layout(part: Part, packing: Packing) -> tuple[str, tuple[int, ...]]:
     """dtype and shape of a part in the file."""
-    return ("U8", (packing.of(part).nbytes(*part.shape),)) if part.is_matrix else ("F32", part.shape)
+    return ("U8", (packing.nbytes(part),)) if part.is_matrix else ("F32", part.shape)
 
 
 def _values(files: HubFiles, parameter: str) -> Floats:
@@ -265,10 +276,3 @@ def _values(files: HubFiles, parameter: str) -> Floats:
     if not np.isfinite(values).all():
         raise Zamba2Error(f"{files.folder}: tensor {files.stored[parameter]} has NaN or infinite values; download the checkpoint again.")
     return values
-
-
-def _random_mark(source: Path) -> dict[str, str]:
-    """What says that weights are random, carried over."""
-    single = source / "model.safetensors"
-    random = single.exists() and TensorFile(single).metadata.get("zamba2_random") == "true"
-    return {"zamba2_random": "true"} if random else {}

@@ -27,7 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 
 def packed_bytes(config: Config, packing: Packing) -> int:
     """Bytes of all tensors of a packed checkpoint."""
-    return sum(packing.of(part).nbytes(*part.shape) if part.is_matrix else 4 * part.count for part in parts(config))
+    return sum(map(packing.nbytes, parts(config)))
 
 
 def write_synthetic(config: Config, packing: Packing, target: Path, *, seed: int = 0) -> None:
