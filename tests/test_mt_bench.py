@@ -26,11 +26,11 @@ from hypothesis import strategies as st
 from zamba2.errors import Zamba2Error
 from zamba2.evaluate import judge as judge_module
 from zamba2.evaluate.judge import Endpoint, Failure, Reply, estimate
+from zamba2.evaluate.lines import Lines
 from zamba2.evaluate.mt_bench import (
     CATEGORIES,
     MAX_TOKENS,
     Judgment,
-    Lines,
     Mean,
     ModelAnswers,
     aggregate,

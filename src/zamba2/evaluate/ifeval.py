@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from zamba2.errors import Zamba2Error, notice
+from zamba2.errors import Zamba2Error
 from zamba2.evaluate.answers import DECISIVE, decisive
+from zamba2.evaluate.lines import Lines, Row
 from zamba2.language.messages import brief
 from zamba2.weights.hub import quiet_retries
 
@@ -375,39 +376,26 @@ def evaluate(
     """
     check_prompts(prompts, offline=offline)
     origin = {"model": answers.name, **decisive(answers), "max_tokens": max_tokens}
-    done = _resumed(file, origin)
-    texts = {prompt.text for prompt in prompts}
-    found = {text: response for text, response in done.items() if text in texts}
-    left = [prompt for prompt in prompts if prompt.text not in found]
-    if progress is not None:
-        progress(len(found), len(prompts))
-    if left:
+    with Lines(file) as lines:
+        done = _resumed(lines.rows, origin)
+        found = {prompt.text: done[prompt.text] for prompt in prompts if prompt.text in done}
+        left = [prompt for prompt in prompts if prompt.text not in found]
+        if progress is not None:
+            progress(len(found), len(prompts))
         asked = [[{"role": "user", "content": prompt.text}] for prompt in left]
-        with _appending(file) as write:
-            for index, response in answers.answer(asked, max_tokens=max_tokens, temperature=0.0):
-                prompt = left[index]
-                write({"key": prompt.key, "prompt": prompt.text, "response": response, **origin})
-                found[prompt.text] = response
-                if progress is not None:
-                    progress(len(found), len(prompts))
+        for index, response in answers.answer(asked, max_tokens=max_tokens, temperature=0.0):
+            prompt = left[index]
+            lines.append({"key": prompt.key, "prompt": prompt.text, "response": response, **origin})
+            found[prompt.text] = response
+            if progress is not None:
+                progress(len(found), len(prompts))
     return score(prompts, found, seed=seed, offline=offline)
 
 
-def _resumed(file: Path, origin: Mapping[str, Any]) -> dict[str, str]:
-    """The answers of an earlier run; the beginning of a line that it was killed in the middle of is cut away. Raises Zamba2Error."""
-    if not file.exists():
-        return {}
-    try:
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            notice(f"{file}: its last line was cut off in writing and is written anew.", once=False)
-            with file.open("r+b") as stream:
-                stream.truncate(whole)
-    except OSError as error:
-        raise Zamba2Error(f"{file} cannot be read and written ({error.strerror or error}); choose another file for the answers.") from None
+def _resumed(rows: Sequence[tuple[str, Row]], origin: Mapping[str, Any]) -> dict[str, str]:
+    """The answers of an earlier run by prompt. Raises Zamba2Error for those of another model or limit."""
     found = {}
-    for place, row in _lines(file, "answers of an earlier run"):
+    for place, row in rows:
         prompt, response = _answer(place, row)
         for name in (*origin, *(name for name in DECISIVE if name in row and name not in origin)):
             if row.get(name) != origin.get(name):
@@ -415,23 +403,3 @@ def _resumed(file: Path, origin: Mapping[str, Any]) -> dict[str, str]:
                 raise Zamba2Error(f"{place} was answered with {name} {was}, not {now}; choose another file for these answers.")
         found[prompt] = response
     return found
-
-
-@contextmanager
-def _appending(file: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A function that appends one JSON line and leaves nothing in buffers of ours."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a", encoding="utf-8")
-    except OSError as error:
-        raise Zamba2Error(f"{file} cannot be written ({error.strerror or error}); choose another file for the answers.") from None
-
-    def write(row: Mapping[str, Any]) -> None:
-        try:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            stream.flush()
-        except OSError as error:
-            raise Zamba2Error(f"{file} cannot be written ({error.strerror or error}); free some space and run it again.") from None
-
-    with stream:
-        yield write
