@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from true_shape import CHECKPOINT, ROOT, peak_bytes, run, text_tokens
+from true_shape import CHECKPOINT, ROOT, peak_bytes, run, text_tokens, transformers_model
 
 from zamba2.bench.peers import PEERS
 from zamba2.config import PRESETS
@@ -132,12 +132,9 @@ def bf16_logits(side: str, target: Path) -> dict[str, Any]:
     torch.set_num_threads(2)
     tokens = text_tokens()[: PROMPT + DECODED]
     if side == "transformers":
-        from transformers import DynamicCache, Zamba2ForCausalLM
+        from transformers import DynamicCache
 
-        model = Zamba2ForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval()
-        for module in model.modules():
-            if hasattr(module, "time_step_limit"):
-                module.time_step_limit = (0.0, float("inf"))  # its dt floor is not in the model
+        model = transformers_model("bfloat16")
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
             calls = [tokens[:PROMPT], *([token] for token in tokens[PROMPT:])]

@@ -50,6 +50,18 @@ def text_tokens() -> list[int]:
     return ids[:LENGTH]
 
 
+def transformers_model(dtype: str) -> Any:
+    """The checkpoint in transformers, without its floor of dt, which is not in the model."""
+    import torch
+    from transformers import Zamba2ForCausalLM
+
+    model = Zamba2ForCausalLM.from_pretrained(CHECKPOINT, dtype=getattr(torch, dtype)).eval()
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return model
+
+
 def logits_worker(implementation: str, dtype: str, target: Path) -> None:
     """Write the logits of every position, fp32 (T, V), and print the peak memory."""
     import numpy as np
@@ -64,14 +76,8 @@ def logits_worker(implementation: str, dtype: str, target: Path) -> None:
         backend = zamba2.load(CHECKPOINT, dtype=dtype, device="cpu").backend
         scores = backend.forward([Row(np.array(tokens, dtype=np.int32), backend.new_state(), logits=LENGTH)])[0].numpy()
     else:
-        from transformers import Zamba2ForCausalLM
-
-        model = Zamba2ForCausalLM.from_pretrained(CHECKPOINT, dtype=getattr(torch, dtype)).eval()
-        for module in model.modules():
-            if hasattr(module, "time_step_limit"):
-                module.time_step_limit = (0.0, float("inf"))  # its dt floor is not in the model
         with torch.inference_mode():
-            scores = model(torch.tensor([tokens])).logits[0].float().numpy()
+            scores = transformers_model(dtype)(torch.tensor([tokens])).logits[0].float().numpy()
     np.save(target, scores)
     print(json.dumps({"peak_rss_bytes": peak_bytes()}))
 
