@@ -113,7 +113,7 @@ class Prompts:
         return outputs
 
     def _compute(self, length: int) -> Outputs:
-        """The forward pass of the first ``length`` ids; FACTS 2 names every value. T tokens, all in rows: (T, ...)."""
+        """The forward pass of the first ``length`` ids. T tokens, all in rows: (T, ...)."""
         model = self.model
         x0: Tensor = model.embed_tokens(self.ids[:length])
         stream, hoisted = Stream(x0, self.config.d_inner), Hoisted()

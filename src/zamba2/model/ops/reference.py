@@ -37,7 +37,7 @@ def concat_rms_norm(x: Tensor, x0: Tensor, weight: Tensor, eps: float) -> tuple[
     """RMSNorm of concat[x, x0], of which only the left half and the scale are returned.
 
     x, x0: (..., D); weight: (2D,). Returns the left half (..., D) in x's dtype and the scale 1/rms (..., 1) in fp32;
-    the right half is scale * weight[D:] * x0, whose matrix products can be taken once per token (DESIGN 4).
+    the right half is scale * weight[D:] * x0, whose matrix products can be taken once per token.
     """
     both = torch.cat([wide(x), wide(x0)], dim=-1)
     scale = torch.rsqrt(both.square().mean(-1, keepdim=True) + eps)
@@ -135,5 +135,5 @@ def geglu(projected: Tensor, adapted: Tensor) -> Tensor:
 
 
 def add_hoisted(projected: Tensor, hoisted: Tensor, scale: Tensor) -> Tensor:
-    """projected + scale * hoisted, rounded once (DESIGN 4). projected, hoisted: (..., R); scale: (..., 1), fp32. Returns (..., R)."""
+    """projected + scale * hoisted, rounded once. projected, hoisted: (..., R); scale: (..., 1), fp32. Returns (..., R)."""
     return (wide(projected) + wide(scale) * wide(hoisted)).to(projected.dtype)

@@ -128,7 +128,7 @@ def mixer_step(
     projected: Tensor, conv_weight: Tensor, conv_bias: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, conv: Tensor, ssm: Tensor,
     slots: Tensor, positions: Tensor, *, heads: int, head_dim: int, groups: int, state_size: int, early: bool = False,
 ) -> Tensor:  # fmt: skip
-    """One token of M sequences through all that lies between a Mamba2 mixer's projections, but the norm's scale (FACTS 2).
+    """One token of M sequences through all that lies between a Mamba2 mixer's projections, but the norm's scale.
 
         [x B C] = SiLU(conv [x B C]);  dt = softplus(dt + dt_bias);  S = exp(-exp(A_log) dt) S + dt x B^T;  (S C + D x) SiLU(z)
 
