@@ -189,6 +189,5 @@ class Prompts:
             )
             z = z.flatten(2)[0]
             gated = rms_norm(y.flatten(2)[0], mixer.norm.weight, GATED_EPS, gate=z, groups=config.mamba_ngroups)
-            stream.squares = None
         stream.added = mixer.out_proj(gated)
         return conv, S
