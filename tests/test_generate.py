@@ -171,6 +171,19 @@ def test_end_token_at_once(model: LanguageModel) -> None:
     assert model.generate(PROMPTS[0], max_tokens=6, logit_bias={2: 1000.0}, ignore_eos=True).tokens == [2] * 6
 
 
+def test_special_tokens_stop_by_their_names(model: LanguageModel) -> None:
+    """A stop text that is a special token's name ends the reply at that token, which has no text, and is named, also where it ends replies
+    anyway or end tokens are ignored; its name written out in plain text stops as any text does."""
+    other, eos = (model.tokenizer._backend.id_to_token(i) for i in (0, 2))
+    for token, options in ((0, {}), (2, {}), (2, {"ignore_eos": True})):
+        bias = {token: 1000.0}
+        result = model.generate(PROMPTS[0], max_tokens=6, logit_bias=bias, stop=["never", other, eos], **options)
+        assert (result.tokens, result.text, result.finish_reason, result.stop) == ([token], "", "stop", (other, None, eos)[token])
+    assert model.generate(PROMPTS[0], max_tokens=3, logit_bias={0: 1000.0}).tokens == [0] * 3
+    stops = StopText([eos])
+    assert stops.push(f"a{eos}b") == ("a", eos)
+
+
 @pytest.fixture(scope="module")
 def long_reply(model: LanguageModel) -> Generation:
     return model.generate(PROMPTS[0], max_tokens=30)

@@ -159,7 +159,9 @@ class Running:
         self.index, self.request, self.state = index, request, state
         self.sampler = Sampler(request.sampling, [*request.history, *request.tokens], vocab_size)
         self.decoder: IncrementalDecoder | None = None if tokenizer is None else tokenizer.incremental(after=request.tokens)
-        self.ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
+        ends = () if tokenizer is None or request.ignore_eos else tokenizer.eos_token_ids
+        named = {} if tokenizer is None else tokenizer.special_ids(request.stop)  # special tokens have no text that could be found
+        self.ends: dict[int, str | None] = dict.fromkeys(ends) | named
         self.stop_text = StopText(request.stop)
         self.plain = request.sampling.is_plain and request.logprobs is None and request.constraint is None
         self.guesses = Guesses([*request.history, *request.tokens])
@@ -202,6 +204,8 @@ class Running:
         if self.decoder is not None:
             text = ("" if ended else self.decoder.push(token)) + (self.decoder.flush() if last else "")
         text, stop = self.stop_text.push(text, last=last)
+        if stop is None:
+            stop = self.ends.get(token)
         reason = "stop" if ended or stop is not None else "length" if last else None
         return Piece(self.index, text, token, self.state, logprob, reason, stop)
 

@@ -133,6 +133,10 @@ class Tokenizer:
         """Ids of ``render_chat``; the template writes bos itself, so none is added."""
         return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
 
+    def special_ids(self, texts: Iterable[str]) -> dict[int, str]:
+        """Those of the texts that are special tokens, by id."""
+        return {id: text for text in texts if text in self._special and (id := self._backend.token_to_id(text)) is not None}
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of the ids. Ids without a token give nothing; bytes that are no UTF-8 give U+FFFD. Raises Zamba2Error for ids below 0."""
         ids = [int(i) for i in ids]
