@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,21 @@ def test_loading_at_once_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (copy,) = (tmp_path / "zamba2" / "packed").iterdir()
         (copy / "model.safetensors").write_bytes(b"damaged")
     assert len(set(found)) == 1 and len(found) == 8, found
+
+
+def test_killed_packers_leave_nothing_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a packer that was killed left half written in the cache is deleted by the next one, unless somebody may be writing it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache, days = tmp_path / "zamba2" / "packed", 24 * 60 * 60
+    for name, age in (("old", 2 * days), ("new", 0), ("growing", 2 * days)):
+        folder = cache / f".q4-{name}.17-0123abcd.partial"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"half")
+        then = time.time() - age
+        os.utime(folder / "model.safetensors", (then, then if name == "old" else time.time()))
+        os.utime(folder, (then, then))
+    zamba2.load(RANDOM, format="q4", threads=1)
+    assert {path.name.split(".")[1] for path in cache.glob(".*")} == {"q4-new", "q4-growing"}
 
 
 @pytest.mark.parametrize(

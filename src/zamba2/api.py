@@ -18,6 +18,7 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.language.model import LanguageModel
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.backend import Backend
+from zamba2.weights.files import forget_leftovers
 from zamba2.weights.formats import Format, format_named, kv_format_named
 from zamba2.weights.hub import cache_folder, resolve
 from zamba2.weights.hub_files import HubFiles
@@ -171,6 +172,7 @@ def packed_copy(path: Path, format: Format, *, explain: bool = False) -> Path:
         if target.exists() and not is_packed(target):  # looked at again: another program may just have made it
             notice(f"{target} is damaged, so it is made anew.")
             shutil.rmtree(target, ignore_errors=True)
+        forget_leftovers(target.parent)
         notice(f"packing {path} as {format.name}{why} into {target}, once.")
         try:
             quantize(path, target, format)

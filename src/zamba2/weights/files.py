@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["DTYPE_BYTES", "Entry", "TensorFile", "replacing", "write_tensors"]
+__all__ = ["DTYPE_BYTES", "Entry", "TensorFile", "forget_leftovers", "replacing", "write_tensors"]
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 MOST_SIDES = 8  # of a shape; with the next, keeps hostile headers from asking for endless products
 LARGEST = 1 << 62
+LEFT_SECONDS = 24 * 60 * 60  # without writing, until a half-written file counts as left behind
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,18 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink()
         if ours:
             signal.signal(signal.SIGINT, on_interrupt)
+
+
+def forget_leftovers(folder: Path) -> None:
+    """Delete what killed writers left of ``replacing`` in a folder: what nobody has written to for a day."""
+    import shutil
+    import time
+
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # another's, or just finished
+            newest = max(one.stat().st_mtime for one in (path, *path.rglob("*")))
+            if time.time() - newest > LEFT_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_tensors(
