@@ -58,7 +58,7 @@ from zamba2.weights.checkpoint import FP32_PARTS  # noqa: E402
 Result = dict[str, Any]
 BF16 = torch.bfloat16
 SPREAD = 0.02  # of random weights
-MODEL_ROUNDING = 5e-2  # relative difference of scores that two orders of bf16 roundings leave
+MODEL_ROUNDING = 0.2  # relative difference of scores; two orders of bf16 roundings leave some 0.07 of it, a mistake about 1
 PROMPT, LONG_PROMPT, BATCH = 512, 2048, 32  # tokens, tokens, sequences
 WORKERS = 8  # processes that check cases: Triton compiles a kernel for most of them
 
@@ -600,7 +600,7 @@ def generate(setting: Setting) -> Iterator[Result]:
     backend = backend_of(random_zamba2(setting.config, setting.device, BF16), setting)
     parts: dict[str, Callable[[Any, Setting], Result]] = {
         "cold": cold, "decode": decode, "profile": decode_profile, "prefill": prefill, "prefill_profile": prefill_profile,
-        "batch": batch,
+        "prefill_scores": prefill_scores, "batch": batch,
     }  # fmt: skip
     for name, part in parts.items():
         yield {name: attempt(setting, partial(part, backend, setting))}
@@ -695,16 +695,21 @@ def prefill(backend: Any, setting: Setting) -> Result:
 
 
 def prefill_profile(backend: Any, setting: Setting) -> Result:
-    """The kernels of a 2,048-token prompt; and that its scores are those of the model's own operations, but for roundings."""
+    """The kernels of a 2,048-token prompt."""
     texts = prompts(setting, 1, LONG_PROMPT)
+    repeat(backend, texts, 0)
+    return profiled(setting, lambda: repeat(backend, texts, 0)) | {"prompt_tokens": len(texts[0])}
+
+
+def prefill_scores(backend: Any, setting: Setting) -> Result:
+    """How far a 2,048-token prompt's scores are from those of the model's own operations."""
+    (tokens,) = prompts(setting, 1, LONG_PROMPT)
     with torch.inference_mode():
-        found = backend.prompts.read(texts[0], len(texts[0]))[1]
-        difference = relative(found, backend.model(torch.from_numpy(texts[0]).long().to(setting.device)[None])[0])
+        expected = backend.model(torch.from_numpy(tokens).long().to(setting.device)[None])[0]
+        difference = relative(backend.prompts.read(tokens, len(tokens), torch.clone)[1], expected)
     if not difference <= MODEL_ROUNDING:
         raise ArithmeticError(f"scores of prompts differ by {difference:.1e} from the model's; {MODEL_ROUNDING} is allowed")
-    del found
-    repeat(backend, texts, 0)
-    return profiled(setting, lambda: repeat(backend, texts, 0)) | {"prompt_tokens": len(texts[0]), "difference": difference}
+    return {"difference": difference}
 
 
 def decode_profile(backend: Any, setting: Setting) -> Result:

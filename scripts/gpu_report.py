@@ -112,8 +112,8 @@ def prompt_kinds(config: Config, tokens: int, copy: float, product: float) -> li
     qkv, hidden, inner = config.attention_hidden_size + 2 * config.kv_dim, config.hidden_size, config.d_inner
     attention = 2.0 * tokens**2 * config.attention_hidden_size * hybrids
     return [
-        Kind("products with weights", "nvjet|gemm|cutlass|xmma", prefill_operations(config, tokens) / product),
         Kind("attention", "sdpa|flash|fmha", attention / product),
+        Kind("products with weights", "nvjet|gemm|cutlass|xmma|splitK", prefill_operations(config, tokens) / product),
         Kind("scan and gate", "^_(output|contribution|carry|sum_logs)", moved(3 * inner * layers)),
         Kind("convolution", "^_forward$", moved(2 * config.conv_dim * layers)),
         Kind("sums and norms", "^_(add_norm|rms_norm|concat)", moved(4 * hidden * layers + 6 * hidden * hybrids)),

@@ -7,8 +7,10 @@ square, which stands behind out_proj as well: the kernel that adds to the residu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +33,8 @@ __all__ = ["Prompts"]
 
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096)  # a graph for each that is used
 MOST_GRAPHS = 6  # that are kept, each with its outputs: at 4,096 tokens of the 2.7B close to 1 GB
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]  # hidden states, last scores, conv, ssm, keys and values by layer
+Outputs = tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]  # hidden states, last scores; conv, ssm, keys and values by layer
+T = TypeVar("T")
 Hoisted = dict[int, tuple[Tensor, Tensor]]  # block -> w2 x0, (T, H), and its product with the right half of [q; k; v]
 
 
@@ -77,23 +80,23 @@ class Prompts:
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # of all graphs: one runs at a time
         self.eager = self.device.type != "cuda"
 
-    def read(self, tokens: npt.NDArray[np.int32], wanted: int) -> tuple[ModelState, Tensor]:
-        """The state behind a text of 1 to ``longest`` tokens, and the scores at its last ``wanted`` places, (wanted, V)."""
+    def read(self, tokens: npt.NDArray[np.int32], wanted: int, checked: Callable[[Tensor], T]) -> tuple[ModelState, T]:
+        """The state behind a text of 1 to ``longest`` tokens, and what ``checked`` makes of the scores at its last ``wanted`` places,
+        (wanted, V): so they are known before the state is copied."""
         count = len(tokens)
         length = next(length for length in LENGTHS if length >= count)
         self.ids[:length] = torch.from_numpy(np.pad(np.asarray(tokens, np.int64), (0, length - count)))
         self.count.fill_(count)
         x, last, conv, ssm, kv = self._outputs(length)
-        state = ModelState.empty(self.config)
+        scores = checked(self.model.logits(x[count - wanted : count]) if wanted > 1 else last[1 - wanted :].clone())
+        state = ModelState.empty(self.config)  # of copies: the graph writes to the same places next time
         state.position = count
-        state.conv, state.ssm = list(conv.clone().split(1)), list(ssm.clone().split(1))  # the graph writes to the same place next time
+        state.conv, state.ssm = list(torch.cat(conv).split(1)), list(torch.cat(ssm).split(1))
         for position, tensor in enumerate(kv):
             cache = KVCache()
             cache.append(*tensor[:, None, :, :count])
             state.kv[position] = cache
-        if wanted > 1:
-            return state, self.model.logits(x[count - wanted : count])
-        return state, last[1 - wanted :].clone()
+        return state, scores
 
     def _outputs(self, length: int) -> Outputs:
         if self.eager:
@@ -103,10 +106,14 @@ class Prompts:
                 if len(self.graphs) == MOST_GRAPHS:
                     del self.graphs[next(iter(self.graphs))]  # the one that was used longest ago
                 self.graphs[length] = captured(partial(self._compute, length), self.device, memory=self.memory)
+            except torch.OutOfMemoryError:
+                self.graphs.clear()
+                return self._compute(length)
             except RuntimeError as error:  # what a driver or a version of PyTorch cannot capture, it can still compute
                 notice(f"prompts are read without CUDA graphs, which is slower ({str(error).splitlines()[0]}).")
                 torch.cuda.synchronize(self.device)
                 self.eager = True
+                self.graphs.clear()
                 return self._compute(length)
         self.graphs[length] = graph, outputs = self.graphs.pop(length)
         graph.replay()
@@ -133,7 +140,7 @@ class Prompts:
             conv.append(tail)
             ssm.append(state)
         x = stream.norm(model.final_layernorm.weight, self.config.rms_norm_eps)
-        return x, model.logits(x[self.count - 1]), torch.cat(conv), torch.cat(ssm), kv
+        return x, model.logits(x[self.count - 1]), conv, ssm, kv
 
     def _block(
         self, stream: Stream, x0: Tensor, layer: DecoderLayer, hoisted: Hoisted, angles: tuple[Tensor, Tensor] | None

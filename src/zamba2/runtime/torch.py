@@ -45,17 +45,16 @@ SPLIT = ("q_proj.weight", "k_proj.weight", "v_proj.weight")  # what split_for_in
 
 
 class TorchLogits:
-    """float32 [k, V] on the device."""
+    """float32 [k, V] on the device. best: the places of the largest, int32 [k], on the host."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, best: npt.NDArray[np.int32]) -> None:
+        self.tensor, self.best = tensor, best
 
     def numpy(self) -> npt.NDArray[np.float32]:
         return cast("npt.NDArray[np.float32]", self.tensor.cpu().numpy())
 
     def likeliest(self) -> npt.NDArray[np.int32]:
-        values, best = self.tensor.max(-1)
-        return checked_best(best.cpu().numpy(), values.cpu().numpy())
+        return self.best
 
 
 class StepLogits:
@@ -291,8 +290,7 @@ class TorchBackend:
 
     def _read(self, row: Row, state: TorchState) -> tuple[ModelState, TorchLogits]:
         if self.prompts is not None and state.position == 0 and not row.record and len(row.tokens) <= min(self.prompts.longest, self.chunk):
-            inner, scores = self.prompts.read(row.tokens, row.logits)
-            return inner, self._checked(scores.float())
+            return self.prompts.read(row.tokens, row.logits, self._checked)
         inner = state.inner.copy()
         tokens = torch.from_numpy(np.array(row.tokens, dtype=np.int64)).to(self.device)
         length = len(tokens)
@@ -311,10 +309,13 @@ class TorchBackend:
         return inner, self._checked(logits)
 
     def _checked(self, logits: Tensor) -> TorchLogits:
-        """Raises Zamba2Error for scores that are no numbers."""
-        if not bool(torch.isfinite(logits).all()):
+        """Scores [k, V]. Raises Zamba2Error for those that are no numbers."""
+        logits = logits.float()
+        found = torch.stack([torch.isfinite(logits).all(-1).to(torch.int32), logits.argmax(-1).to(torch.int32)])  # to wait for once
+        finite, best = found.cpu().numpy()
+        if not finite.all():
             raise Zamba2Error(f"the model computed values that are not finite{self._culprit()}.")
-        return TorchLogits(logits)
+        return TorchLogits(logits, best)
 
     def _culprit(self) -> str:
         for name, parameter in self.model.named_parameters():

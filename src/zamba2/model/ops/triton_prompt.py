@@ -3,7 +3,7 @@ operations would take it there twice. Inference alone; the definitions are the m
 
 Letters: T tokens, H hidden size, I inner size of the MLP, r rank of an adapter, d head dimension.
 """
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment, var-annotated"
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from zamba2.model.ops.triton_norms import _pieces, _put, _tile, _vector
+from zamba2.model.ops.triton_scan import registers
 
 __all__ = ["add_norm", "geglu_adapted", "place_heads"]
 
 HALVES = 2048  # elements of half a head that a program of ``place_heads`` takes: 16 for each thread of four warps
+
+
+@triton.jit
+def _raw(ptr, row, stride, c, rows, width):
+    """Elements c of some rows, (ROWS, BLOCK), zeros beyond the ends."""
+    return tl.load(ptr + row[:, None] * stride + c[None, :], mask=(row < rows)[:, None] & (c < width)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -24,29 +31,36 @@ def _add_norm(
     x_ptr, t_ptr, squares_ptr, beside_ptr, weight_ptr, sum_ptr, y_ptr, scale_ptr, rows, width, parts, size, size_eps, eps,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Some rows; see ``add_norm``."""
+    """Some rows; see ``add_norm``. All loads come before the first sum over a row and the first store, which they could not pass."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     if squares_ptr is not None:
         part = tl.arange(0, PARTS)[None, :]
         each = tl.load(squares_ptr + row[:, None] * parts + part, mask=(row < rows)[:, None] & (part < parts), other=0.0)
-        gain = tl.rsqrt(tl.sum(each, 1) / size + size_eps)[:, None]
-    sums, squares = (), tl.zeros([ROWS, BLOCK], tl.float32)
+    sums, added, besides = (), (), ()
     for i in tl.static_range(BLOCKS):
         c = i * BLOCK + tl.arange(0, BLOCK)
-        value = _tile(x_ptr, row, width, c, rows, width)
+        sums += (_raw(x_ptr, row, width, c, rows, width),)
         if t_ptr is not None:
-            t = _tile(t_ptr, row, width, c, rows, width)
+            added += (_raw(t_ptr, row, width, c, rows, width),)
+        if beside_ptr is not None:
+            besides += (_raw(beside_ptr, row, width, c, rows, width),)
+    squares, of = tl.zeros([ROWS, BLOCK], tl.float32), width
+    if t_ptr is not None:
+        wholes = ()
+        if squares_ptr is not None:
+            gain = tl.rsqrt(tl.sum(each, 1) / size + size_eps)[:, None]
+        for i in tl.static_range(BLOCKS):
+            t = added[i].to(tl.float32)
             if squares_ptr is not None:
                 t *= gain
-            value = (value + t).to(x_ptr.dtype.element_ty).to(tl.float32)  # the norm sees what the stream keeps
-        sums += (value,)
+            wholes += ((sums[i].to(tl.float32) + t).to(x_ptr.dtype.element_ty),)  # the norm sees what the stream keeps
+        sums = wholes
+    for i in tl.static_range(BLOCKS):
+        value = sums[i].to(tl.float32)
         squares += value * value
         if beside_ptr is not None:
-            beside = _tile(beside_ptr, row, width, c, rows, width)
+            beside = besides[i].to(tl.float32)
             squares += beside * beside
-        if sum_ptr is not None:
-            _put(sum_ptr, row, width, c, rows, width, value)
-    of = width
     if beside_ptr is not None:
         of = 2 * width
     scale = tl.rsqrt(tl.sum(squares, 1) / of + eps)
@@ -54,7 +68,9 @@ def _add_norm(
         tl.store(scale_ptr + row, scale, mask=row < rows)
     for i in tl.static_range(BLOCKS):
         c = i * BLOCK + tl.arange(0, BLOCK)
-        _put(y_ptr, row, width, c, rows, width, sums[i] * scale[:, None] * _vector(weight_ptr, c, width))
+        if sum_ptr is not None:
+            _put(sum_ptr, row, width, c, rows, width, sums[i])
+        _put(y_ptr, row, width, c, rows, width, sums[i].to(tl.float32) * scale[:, None] * _vector(weight_ptr, c, width))
 
 
 def add_norm(
@@ -80,32 +96,26 @@ def add_norm(
     return x if total is None else total, y, scale
 
 
-@triton.jit
-def _adapted(low_ptr, up_ptr, row, c, rows, rank, width, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows of low up^T, (ROWS, COLUMNS) fp32."""
-    total = tl.zeros([row.shape[0], c.shape[0]], tl.float32)
-    for start in range(0, rank, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        low = tl.load(low_ptr + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
-        up = tl.load(up_ptr + c[None, :].to(tl.int64) * rank + r[:, None], mask=(c < width)[None, :] & (r < rank)[:, None], other=0.0)
-        total = tl.dot(low, up, total, input_precision=PRECISION)
-    return total
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _geglu_adapted(
     projected_ptr, low_ptr, up_ptr, y_ptr, rows, rank, width,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the result; program (rows, columns)."""
+    """A tile of the result; program (rows, columns). What was projected is on its way while the adapter is multiplied."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    gate = _adapted(low_ptr, up_ptr, row, c, rows, rank, width, BLOCK_R, PRECISION)
-    gate += _tile(projected_ptr, row, 2 * width, c, rows, width)
-    gate *= 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
-    up = _adapted(low_ptr, up_ptr + tl.cast(width, tl.int64) * rank, row, c, rows, rank, width, BLOCK_R, PRECISION)
-    up += _tile(projected_ptr + width, row, 2 * width, c, rows, width)
-    _put(y_ptr, row, width, c, rows, width, gate * up)
+    gate, up = _raw(projected_ptr, row, 2 * width, c, rows, width), _raw(projected_ptr + width, row, 2 * width, c, rows, width)
+    of_gate, of_up = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, rank, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        low = tl.load(low_ptr + row[:, None] * rank + r[None, :], mask=(row < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        at, inside = up_ptr + c[None, :].to(tl.int64) * rank + r[:, None], (c < width)[None, :] & (r < rank)[:, None]
+        of_gate = tl.dot(low, tl.load(at, mask=inside, other=0.0), of_gate, input_precision=PRECISION)
+        at += tl.cast(width, tl.int64) * rank
+        of_up = tl.dot(low, tl.load(at, mask=inside, other=0.0), of_up, input_precision=PRECISION)
+    value = of_gate + gate.to(tl.float32)
+    value *= 0.5 + 0.5 * tl.erf(value * 0.7071067811865476)
+    _put(y_ptr, row, width, c, rows, width, value * (of_up + up.to(tl.float32)))
 
 
 def geglu_adapted(projected: Tensor, low: Tensor, up: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def geglu_adapted(projected: Tensor, low: Tensor, up: Tensor) -> Tensor:
     tile = (32, 64) if wide else (128, 64)
     _geglu_adapted[triton.cdiv(rows, tile[0]), triton.cdiv(width, tile[1])](
         projected, low, up, y, rows, low.shape[1], width, *tile, BLOCK_R=32 if wide else 64, PRECISION="ieee" if wide else "tf32",
-        num_warps=8, maxnreg=128,  # two programs on a multiprocessor
+        num_warps=8, num_stages=3, **registers(y, 128),  # two programs on a multiprocessor
     )  # fmt: skip
     return y
 

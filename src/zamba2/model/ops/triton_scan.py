@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from zamba2.model.ops import chunked
 from zamba2.model.ops.reference import steps_and_rates
 
-__all__ = ["gated_scan", "ssd_scan"]
+__all__ = ["gated_scan", "registers", "ssd_scan"]
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 FORGOTTEN = tl.constexpr(-256.0)
@@ -482,6 +482,7 @@ class _Plan:
         self.per_segment = _ceil(self.chunks, _ceil(tokens, length))
         self.segments = _ceil(self.chunks, self.per_segment)
         self.small = self.warps == 4 and size <= 64
+        self.stages = 3 if self.small else 2  # the next chunk is on its way while one is multiplied, if there is shared memory for both
         self.state_shape = (self.rows, self.heads, channels, size)
         self.sizes = (tokens, self.chunks, self.per_segment, self.heads, self.heads // groups)
         self.constants: dict[str, Any] = {
@@ -528,9 +529,14 @@ class _Plan:
             other = (0,) * 6 if dy is None or C is None else (*dy.stride()[:3], *C.stride()[:3])
             _contribution[self.heads, count, self.rows](
                 x, sums, B, dy, C, states, decays, *x.stride()[:3], *B.stride()[:3], *other, self.segments, *self.sizes,
-                **self.constants, num_warps=self.warps, num_stages=2,
+                **self.constants, num_warps=self.warps, num_stages=self.stages,
             )  # fmt: skip
         return states, decays
+
+
+def registers(x: Tensor, most: int) -> dict[str, int]:
+    """Triton's option that holds kernels on Hopper to so many registers a thread; elsewhere the compiler would spill hundreds of bytes."""
+    return {"maxnreg": most} if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] == 9 else {}
 
 
 def _ceil(size: int, part: int) -> int:
