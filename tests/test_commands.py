@@ -634,7 +634,8 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
         assert (code, out, len(err)) == (2, "", 1) and "device 'cuda' cannot be used" in err[0]
         return
     assert code == 0 and (out or err)
-    assert not any(text.startswith("zamba2:") and not text.startswith(("zamba2: packing", "zamba2: writing")) for text in err)
+    expected = ("zamba2: packing", "zamba2: writing", "zamba2: precision")  # the last where the CPU has no products of bf16
+    assert not any(text.startswith("zamba2:") and not text.startswith(expected) for text in err)
 
 
 def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -516,7 +516,7 @@ def _recomputed(
     """A layer's forward under gradient checkpointing. Each run hoists for itself: it must repeat exactly."""
     if not layer.training or context.state is not None:
         return forward(x, block, context, ops)
-    out: Tensor = recompute(lambda x: forward(x, block, replace(context, hoisted={}), ops), x)
+    out: Tensor = recompute(lambda x: forward(x, block, replace(context, right={}, hoisted={}), ops), x)
     return out
 
 
