@@ -750,7 +750,8 @@ def test_nan_gradients_reach_no_checkpoint(tmp_path, monkeypatch):
 
 
 def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
-    """Whenever a checkpoint is deleted another one is complete, also where one alone is kept; those that were never completed go too."""
+    """Whenever a checkpoint is deleted another one is complete, also where one alone is kept; those that were never completed go too, and
+    copies under names of a user's own stay."""
     left, original = [], shutil.rmtree
 
     def rmtree(path, **options):
@@ -760,9 +761,10 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     (tmp_path / "out" / "checkpoint-9").mkdir(parents=True)  # as a killed process leaves it
+    (tmp_path / "out" / "checkpoint-best").mkdir()
     module.run(recipe(tmp_path, save_every=1, keep=1))
     assert left == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"], ["checkpoint-4"]]
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-best"}
 
 
 def test_a_checkpoint_is_complete_when_every_process_has_written(tmp_path, monkeypatch):

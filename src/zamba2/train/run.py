@@ -363,7 +363,7 @@ class Watch(TrainerCallback):
         new = self.recipe.out / f"checkpoint-{state.global_step}"
         (new / COMPLETE).touch()
         kept = {new, *checkpoints(self.recipe.out)[-self.recipe.keep :]}
-        for old in set(self.recipe.out.glob("checkpoint-*")) - kept:
+        for old in {path for path in self.recipe.out.glob("checkpoint-*") if path.name[11:].isdigit()} - kept:  # not a user's own copies
             (old / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is none to resume from
             shutil.rmtree(old, ignore_errors=True)
 
