@@ -305,7 +305,7 @@ def test_graphed_steps_have_the_gradients() -> None:
                 model.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("format", ["q8", "q4", "bf16"])
+@pytest.mark.parametrize("format", [pytest.param("q8", marks=interpreted_slowly), "q4", "bf16"])
 @pytest.mark.parametrize("name", ["little", *(pytest.param(name, marks=interpreted_slowly) for name in ("2.7b", "1.2b"))])
 def test_packed_weights(name: str, format: str, tmp_path: Path) -> None:
     """A packed checkpoint on the GPU gives, for prompts and decoded tokens, what the weights in it give in fp64."""
