@@ -168,8 +168,8 @@ def test_padded_prompt_is_the_text_alone(name: str, dtype: torch.dtype, count: i
     elif wanted == count:  # as few as one place are a lottery
         assert relative_error(scores, truth) <= (1.5 if count > 10 else 5) * relative_error(own_scores, truth)
     for found, mine, right in zip(tensors(state), tensors(own), tensors(expected), strict=True):
-        limit = 20 * OPS[dtype].output
-        assert relative_error(found, right) <= (limit if dtype == torch.float32 else max(limit, 2 * relative_error(mine, right)))
+        limit = MODEL[dtype].output if dtype == torch.float32 else max(20 * OPS[dtype].output, 2 * relative_error(mine, right))
+        assert relative_error(found, right) <= limit
 
 
 def tensors(state: ModelState) -> list[Tensor]:

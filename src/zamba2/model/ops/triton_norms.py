@@ -24,10 +24,15 @@ BACKWARD_WARPS = 8  # half the registers for each thread, of which the weight's 
 
 
 @triton.jit
+def _raw(ptr, row, stride, c, rows, width):
+    """Elements c of some rows, (ROWS, BLOCK) as they are kept, zeros beyond the ends."""
+    return tl.load(ptr + row[:, None] * stride + c[None, :], mask=(row < rows)[:, None] & (c < width)[None, :], other=0.0)
+
+
+@triton.jit
 def _tile(ptr, row, stride, c, rows, width):
-    """Elements c of some rows, (ROWS, BLOCK) in fp32, zeros beyond the ends."""
-    mask = (row < rows)[:, None] & (c < width)[None, :]
-    return tl.load(ptr + row[:, None] * stride + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    """The same in fp32."""
+    return _raw(ptr, row, stride, c, rows, width).to(tl.float32)
 
 
 @triton.jit

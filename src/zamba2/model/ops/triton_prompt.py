@@ -12,18 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zamba2.model.ops.triton_norms import _pieces, _put, _tile, _vector
+from zamba2.model.ops.triton_norms import _pieces, _put, _raw, _tile, _vector
 from zamba2.model.ops.triton_scan import registers
 
 __all__ = ["add_norm", "geglu_adapted", "place_heads"]
 
 HALVES = 2048  # elements of half a head that a program of ``place_heads`` takes: 16 for each thread of four warps
-
-
-@triton.jit
-def _raw(ptr, row, stride, c, rows, width):
-    """Elements c of some rows, (ROWS, BLOCK), zeros beyond the ends."""
-    return tl.load(ptr + row[:, None] * stride + c[None, :], mask=(row < rows)[:, None] & (c < width)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
