@@ -246,7 +246,7 @@ class Paged:
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
-ATTENTIONS = [((2, 2, 5), 3), ((4, 2, 8), 1), ((1, 1, 64), None), ((2, 1, 160), 2)]  # (heads, kv_heads, head_dim), splits
+ATTENTIONS = [((2, 2, 5), 3), ((4, 2, 8), 1), ((1, 1, 64), 8), ((2, 1, 160), 2)]  # (heads, kv_heads, head_dim), splits
 
 
 @both_dtypes
