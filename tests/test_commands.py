@@ -629,6 +629,8 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
         return
     if line.startswith("zamba2 figures"):
         line = line.replace("figures", "figures --small --repeats 1 --engines zamba2 --formats q4", 1)
+    if line.startswith("zamba2 train demo"):
+        line = line.partition("#")[0].replace("0.001", "1e-5") + "steps=1 batch_size=2 device_batch_size=2"
     code, out, err = zamba(*shlex.split(line, comments=True)[1:], stdin=b"/help\n")
     if "--device cuda" in line and not os.path.exists("/dev/nvidiactl"):
         assert (code, out, len(err)) == (2, "", 1) and "device 'cuda' cannot be used" in err[0]

@@ -176,7 +176,7 @@ def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     likely = [choice_nats(zamba2.load(), "A fox is", choice) for choice in rows[0]["choices"]]
     assert found["scores"]["choose"]["acc,none"] == float(likely[0] > likely[1]) and found["settings"]["questions"] == {"choose": 3}
     assert "| choose | acc |" in (tmp_path / "out" / "demo" / "tasks.md").read_text()
-    assert run(["evaluate", "tasks", "no_such_task_anywhere", "--out", str(tmp_path / "out")]) == 2
+    assert run(["evaluate", "tasks", "no_such_task_anywhere.yaml", "--out", str(tmp_path / "out")]) == 2
     assert "no_such_task_anywhere" in capsys.readouterr().err
 
 

@@ -869,8 +869,9 @@ def test_the_demonstration_model_is_built_from_nothing(tmp_path):
     """All stages run at a ten-thousandth of their size, a second call goes on from what is there, and the card holds what was measured."""
     from zamba2.train.demo import Sizes, build
 
-    sizes, said = Sizes(documents=40, conversations=60, practice=60, prompts=8, held_out=44, texts=3), []
-    folder = build(tmp_path / "demo", sizes=sizes, changes=["device=cpu", "steps=2", "held_out=2"], say=said.append)
+    sizes, said = Sizes(vocabulary=500, documents=40, conversations=60, practice=60, prompts=8, held_out=44, texts=3), []
+    changes = ["device=cpu", "steps=2", "held_out=2", "batch_size=4", "device_batch_size=4"]
+    folder = build(tmp_path / "demo", sizes=sizes, changes=changes, say=said.append)
     card = (folder / "README.md").read_text()
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert f"{report['stages']['dpo q8']['perplexity']:.2f}" in card and card.count("**model:**") == 10
@@ -909,19 +910,21 @@ def test_an_average_lies_between(tmp_path):
     np.testing.assert_array_equal(load_file(tmp_path / "mixed" / "model.safetensors")["a.weight"], found)
 
 
-def test_two_processes_train_a_stage_of_it_as_one(tmp_path):
-    """Started in two processes by ourselves, a recipe of the demonstration model has the losses of one process."""
+def test_two_processes_train_a_stage_of_it_as_one(tmp_path, monkeypatch):
+    """Started in two processes by ourselves, a recipe of the demonstration model has the losses of one process; processes that fail are
+    told of."""
     texts = itertools.islice(documents(1, split="train"), 40)
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    write_base(tmp_path / "base")
+    write_base(tmp_path / "base", 500)
     own = [f"model={tmp_path / 'base'}", f'data=["text:{tmp_path / "data.jsonl"}"]', "steps=3", "log_every=1", "precision=fp32"]
     own += ["device=cpu", "batch_size=4", "held_out=2"]
     for processes, size in ((1, 4), (2, 2)):
         out = tmp_path / str(processes)
         train("demo-pretrain", [*own, f"out={out}", f"device_batch_size={size}"], out, processes)
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
-    with pytest.raises(Zamba2Error, match="ended with exit code"):
-        train("demo-pretrain", [*own, f"out={tmp_path / '2'}", "device_batch_size=1", "model=nowhere/to"], tmp_path / "2", 2)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(Zamba2Error, match="in 2 processes ended with exit code 1"):
+        train("demo-pretrain", [*own, "device_batch_size=2"], tmp_path / "3", 2)
 
 
 @pytest.mark.parametrize("content", [b"", b"- a", b"{", b"\xff\xfe", b"a: &x [*x]", b"[" * 5000, b"x" * 2_000_000])

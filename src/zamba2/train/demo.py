@@ -76,8 +76,10 @@ CONFIG = Config(
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: documents and conversations to learn from, prompts to sample pairs for, prompts and texts to measure on."""
+    """How much of everything: texts to learn the tokenizer from, documents and conversations to learn from, prompts to sample pairs for,
+    prompts and texts to measure on."""
 
+    vocabulary: int = 50_000
     documents: int = 40_000
     conversations: int = 300_000
     practice: int = 150_000
@@ -94,7 +96,7 @@ def build(
     changes: to the recipes, KEY=VALUE. processes: to share each training step. Raises Zamba2Error.
     """
     sizes = sizes or Sizes()
-    write_base(folder / "base")
+    write_base(folder / "base", sizes.vocabulary)
     write_data(folder / "data", sizes)
     for stage, source in SOURCES.items():
         if stage in AVERAGES:
@@ -282,17 +284,17 @@ def tokenizer_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def write_base(folder: Path, seed: int = SEED) -> None:
-    """config.json, new weights and the tokenizer's files; what is there already stays."""
+def write_base(folder: Path, texts: int, seed: int = SEED) -> None:
+    """config.json, new weights and the tokenizer's files, which is learnt from so many texts; what is there already stays."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").exists():
         return
 
     def lines() -> Iterator[str]:
-        for task in itertools.islice(tasks(f"tokenizer {seed}", split="train"), 40_000):
+        for task in itertools.islice(tasks(f"tokenizer {seed}", split="train"), texts * 4 // 5):
             for message in task.messages:
                 yield from message["content"].split("\n")
-        for text in itertools.islice(documents(f"tokenizer {seed}", split="train"), 10_000):
+        for text in itertools.islice(documents(f"tokenizer {seed}", split="train"), texts // 5):
             yield from text.split("\n")
 
     ids = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_id, "pad_token_id": CONFIG.pad_token_id}
