@@ -23,7 +23,7 @@ from zamba2.runtime.calibrate import FEWEST_TOKENS, second_moments
 from zamba2.weights import calibration
 from zamba2.weights.calibration import Moments, correct, factor
 from zamba2.weights.files import TensorFile
-from zamba2.weights.formats import FORMATS, GROUP, Format, pack, quantize, unpack
+from zamba2.weights.formats import FORMATS, GROUP, Format, best_scales, pack, rounded, unpack, widened
 from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import parts
 
@@ -106,17 +106,28 @@ def test_outputs_suffer_less(cols: int, format: Format) -> None:
         assert (((own - weights) @ x.T) ** 2).sum() <= 0.5 * (((plain - weights) @ x.T) ** 2).sum()
 
 
+def test_moments_are_kept_block_by_block() -> None:
+    """Of inputs wider than two blocks each block has its own columns' products, of all rows, and the last one what is left."""
+    x, moments = correlated(40, 2 * calibration.SPAN + 33), Moments(2 * calibration.SPAN + 33)
+    for part in np.array_split(x, 2):
+        moments.add(part)
+    spans = np.split(x, [calibration.SPAN, 2 * calibration.SPAN], axis=1)
+    for block, own in zip(moments.blocks, spans, strict=True):
+        np.testing.assert_allclose(block, own.T @ own, rtol=1e-3, atol=1e-5 * np.abs(block).max())
+
+
 def test_importance_chooses_scales() -> None:
-    """Scales of least weighed error have no more of it than those of least error; equal weights change nothing."""
-    rng = np.random.default_rng(4)
-    groups, importance = rng.standard_normal((400, GROUP)).astype(np.float32), np.exp(2 * rng.standard_normal(GROUP)).astype(np.float32)
+    """By scales of least weighed error no group has more of it than by those of least error, and all together less than half."""
+    rng, q4 = np.random.default_rng(4), FORMATS["q4"]
+    columns = rng.standard_normal((GROUP, 400)).astype(np.float32)
+    importance = np.exp(2 * rng.standard_normal((GROUP, 1))).astype(np.float32)
 
-    def error(codes: np.ndarray, scales: np.ndarray) -> float:
-        return float((importance * (groups - codes * scales[:, None].astype(np.float32)) ** 2).sum())
+    def errors(scales: np.ndarray) -> np.ndarray:
+        wide, inverse = widened(scales)
+        return (importance * (columns - rounded(columns, inverse, q4) * wide) ** 2).sum(0)
 
-    assert error(*quantize(groups, FORMATS["q4"], importance)) <= 0.97 * error(*quantize(groups, FORMATS["q4"]))
-    for one, other in zip(quantize(groups, FORMATS["q4"], np.ones(GROUP, np.float32)), quantize(groups, FORMATS["q4"]), strict=True):
-        assert np.array_equal(one, other)
+    weighed, plain = errors(best_scales(columns, q4, importance)), errors(best_scales(columns, q4))
+    assert (weighed <= plain).mean() >= 0.95 and weighed.sum() <= 0.5 * plain.sum()
 
 
 # ---- what the engine shows ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -45,6 +46,8 @@ def test_published_sizes(name: str) -> None:
     assert config.kv_bytes_per_token(4) == 2 * kv_bytes
     assert same_digits(config.ssm_state_bytes / MIB, ssm)
     assert same_digits(config.conv_state_bytes(2, columns=4) / MIB, conv)
+    backbone = dataclasses.replace(config, hybrid_layer_ids=(), num_mem_blocks=1)
+    assert backbone.weights_per_token() == backbone.num_parameters  # the table is read by the head, and nothing twice
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -104,12 +107,14 @@ def test_spellings() -> None:
         changed(layers_block_type=newer, hybrid_layer_ids=...),
         changed(hybrid_layer_ids=...),
         changed(layers_block_type=...),
-        changed(layers_block_type=..., layer_types=newer),
+        changed(layers_block_type=..., hybrid_layer_ids=..., layer_types=newer),
         changed(rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
         changed(num_key_value_heads=..., intermediate_size=..., ffn_hidden_size=...),
         changed(unknown_future_key=[1, {"a": None}]),
     ):
         assert Config.from_dict(data) == PRESETS["2.7b"]
+    beside = Config.from_dict(changed(rope_theta=5e5, rope_parameters={"rope_type": "default"}))
+    assert beside.rope_theta == 5e5
 
 
 def test_token_ids() -> None:
@@ -139,6 +144,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "head size": (changed(mamba_headdim=32), "mamba_headdim"),
     "attention width": (changed(attention_hidden_size=2560), "attention_hidden_size"),
     "attention head": (changed(attention_head_dim=80), "attention_head_dim"),
+    "other attention head": (changed(head_dim=80), "head_dim"),
     "MLP width": (changed(ffn_hidden_size=1), "ffn_hidden_size"),
     "layer lists": (changed(hybrid_layer_ids=[6, 12]), "hybrid_layer_ids"),
     "layer count": (changed(num_hidden_layers=53), "layers_block_type"),
@@ -175,6 +181,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no layers": (changed(layers_block_type=..., hybrid_layer_ids=...), "layers_block_type"),
     "null": (changed(vocab_size=None), "vocab_size"),
     "zero": (changed(hidden_size=0), "hidden_size"),
+    "no heads": (changed(n_mamba_heads=0, mamba_headdim=...), "n_mamba_heads"),
     "negative": (changed(vocab_size=-32000), "vocab_size"),
     "text": (changed(hidden_size="2560"), "hidden_size"),
     "fraction": (changed(num_hidden_layers=54.0), "num_hidden_layers"),

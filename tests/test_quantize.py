@@ -328,7 +328,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor of another dtype": (
         tensors(lambda t: t.update({"final_layernorm.weight": ("I32", *t["final_layernorm.weight"][1:])})), "final_layernorm.weight is I32",
     ),
-    "a NaN": (tensors(nan_vector), "not finite"),
+    "a NaN": (tensors(nan_vector), "tensor final_layernorm.weight has values that are not finite"),
     "another version": (header(lambda about: about.update(version=99)), "version 99"),
     "an unknown format": (header(lambda about: about.update(format="q3")), "no format 'q3'"),
     "an unknown format of embeddings": (header(lambda about: about.pop("embeddings")), "no format 'None'"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zamba2.errors import Zamba2Error
-from zamba2.language.sampling import Sampler, Sampling, distribution, log_softmax, top_logprobs
+from zamba2.language.sampling import Sampler, Sampling, _draw, distribution, log_softmax, top_logprobs
 
 V = 50
 
@@ -135,6 +135,16 @@ def test_top_p_is_the_smallest_sufficient_set():
             assert mass >= top_p - 1e-12 and mass - probabilities[kept].min() < top_p
             assert np.delete(probabilities, kept).max(initial=0.0) <= probabilities[kept].min()
     assert np.count_nonzero(distribution(logits_of(0), Sampling(temperature=1.0, top_p=0.0))) == 1
+    assert np.count_nonzero(distribution(np.zeros(4), Sampling(temperature=1.0, top_p=0.5))) == 2  # reached exactly
+
+
+def test_no_draw_is_impossible():
+    """The least and the largest number that the generator gives never draw a weight of 0, whatever the weights add up to."""
+    rng = np.random.default_rng(0)
+    for total in (1.0, 1.0 + 2.0**-52, 2.0, 2.0 - 2.0**-52, *(1 + rng.exponential(size=50))):
+        weights = np.array([0.0, 1.0, total - 1, 0.0])
+        assert _draw(weights, 0.0) == 1
+        assert _draw(weights, 1 - 2.0**-53) in ((1, 2) if total > 1 else (1,))
 
 
 def test_penalties_count_prompt_and_output_apart():

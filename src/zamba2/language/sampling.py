@@ -227,8 +227,8 @@ def _nucleus(weights: Floats, top_p: float) -> Ids:
 
 def _draw(weights: Floats, uniform: float) -> int:
     """Inverse CDF: the index at which the running sum first exceeds uniform * total; never one of weight 0."""
-    cdf = np.cumsum(weights)
-    return int(np.searchsorted(cdf, min(uniform * cdf[-1], np.nextafter(cdf[-1], 0)), side="right"))
+    cdf = np.cumsum(weights)  # ends at 1 or more, so that a number below 1 times it is below it
+    return int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
 
 
 def _check_bias(sampling: Sampling, vocab_size: int) -> None:

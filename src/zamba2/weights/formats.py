@@ -148,20 +148,19 @@ def round_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def quantize(grouped: Floats, format: Format, importance: Floats | None = None) -> tuple[Codes, npt.NDArray[np.float16]]:
+def quantize(grouped: Floats, format: Format) -> tuple[Codes, npt.NDArray[np.float16]]:
     """Codes (..., 32) and fp16 scales (...) of groups (..., 32): the scale of least squared error among a few candidates.
 
     q8: the largest magnitude becomes 127. q4: the value of largest magnitude becomes -8, or a scale somewhat smaller or
-    larger than that, each refitted to its codes by least squares, in fp16 as stored. importance: weights of the squared
-    errors, (..., 32) or what broadcasts to it (default: all alike). Raises Zamba2Error for what fp16 scales cannot hold.
+    larger than that, each refitted to its codes by least squares, in fp16 as stored. Raises Zamba2Error for what fp16 scales
+    cannot hold.
     """
     shape = grouped.shape[:-1]
     columns = np.ascontiguousarray(grouped.reshape(-1, GROUP).T)  # a row per input: scales lie side by side, as numpy likes them
-    weights = None if importance is None else np.broadcast_to(importance, grouped.shape).reshape(-1, GROUP).T
     codes, scales = np.empty_like(columns), np.empty(columns.shape[1], dtype=np.float16)
     for start in range(0, columns.shape[1], AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        scales[some] = best_scales(columns[:, some], format, None if weights is None else weights[:, some])
+        scales[some] = best_scales(columns[:, some], format)
         codes[:, some] = rounded(columns[:, some], widened(scales[some])[1], format)
     return codes.T.reshape(*shape, GROUP).astype(np.int32), scales.reshape(shape)
 
@@ -171,7 +170,8 @@ AT_ONCE = 1024  # groups, so that what is computed on the way stays in a second-
 
 
 def best_scales(columns: Floats, format: Format, importance: Floats | None = None) -> npt.NDArray[np.float16]:
-    """``quantize``'s scales (n,) of groups that are the columns of (32, n)."""
+    """``quantize``'s scales (n,) of groups that are the columns of (32, n). importance: weights of the squared errors, (32, n) or what
+    broadcasts to it (default: all alike)."""
     peak = np.take_along_axis(columns, np.abs(columns).argmax(0, keepdims=True), 0)[0]
     if format.name == "q8":
         return _stored(np.abs(peak) / np.float32(127), format)
