@@ -504,6 +504,7 @@ BAD_STATES: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "no conversation": (lambda t: about(t, note=""), "no conversation"),
     "half a conversation": (lambda t: note(t, text=None), "not a complete saved conversation"),
     "unread token out of range": (lambda t: note(t, unread=[1024]), "not a complete saved conversation"),
+    "read token out of range": (lambda t: note(t, history=[1024]), "not a complete saved conversation"),
     "unknown role": (lambda t: note(t, messages=[{"role": "pope", "content": ""}]), "role 'pope'"),
 }  # fmt: skip
 

@@ -419,6 +419,19 @@ def test_templates_that_rewrite_the_past(model: LanguageModel, watched: Watched)
             assert conversation.cached_tokens == 0
 
 
+def test_a_token_across_the_border_is_read_anew(model: LanguageModel, watched: Watched) -> None:
+    """Where a template lets a turn's text grow together with the reply before it, the turn reads the tokens of the whole text."""
+    (a,) = model.tokenizer.encode("a", add_special_tokens=False)
+    with template(model, "{% for m in messages %}{{ m.content }}{% endfor %}"):
+        for forgets in (False, True):
+            conversation = begin(model, watched)
+            assert say(conversation, "Once", max_tokens=1, logit_bias={a: 1000.0}) == ([a], " a")
+            if forgets:  # as one that an older version saved does
+                conversation.history = []
+            expected = model.chat([*conversation.messages, {"role": "user", "content": "nd then"}], **OPTIONS)
+            assert say(conversation, "nd then") == (expected.tokens, expected.text)
+
+
 def test_many_turns_stay_exact(model: LanguageModel, watched: Watched) -> None:
     """After twenty short turns, a third of them interrupted, the state still equals that of one reading."""
     conversation, reference = begin(model, watched), Reference(model)
@@ -436,7 +449,8 @@ def test_many_turns_stay_exact(model: LanguageModel, watched: Watched) -> None:
 def test_penalties_see_the_whole_conversation(tmp_path: Path) -> None:
     """A repetition penalty counts what earlier turns said as well, also in a conversation that was saved and loaded."""
     model = zamba2.load("random", threads=1)
-    options: dict[str, Any] = {"max_tokens": 12, "repetition_penalty": 1.7}
+    few = model.tokenizer.encode("t a s w the o b m and f c to", add_special_tokens=False)  # so that what was said would be said again
+    options: dict[str, Any] = {"max_tokens": 3, "repetition_penalty": 50.0, "logit_bias": dict.fromkeys(few, 1000.0)}
     conversation = model.conversation()
     for content in ("one", "two", "three"):
         wanted = model.chat([*conversation.messages, {"role": "user", "content": content}], **options)
@@ -448,11 +462,12 @@ def test_penalties_see_the_whole_conversation(tmp_path: Path) -> None:
 
 
 def test_a_reply_cut_at_a_stop_text_costs_its_own_tokens_alone() -> None:
-    """Behind a reply that ended at a stop text the next turn reads that reply and what is new, and answers as reading everything does."""
+    """Behind replies that ended at a stop text the next turn reads the last of them and what is new, and answers as one that reads all."""
     model = zamba2.load("random", threads=1)
-    whole = model.chat([{"role": "user", "content": "one"}], max_tokens=12).text
-    conversation = model.conversation()
-    reply = "".join(piece.text for piece in conversation.say("one", max_tokens=12, stop=[whole[4:7]]))
-    assert reply == whole[: whole.index(whole[4:7])]
-    wanted = model.chat([*conversation.messages, {"role": "user", "content": "two"}], max_tokens=8).text
-    assert "".join(piece.text for piece in conversation.say("two", max_tokens=8)) == wanted and conversation.cached_tokens > 5
+    conversation, cached = model.conversation(), [0]
+    for content in ("one", "two", "three"):
+        whole = model.chat([*conversation.messages, {"role": "user", "content": content}], max_tokens=12).text
+        reply = "".join(piece.text for piece in conversation.say(content, max_tokens=12, stop=[whole[4:7]]))
+        assert reply == whole[: whole.index(whole[4:7])]
+        cached.append(conversation.cached_tokens)
+    assert cached[:2] == [0, 0] and cached[2] > 5 and cached[3] > cached[2] + 5

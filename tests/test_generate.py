@@ -171,6 +171,28 @@ def test_end_token_at_once(model: LanguageModel) -> None:
     assert model.generate(PROMPTS[0], max_tokens=6, logit_bias={2: 1000.0}, ignore_eos=True).tokens == [2] * 6
 
 
+class Only:
+    """Allows one token after the other."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def mask(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        masked = np.full_like(scores, -np.inf)
+        masked[self.tokens[0]] = 0
+        return masked
+
+    def accept(self, token: int) -> None:
+        assert token == self.tokens.pop(0)
+
+
+def test_an_end_token_inside_a_character(model: LanguageModel) -> None:
+    """What was held of a character that an end token cuts is in the text, as in that of all tokens decoded together."""
+    half = model.tokenizer._backend.token_to_id("<0xC3>")
+    result = model.generate(PROMPTS[0], constraint=Only([half, 2]))
+    assert (result.tokens, result.text, result.finish_reason) == ([half, 2], "\ufffd", "stop")
+
+
 def test_special_tokens_stop_by_their_names(model: LanguageModel) -> None:
     """A stop text that is a special token's name ends the reply at that token, which has no text, and is named, also where it ends replies
     anyway or end tokens are ignored; its name written out in plain text stops as any text does."""

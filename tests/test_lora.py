@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("peft", reason="adapters are made with the extra [train]")
 import torch
-from strategies import MINIATURES, random_model
+from native_cases import CONFIGS
+from strategies import random_model
 
 import zamba2
 import zamba2.hf
@@ -23,12 +24,13 @@ from zamba2.train.recipe import Lora
 from zamba2.weights.checkpoint import save_checkpoint
 from zamba2.weights.formats import format_named
 from zamba2.weights.hub import RANDOM
+from zamba2.weights.lora import read_lora
 from zamba2.weights.packed import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-TOKENS = np.random.default_rng(0).integers(3, 60, 40).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(3, 60, 80).astype(np.int32)  # more than the MLP takes at once
 PREFIX = "base_model.model.model."
-SIZES = ["1.2b", "2.7b", "7b"]
+SIZES = ["1.2b", "gqa", "7b"]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def folder(tmp_path_factory):
     def make(size: str, targets: tuple[str, ...] = Lora().targets) -> Path:
         if (size, targets) not in made:
             place = made[size, targets] = tmp_path_factory.mktemp("lora")
-            save_checkpoint(random_model(MINIATURES[size], 0).to(torch.bfloat16), place / "base")
+            save_checkpoint(random_model(CONFIGS[size], 0).to(torch.bfloat16), place / "base")
             base = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(place / "base"), dtype="float32")
             model = add_lora(base, Lora(rank=5, targets=targets))
             generator = torch.Generator().manual_seed(1)
@@ -132,6 +134,14 @@ def test_states_know_their_adapter(folder, tmp_path):
         engine.new_state(adapter="c")
 
 
+@pytest.mark.parametrize(("settings", "scale"), [({}, 3 / 5), ({"use_rslora": True}, 3 / 5**0.5)])
+def test_the_scale_is_alpha_over_the_rank(folder, tmp_path, settings, scale):
+    """What an adapter adds is multiplied by lora_alpha / r, or by lora_alpha / sqrt(r) where it was trained so."""
+    shutil.copytree(folder("2.7b") / "adapter", tmp_path / "adapter")
+    edit(lora_alpha=3, **settings)(tmp_path / "adapter")
+    assert {part.scale for part in read_lora(tmp_path / "adapter", CONFIGS["2.7b"])} == {scale}
+
+
 def test_load_takes_an_adapter(folder):
     """`zamba2.load(adapter=FOLDER)` answers with it; PyTorch refuses."""
     place = folder("2.7b")
@@ -204,6 +214,7 @@ BAD = {
     "dora": (edit(use_dora=True), "use_dora is True"),
     "saved modules": (edit(modules_to_save=["lm_head"]), "modules_to_save"),
     "rank zero": (edit(r=0), "r is 0"),
+    "rank is true": (edit(r=True), "r is True"),
     "rank is text": (edit(r="5"), "r is '5'"),
     "other rank": (edit(r=6), "is needed: the adapter is for another model"),
     "alpha": (edit(lora_alpha=float("nan")), "lora_alpha is nan"),

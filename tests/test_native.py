@@ -7,6 +7,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeSta
 from zamba2.runtime.processors import default_threads
 from zamba2.weights import packed
 from zamba2.weights.formats import FORMATS, KV_FORMATS
+from zamba2.weights.synthetic import write_synthetic
 
 FORMAT_NAMES = list(FORMATS)
 # Everything is held to EXACT by norm. Single elements are too, relative to themselves or to the root mean square of all, but for two
@@ -348,6 +350,19 @@ def test_saved_state_goes_on(tmp_path: Path, name: str, format: str, kv: str) ->
             loaded.keep(0)
 
 
+def test_a_state_larger_than_one_piece(tmp_path: Path) -> None:
+    """A saved state is read in pieces of 1 MiB; one whose recurrent part is larger goes on with the same bits all the same."""
+    config = miniature(hidden_size=256, n_mamba_heads=8, mamba_d_state=128)
+    write_synthetic(config, packed.Packing.named("q8"), tmp_path / "model")
+    backend, tokens = NativeBackend(tmp_path / "model", config, threads=2), ids(config, 40)
+    assert config.ssm_state_bytes > 1 << 20
+    state, loaded = backend.new_state(), backend.new_state()
+    logits_of(backend, tokens, state)
+    state.save(tmp_path / "state")
+    loaded.load(tmp_path / "state")
+    assert same(logits_of(backend, tokens, loaded), logits_of(backend, tokens, state))
+
+
 @every_kv
 def test_saved_states_that_do_not_fit(tmp_path: Path, kv: str) -> None:
     """A state of another model, format or kind, a damaged one and none at all raise Zamba2Error and leave the state as it was."""
@@ -500,6 +515,25 @@ def test_errors_leave_states_alone() -> None:
     assert backend.forward([]) == []
     with pytest.raises(Zamba2Error, match="no adapter"):
         backend.new_state(adapter="x")
+
+
+def test_an_interrupted_prompt_is_not_half_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a row takes several calls of the engine and a later one is interrupted, its state is the one before all of them."""
+    config = CONFIGS["2.7b"]
+    backend, tokens = native(config, "q8"), ids(config, PREFILL_CHUNK + 20)
+    state = backend.new_state()
+    logits_of(backend, tokens[:5], state)
+    expected, read, calls = logits_of(backend, tokens, state.copy()), backend._read, iter(range(9))
+
+    def interrupted(*rest: Any) -> Any:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return read(*rest)
+
+    monkeypatch.setattr(backend, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        logits_of(backend, tokens, state)
+    assert state.position == 5 and same(logits_of(backend, tokens, state), expected)
 
 
 @pytest.mark.parametrize("format", ["bf16", "q8", "q4"])

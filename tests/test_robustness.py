@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,12 @@ def test_one_thread_for_each_core(machine: Path) -> None:
     assert processors_for(7) == [0, 1, 2, 3, 4, 5, 6]
     with pytest.raises(Zamba2Error, match="8 threads cannot be pinned to the 7 processors"):
         processors_for(8)
+
+
+def test_cores_that_the_system_does_not_tell(machine: Path) -> None:
+    """Where a container hides which processors are one core, each is taken for one."""
+    shutil.rmtree(machine / "sys" / "devices")
+    assert cores() == [[i] for i in range(7)] and default_threads() == 7
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,10 @@ class Conversation:
         end = [tokens.pop()] if last.token in self.tokenizer.eos_token_ids and last.finish_reason == "stop" else []
         whole = self.tokenizer.incremental(skip_special_tokens=False, after=request.tokens)
         if ahead or "".join([*map(whole.push, tokens), whole.flush()]) != reply:  # cut at a stop text or inside a character
+            cached = self.cached_tokens  # of this turn, whatever becomes of its state
             self._forget()
-            if asked is not None and asked.position == start + len(request.tokens):
+            self.cached_tokens = cached
+            if asked is not None:
                 self.state, self.text, self.history = asked, text, [*request.history, *request.tokens]
             return
         said = text + reply + self.tokenizer.decode(end, skip_special_tokens=False)

@@ -1,0 +1,63 @@
+"""Safetensors files in little: every dtype, reads that come in parts, descriptors, and lengths that do not fit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zamba2.errors import Zamba2Error
+from zamba2.weights.files import TensorFile, replacing, write_tensors
+from zamba2.weights.formats import round_bf16
+
+VALUES = np.array([[0.0, -1.5, 3.0], [6e-5, -65504.0, 0.333984375]])
+
+
+def write(path: Path, dtype: str, data: np.ndarray, shape: tuple[int, ...]) -> TensorFile:
+    write_tensors(path, [("x", dtype, shape, lambda: [data.reshape(-1).view(np.uint8).data])], {})
+    return TensorFile(path)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_floats_of_every_dtype(dtype: str, tmp_path: Path) -> None:
+    """A tensor of each floating-point dtype comes back as fp32 in its shape, each value the one that the dtype holds."""
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+    data = round_bf16(VALUES.astype(np.float32)) if dtype == "BF16" else VALUES.astype(kinds[dtype])
+    found = write(tmp_path / "x", dtype, data, VALUES.shape).floats("x")
+    expected = (data.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else data.astype(np.float32)
+    assert found.dtype == np.float32 and np.array_equal(found, expected)
+
+
+def test_a_tensor_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give fewer bytes than were asked for (it never gives 2 GB at once): the rest is read behind them."""
+    data = np.arange(100, dtype=np.int64)
+    file = write(tmp_path / "x", "I64", data, (100,))
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:7]], offset))
+    assert np.array_equal(np.frombuffer(file.read("x"), np.int64), data)
+
+
+def test_refused_files_are_closed(tmp_path: Path) -> None:
+    """A server that meets many damaged files keeps none of them open."""
+    (tmp_path / "bad").write_bytes(bytes(20))
+    with pytest.raises(Zamba2Error, match="not JSON"):
+        TensorFile(tmp_path / "bad")
+    free = os.open(tmp_path / "bad", os.O_RDONLY)
+    os.close(free)
+    with pytest.raises(Zamba2Error, match="not JSON"):
+        TensorFile(tmp_path / "bad")
+    again = os.open(tmp_path / "bad", os.O_RDONLY)
+    os.close(again)
+    assert again == free
+
+
+def test_a_tensor_of_another_length_is_not_written(tmp_path: Path) -> None:
+    """Pieces that are fewer or more bytes than the shape needs are an error, and no file appears."""
+    for length in (2, 4):
+        wrong = pytest.raises(ValueError, match=f"x has {4 * length} bytes, its shape and dtype need 12")
+        with wrong, replacing(tmp_path / "f") as temporary:
+            write(temporary, "F32", np.zeros(length, np.float32), (3,))
+    assert not list(tmp_path.iterdir())
+
