@@ -1,8 +1,9 @@
-"""Safetensors files in little: every dtype, reads that come in parts, descriptors, and lengths that do not fit."""
+"""Safetensors files in little: every dtype, reads that come in parts, descriptors, lengths that do not fit, and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -61,3 +62,16 @@ def test_a_tensor_of_another_length_is_not_written(tmp_path: Path) -> None:
             write(temporary, "F32", np.zeros(length, np.float32), (3,))
     assert not list(tmp_path.iterdir())
 
+
+def test_the_callers_handler_of_ctrl_c_comes_back(tmp_path: Path) -> None:
+    """Behind a file that was written, or was not, Ctrl-C does what it did before."""
+    before = signal.signal(signal.SIGINT, handler := lambda number, frame: None)
+    try:
+        with replacing(tmp_path / "f") as temporary:
+            temporary.touch()
+        assert signal.getsignal(signal.SIGINT) is handler
+        with pytest.raises(ValueError, match="full"), replacing(tmp_path / "g"):
+            raise ValueError("full")
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)

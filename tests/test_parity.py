@@ -479,6 +479,7 @@ def test_broken_index_is_one_sentence(shard: object, tmp_path: Path) -> None:
     index.write_text(json.dumps(data))
     with pytest.raises(Zamba2Error) as caught:
         load_model(folder)
+    assert ("a plain file name" in str(caught.value)) == (shard in SHARDS[:4])
     assert "\n" not in str(caught.value)
 
 
@@ -495,6 +496,8 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
     small = tmp_path / "small"
     small.mkdir()
-    (small / "tokenizer.json").write_text("{}")
+    names = ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
+    for name in (*names, "README.md"):
+        (small / name).write_text("{}")
     save_checkpoint(model, tmp_path / "whole", small_files_from=small)
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == sorted([*names, "config.json", "model.safetensors"])

@@ -23,6 +23,7 @@ import zamba2
 from zamba2 import api
 from zamba2.cli import run
 from zamba2.errors import Zamba2Error
+from zamba2.language.messages import CHATML
 from zamba2.language.model import LanguageModel
 from zamba2.runtime.backend import Row
 from zamba2.runtime.native import NativeBackend
@@ -104,10 +105,14 @@ def test_runs_without_torch(packed: Path) -> None:
 
 
 def test_format_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """format= packs into the user's cache on first use, says so, and reuses it; another format and a changed source pack anew."""
+    """format= packs into the user's cache on first use, says so, and reuses it; another format and a changed source pack anew. The small
+    files of a checkpoint come along."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source, cache = tmp_path / "source", tmp_path / "cache" / "zamba2" / "packed"
     shutil.copytree(RANDOM, source)
+    small = {"chat_template.jinja": CHATML, "special_tokens_map.json": "{}"}
+    for name, text in small.items():
+        (source / name).write_text(text)
     counts, packings = [], []
     for format in ("q8", "q8", "q4", "q8", None):
         if format is None:
@@ -119,6 +124,7 @@ def test_format_packs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         packings.append("packing" in capsys.readouterr().err)
     assert counts == [1, 1, 2, 2, 3]
     assert packings == [True, False, True, False, True]
+    assert all((copy / name).read_text() == text for copy in cache.iterdir() for name, text in small.items())
 
 
 def test_default_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

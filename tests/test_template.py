@@ -123,6 +123,7 @@ HOSTILE = {
     "shared lists": GROW + "[ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
     "shared tuples": GROW + "(ns.x, ns.x) %}{% endfor %}{{ ns.x == ns.x | list }}",
     "shared dicts": GROW + "{'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x | tojson }}",
+    "shared dicts printed": GROW.replace("100", "23").replace("a" * 20, "a") + "{'a': ns.x, 'b': ns.x} %}{% endfor %}{{ ns.x }}",
     "shared namespaces": GROW + "namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}",
     "shared namespaces raised": GROW + "namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ raise_exception(ns.x) }}",
     "long macro": "{% set x = 'a' * 3000000 %}{% macro m() %}{% for i in range(99999) %}{{ x }}{% endfor %}{% endmacro %}{{ m() }}",
@@ -213,6 +214,16 @@ def test_attacks_stay_small():
             with pytest.raises(Zamba2Error):
                 render(HOSTILE[name], USER)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000 * (1024 if sys.platform == "darwin" else 1)
+
+
+def test_values_are_bounded_together():
+    """Values of which none is too large are refused where they are too much in all; the next rendering has a budget of its own."""
+    long = [{"role": "user", "content": "a" * 3_000_000}]
+    text = "{% for i in range(N) %}{% set x = messages[0].content | upper %}{% endfor %}"
+    for _ in range(2):
+        assert render(text.replace("N", "15"), long) == ""
+        with pytest.raises(Zamba2Error, match=f"{module.TOTAL} in all"):
+            render(text.replace("N", "25"), long)
 
 
 def test_deadline_holds_on_any_thread_and_trace_functions_return():
