@@ -148,7 +148,11 @@ def copied(packed: Path, tmp_path: Path) -> Path:
 LAST = "max(entry.start for entry in model.backend.file.entries.values() if entry.dtype == 'U8')"
 
 
-@pytest.mark.parametrize(("before", "left"), [("", "4096"), ("import faulthandler; faulthandler.enable()\n", "4096"), ("", LAST)])
+@pytest.mark.parametrize(
+    ("before", "left"),
+    [("", "4096"), ("import faulthandler; faulthandler.enable()\n", "4096"), ("", LAST)],
+    ids=["plain", "another handler", "last matrix"],
+)
 def test_file_cut_while_it_is_read(before: str, left: str, packed: Path, tmp_path: Path) -> None:
     """Cut in the middle of a call, by whichever thread reads it: one sentence and exit code 2, other handlers or not, be it that the last
     matrix alone is missing."""
