@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from zamba2.cli import run
 from zamba2.config import Config
 from zamba2.model import model as model_module
+from zamba2.runtime import calibrate
 from zamba2.runtime.calibrate import FEWEST_TOKENS, second_moments
+from zamba2.runtime.native import PREFILL_CHUNK
 from zamba2.weights import calibration
 from zamba2.weights.calibration import Moments, correct, factor
 from zamba2.weights.files import TensorFile
@@ -157,6 +159,20 @@ def test_moments_are_of_the_models_own_inputs(name: str) -> None:
         (moment,) = found[part.name].blocks
         expected = (x.T @ x).numpy()
         assert np.abs(moment - expected).max() <= 2e-3 * np.abs(expected).max(), part.name
+
+
+def test_a_long_text_is_read_in_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a context's tokens a new state begins, so the sums are those of its parts read alone; progress ends at the text's length."""
+    config = CONFIGS["2.7b"]
+    backend, tokens = native(config, "q8"), ids(config, PREFILL_CHUNK + 20)
+    progress: list[tuple[int, int]] = []
+    monkeypatch.setattr(calibrate, "CONTEXT", PREFILL_CHUNK)
+    whole = second_moments(backend, tokens, progress=lambda *now: progress.append(now))
+    apart = [second_moments(backend, part) for part in (tokens[:PREFILL_CHUNK], tokens[PREFILL_CHUNK:])]
+    assert progress == [(PREFILL_CHUNK, len(tokens)), (len(tokens), len(tokens))]
+    for name, moments in whole.items():
+        for block, one, other in zip(moments.blocks, *(part[name].blocks for part in apart), strict=True):
+            np.testing.assert_allclose(block, one + other, rtol=1e-4, atol=1e-5 * np.abs(block).max())
 
 
 def test_observing_ends() -> None:
