@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,10 @@ def test_least_recently_used_goes_first(model: LanguageModel) -> None:
     assert cache.nbytes <= room and cache.find([*made[1][0], 5]) is None
     found = cache.find([*made[0][0], 5])
     assert found is not None and found.tokens == 20 and found.state.position == 20
+    again = cache_of(model, most_bytes=room)
+    for number in (0, 1, 0, 2, 3):  # the first is put a second time
+        again.put(*made[number])
+    assert again.find([*made[0][0], 5]) is not None and again.find([*made[1][0], 5]) is None
     small = cache_of(model, most_bytes=10)
     small.put(*made[0])
     assert len(small) == 0 and small.nbytes == 0
@@ -126,12 +131,30 @@ def test_the_longest_beginning_counts(model: LanguageModel) -> None:
         cache.put(tokens[:length], state)
     found = [cache.find(tokens[:n]) for n in (60, 41, 40, 25, 11, 10, 3)]
     assert [one and one.tokens for one in found] == [40, 40, 25, 10, 10, None, None]
+    assert (cache.hits, cache.misses, cache.cached_tokens) == (5, 2, 125)
     assert cache.find(tokens, adapter="other") is None
+    other = Slow(model.backend.new_state())
+    model.backend.forward([Row(np.array(tokens[:40], np.int32), other.state, logits=0)])
+    other.adapter = "other"  # type: ignore[attr-defined]
+    cache.put(tokens[:40], other)  # type: ignore[arg-type]
+    assert len(cache) == 4 and cache.find(tokens, adapter="other") is not None
     assert cache.find([*tokens[:9], 7, 8, 9, 10]) is None
     with pytest.raises(ValueError, match="has read 5 tokens, not 6"):
         state = model.backend.new_state()
         model.backend.forward([Row(np.array(tokens[:5], np.int32), state, logits=0)])
         cache.put(tokens[:6], state)
+
+
+def test_the_longest_text_gives_its_tokens(model: LanguageModel) -> None:
+    """Of known texts that a text begins with the longest gives the tokens it was kept with, unless a token of the text reaches over its
+    end."""
+    cache, more = cache_of(model), CLOSING + "<|im_start|>user\nHi" + CLOSING
+    first, second, third = states(model, [20, 30, 40])
+    for (tokens, state), text in ((second, more), (first, CLOSING), (third, "Hel")):
+        cache.put(tokens, state, text)
+    rest = "<|im_start|>assistant\n"
+    assert cache.encode(more + rest, lambda part: plain(model, part)) == [*second[0], *plain(model, rest)]
+    assert cache.encode("Hello", lambda part: plain(model, part)) == plain(model, "Hello")
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -313,7 +336,7 @@ def test_memory_lets_go_what_disk_keeps(model: LanguageModel, tmp_path: Path) ->
     assert not list(tmp_path.iterdir()) and cache.disk_nbytes == 0 and len(cache) <= 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "no state", "other tokens", "no json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "no state", "other tokens", "no json", "another's"])
 def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     """A file that is half-written, foreign or altered is never used: it is said and the prompt is read from the start."""
     ((tokens, state),) = states(model, [33])
@@ -327,6 +350,8 @@ def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, cap
         file.write_bytes(b"")
     elif damage == "foreign":
         file.write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ")
+    elif damage == "another's":
+        states(model, [20])[0][1].save(file)
     elif damage == "no state":
         file.unlink()
     elif damage == "other tokens":
@@ -355,14 +380,18 @@ def test_leftovers_of_a_killed_process(model: LanguageModel, tmp_path: Path) -> 
 def test_a_smaller_disk_at_the_next_start(model: LanguageModel, tmp_path: Path) -> None:
     """Started again with less room, the cache keeps what was written last."""
     made = states(model, [20, 30, 40])
-    first = cache_of(model, folder=tmp_path)
-    for tokens, state in made:
-        first.put(tokens, state)
-    first.flush()
-    cache = cache_of(model, folder=tmp_path, disk_bytes=on_disk(tmp_path) - 1)
-    cache.flush()
-    assert cache.disk_nbytes == on_disk(tmp_path) <= cache.disk_bytes
-    assert [cache.find([*tokens, 5]) is not None for tokens, _ in made] == [False, True, True]
+    for oldest in range(3):  # in whatever order the folder names them
+        folder = tmp_path / str(oldest)
+        first = cache_of(model, folder=folder)
+        for tokens, state in (made[oldest], *made):
+            first.put(tokens, state)
+            first.flush()
+            for file in folder.glob("*.state"):
+                os.utime(file, ns=(0, file.stat().st_mtime_ns - 10**9))
+        cache = cache_of(model, folder=folder, disk_bytes=on_disk(folder) - 1)
+        cache.flush()
+        assert cache.disk_nbytes == on_disk(folder) <= cache.disk_bytes
+        assert [cache.find([*tokens, 5]) is not None for tokens, _ in made] == [number != oldest for number in range(3)]
 
 
 # ---- the disk keeps nobody waiting -----------------------------------------------------------------------------------
@@ -375,6 +404,7 @@ def test_writing_keeps_nobody_waiting(model: LanguageModel, tmp_path: Path, asid
     cache.put(tokens, slow, CLOSING)  # type: ignore[arg-type]
     assert slow.begun.wait(30)
     cache.put(*other)
+    cache.put(tokens, state, CLOSING)  # which is no reason to write it twice
     for prompt, length in (([*tokens, 5], 70), ([*other[0], 5], 30)):
         found = aside(cache.find, prompt).result(30)
         assert found is not None and found.tokens == length
@@ -403,6 +433,33 @@ def test_dropped_while_it_is_written(model: LanguageModel, tmp_path: Path) -> No
     assert cache.nbytes == recounted(cache) <= cache.most_bytes and cache.disk_nbytes == on_disk(tmp_path)
     again = cache_of(model, folder=tmp_path).find([*tokens, 5])
     assert again is not None and again.tokens == 70
+
+
+def test_dropped_while_the_disk_refuses_it(model: LanguageModel, tmp_path: Path) -> None:
+    """A state that memory has no room for while it is written, and that the disk does not take in the end, is gone, and counted."""
+    (tokens, state), other = states(model, [70, 30])
+    slow, cache = Slow(state), cache_of(model, folder=tmp_path, most_bytes=state.nbytes)
+    slow.state = None  # so that saving fails
+    slow.memory, slow.position, slow.adapter = state.memory, state.position, state.adapter  # type: ignore[attr-defined]
+    cache.put(tokens, slow)  # type: ignore[arg-type]
+    assert slow.begun.wait(30)
+    cache.put(*other)
+    slow.go.set()
+    cache.flush()
+    assert len(cache) == 1 == cache.unsaved and cache.find([*tokens, 5]) is None and cache.disk_nbytes == on_disk(tmp_path)
+
+
+def test_what_the_disk_has_leaves_memory_first(model: LanguageModel, tmp_path: Path) -> None:
+    """Where memory is too small, states go first that are on disk too: the others would be lost."""
+    alone, saved, more = states(model, [20, 20, 20])
+    cache = cache_of(model, folder=tmp_path, most_bytes=2 * alone[1].nbytes)
+    slow = Slow(alone[1])
+    slow.go.set()
+    slow.save = lambda path, *, note="": 1 / 0  # type: ignore[method-assign, assignment, misc]
+    for tokens, state in ((alone[0], slow), saved, more):
+        cache.put(tokens, state)  # type: ignore[arg-type]
+        cache.flush()
+    assert cache.dropped == 1 and all(cache.find([*tokens, 5]) is not None for tokens, _ in (alone, saved, more))
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -545,6 +602,19 @@ def test_forgotten_while_it_is_read(model: LanguageModel, tmp_path: Path, aside:
     assert (finding.result(30) is not None) == (how == "put again")
     assert capsys.readouterr().err == "" and reading.cache.nbytes == recounted(reading.cache)
     reading.cache.flush()
+
+
+def test_put_again_while_its_file_turns_out_bad(model: LanguageModel, tmp_path: Path, aside: Any) -> None:
+    """A state that is put again while its damaged file is read is found, and written again."""
+    reading, (_, state) = Reading(model, tmp_path), states(model, [70])[0]
+    next(tmp_path.glob("*.state")).write_bytes(b"")
+    finding = aside(reading.cache.find, [*reading.tokens, 5])
+    assert reading.begun.wait(30)
+    reading.cache.put(reading.tokens, state)
+    reading.go.set()
+    assert finding.result(30) is not None
+    reading.cache.flush()
+    assert cache_of(model, folder=tmp_path).find([*reading.tokens, 5]) is not None
 
 
 def test_a_folder_that_is_removed(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -641,8 +641,11 @@ def test_failed_calls_of_fastchat_are_asked_again(bench: Bench) -> None:
     with ScriptedJudge() as server:
         judge_answers(server.endpoint(), bench.requests(), bench.judgments)
         rows = lines_of(bench.judgments)
+        assert len(unjudged(bench.requests(), bench.judgments, "another judge")) == TURNS  # whose ratings these are not
         write_lines(bench.judgments, [rows[0] | {"judgment": "$ERROR$", "score": -1}, *rows[1:]])
-        assert judge_answers(server.endpoint(), bench.requests(), bench.judgments).made == 1
+        seen: list[tuple[int, int]] = []
+        again = judge_answers(server.endpoint(), bench.requests(), bench.judgments, progress=lambda *numbers: seen.append(numbers))
+        assert again.made == 1 and seen == [(TURNS - 1, TURNS), (TURNS, TURNS)]
         assert server.asked[-1] == rows[0]["user_prompt"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import zamba2
@@ -113,6 +113,7 @@ def test_replies_are_those_of_a_request_alone(
     assert scheduler.close(10) == 0 and not replies.errors
 
 
+@example(position=0, more=ALIGNED + SHORT, step=64, borders=[])
 @given(st.integers(0, 3000), st.integers(1, 3000), st.sampled_from([64, 128, 512]), st.lists(st.integers(0, 3000), max_size=4))
 def test_where_prompts_are_cut(position: int, more: int, step: int, borders: list[int]) -> None:
     """Stretches follow each other to the end, stop at each border, else at multiples of 64 and within the step, and leave no short rest."""
@@ -148,6 +149,7 @@ def test_a_long_prompt_stalls_nobody(model: LanguageModel, scheduler: Scheduler,
 def test_a_full_queue_refuses(scheduler: Scheduler, prompts: list[list[int]]) -> None:
     """One too many is refused with a time to come again; there is room again as soon as one has left."""
     replies = Replies(scheduler)
+    scheduler._recent.append(10.0)  # what a reply took
     replies.submit(0, prompts[0], max_tokens=100000, ignore_eos=True)
     while scheduler.counts()["waiting"]:
         time.sleep(0.001)
@@ -155,12 +157,14 @@ def test_a_full_queue_refuses(scheduler: Scheduler, prompts: list[list[int]]) ->
     replies.submit(2, prompts[2], max_tokens=3)
     with pytest.raises(Busy, match="2 requests are waiting, which is all there is room for") as error:
         replies.submit(3, prompts[3])
-    assert error.value.retry_after >= 1
+    assert error.value.retry_after == 30
     replies.jobs[0].cancel()
     replies.wait(1, 2)
     replies.submit(4, prompts[3], max_tokens=3)
     replies.wait(4)
     assert scheduler.cancelled == 1 and scheduler.counts() == {"waiting": 0, "reading": 0, "decoding": 0}
+    assert scheduler.finished == 3 and len(scheduler._recent) == 4
+    assert scheduler.prompt_tokens == sum(len(prompts[number]) for number in range(4))
 
 
 def test_time_is_up(scheduler: Scheduler, prompts: list[list[int]], alone: list[Generation]) -> None:
@@ -170,16 +174,21 @@ def test_time_is_up(scheduler: Scheduler, prompts: list[list[int]], alone: list[
     replies.submit(1, prompts[1], max_tokens=24)
     replies.wait(0, 1)
     assert isinstance(replies.errors[0], TimeIsUp) and replies.tokens(1) == alone[1].tokens
+    replies.submit(2, prompts[0], max_tokens=10**6, ignore_eos=True, seconds=-7.0)
+    replies.wait(2)
+    assert str(replies.errors[2]) == "the reply took longer than the -7 s that it may."
 
 
-def test_bad_requests_end_alone(scheduler: Scheduler, prompts: list[list[int]], alone: list[Generation]) -> None:
+def test_bad_requests_end_alone(
+    scheduler: Scheduler, prompts: list[list[int]], alone: list[Generation], model: LanguageModel
+) -> None:
     """Tokens out of range and adapters that are none end their own request."""
     replies = Replies(scheduler)
-    replies.submit(0, [5, 10**6])
+    replies.submit(0, [5, model.backend.config.vocab_size])
     replies.submit(1, prompts[1], max_tokens=24)
     replies.submit(2, [5], adapter="nobody's")
     replies.wait(0, 1, 2)
-    assert "token id 1000000 is out of range" in str(replies.errors[0]) and "nobody's" in str(replies.errors[2])
+    assert "token id 4096 is out of range" in str(replies.errors[0]) and "nobody's" in str(replies.errors[2])
     assert replies.tokens(1) == alone[1].tokens
 
 
@@ -233,6 +242,7 @@ def test_those_who_left_hold_no_place(scheduler: Scheduler, prompts: list[list[i
     replies.jobs[0].cancel()
     replies.wait(3)
     assert narrow.close(5) == 0 and narrow.counts() == {"waiting": 0, "reading": 0, "decoding": 0} and not replies.pieces[1]
+    assert narrow.cancelled == 2
 
 
 def test_a_fault_of_one_ends_it_alone(model: LanguageModel, prompts: list[list[int]], alone: list[Generation]) -> None:
@@ -261,12 +271,16 @@ def test_a_fault_of_one_ends_it_alone(model: LanguageModel, prompts: list[list[i
     assert scheduler.failed is None and scheduler.close(5) == 0
 
 
-def test_logprobs_of_a_prompt(model: LanguageModel, scheduler: Scheduler, prompts: list[list[int]]) -> None:
-    """The prompt's own tokens get the log-probabilities of one plain call, in stretches too."""
-    tokens = prompts[-1]
+def test_logprobs_of_a_prompt(model: LanguageModel, prompts: list[list[int]]) -> None:
+    """The prompt's own tokens get the log-probabilities of one plain call, in stretches too, also where a cache knows its beginning."""
+    tokens, cache, known = prompts[-1], cache_of(model), model.backend.new_state()
+    model.backend.forward([Row(np.array(tokens[:128], np.int32), known, logits=0)])
+    cache.put(tokens[:128], known)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
     replies = Replies(scheduler)
-    job = replies.submit(0, tokens, Prompt(logprobs=2), max_tokens=1, logprobs=1)
+    job = replies.submit(0, tokens, Prompt((192,), logprobs=2), max_tokens=1, logprobs=1)
     replies.wait(0)
+    assert scheduler.close(5) == 0 and job.cached_tokens == 0 and len(cache) == 1
     (scores,) = model.backend.forward([Row(np.array(tokens, np.int32), model.backend.new_state(), logits=len(tokens))])
     wanted = scores.numpy().astype(np.float64)
     wanted = wanted - np.log(np.exp(wanted - wanted.max(-1, keepdims=True)).sum(-1, keepdims=True)) - wanted.max(-1, keepdims=True)
@@ -274,6 +288,52 @@ def test_logprobs_of_a_prompt(model: LanguageModel, scheduler: Scheduler, prompt
     for i, found in enumerate(job.prompt_logprobs[1:]):
         assert found is not None and found.token == tokens[i + 1] and len(found.top) == 2
         assert found.logprob == pytest.approx(wanted[i, found.token], abs=1e-4)
+
+
+@pytest.mark.parametrize("how", ["its time is up", "its client leaves", "no memory", "the model fails", "shut down"])
+def test_a_reply_that_has_ended_has_ended(model: LanguageModel, prompts: list[list[int]], how: str) -> None:
+    """Whatever happens while a reply's end is read for its state, the reply came to its end: its caller is told that, once."""
+    jobs: list[Job] = []
+    calls, closing, go = itertools.count(1), threading.Event(), threading.Event()
+
+    class Ending:
+        config, together, stretch = model.backend.config, 1, 512
+
+        def new_state(self, *, adapter: str | None = None) -> Any:
+            return model.backend.new_state()
+
+        def forward(self, rows: Any) -> Any:
+            number = next(calls)
+            if number == 3 and how == "its time is up":  # in the call that the last token comes of
+                jobs[0].end = 0.0
+            if number == 3 and how == "its client leaves":
+                jobs[0].cancel()
+            if number == 4 and how == "shut down":
+                closing.set()
+                assert go.wait(30)
+            if number >= 4 and how == "no memory":
+                raise Zamba2Error("there is no memory for one more state.")
+            if number == 4 and how == "the model fails":
+                raise MemoryError("no memory")
+            return model.backend.forward(rows)
+
+    scheduler = Scheduler(Ending(), model.tokenizer, cache=cache_of(model))
+    replies = Replies(scheduler)
+    with scheduler._condition:  # it begins when its job is known here
+        jobs.append(replies.submit(0, prompts[0], Prompt(closing=plain(model, CLOSING)), max_tokens=3, ignore_eos=True))
+    if how == "shut down":
+        assert closing.wait(30)
+        threading.Timer(0.05, go.set).start()
+        assert scheduler.close() == 0
+    if how == "its client leaves":
+        while not scheduler.finished or any(scheduler.counts().values()):
+            time.sleep(0.001)
+        assert scheduler.close(5) == 0 and replies.received.qsize() == 2  # nothing more
+    else:
+        replies.wait(0)
+        scheduler.close(5)
+        assert len(replies.tokens(0)) == 3 and not replies.errors and replies.received.empty()
+    assert (scheduler.finished, scheduler.cancelled) == (1, 0)
 
 
 # ---- with a cache ----------------------------------------------------------------------------------------------------
@@ -338,6 +398,32 @@ def test_other_endings_reuse_the_border(model: LanguageModel) -> None:
     assert scheduler.close(5) == 0
 
 
+def test_a_state_kept_on_the_way_stays_as_it_was(model: LanguageModel) -> None:
+    """What is kept where the last message begins is apart from the reply that goes on from there: asked again, the same is said."""
+    cache = cache_of(model)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    replies = Replies(scheduler)
+    messages = [{"role": "user", "content": "Name three fruits."}, {"role": "assistant", "content": "Pear, fig, apple."}]
+    jobs = [turn(model, cache, replies, i, [*messages, {"role": "user", "content": "Sort them."}], max_tokens=30) for i in range(2)]
+    assert [job.cached_tokens for job in jobs] == [0, *jobs[0].prompt.borders]
+    assert replies.tokens(1) == replies.tokens(0) and scheduler.close(5) == 0
+
+
+def test_what_a_state_has_read_beside_the_text_is_not_kept_as_the_text(model: LanguageModel) -> None:
+    """Behind a stop text no state is kept; one that has read tokens which the reply does not show is none of the reply's text."""
+    cache = cache_of(model)
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    replies = Replies(scheduler)
+    messages = [{"role": "user", "content": "Spell the word river."}]
+    turn(model, cache, replies, 0, messages, max_tokens=40, ignore_eos=True)
+    assert set(replies.tokens(0)[:-1]) & set(model.tokenizer.eos_token_ids)
+    turn(model, cache, replies, 1, messages, max_tokens=40, stop=(replies.text(0)[2:4],))
+    assert replies.pieces[1][-1].stop is not None and len(cache) == 1
+    more = [*messages, {"role": "assistant", "content": replies.text(0)}, {"role": "user", "content": "Again."}]
+    job = turn(model, cache, replies, 2, more, max_tokens=1)
+    assert list(job.request.tokens) == plain(model, model.tokenizer.render_chat(more)) and scheduler.close(5) == 0
+
+
 Left = tuple[Path, list[int], list[int]]
 
 
@@ -398,6 +484,8 @@ def test_leaving_the_disk(model: LanguageModel, left: Left, how: str, monkeypatc
     job = replies.submit(0, tokens, max_tokens=30, seconds=0.2 if how == "time" else 60.0)
     replies.submit(1, tokens, max_tokens=30)  # for which there is no room yet
     assert cache.asked.wait(60)
+    time.sleep(0.05)
+    assert len(scheduler._fetching) == 1
     if how == "shut down":
         assert scheduler.close() == 2
         cache.may.set()

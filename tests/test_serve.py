@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 import zamba2
 from zamba2.errors import Zamba2Error
+from zamba2.language.generate import TokenLogprob
 from zamba2.language.model import LanguageModel
 from zamba2.serve.cache import StateCache
-from zamba2.serve.scheduler import Scheduler
+from zamba2.serve.scheduler import Prompt, Scheduler, TimeIsUp
 from zamba2.train.instructions import tasks
 
 anthropic = pytest.importorskip("anthropic", reason="clients come with the extra [test]")
@@ -36,7 +37,21 @@ pytest.importorskip("fastapi", reason="the server needs the extra [serve]")
 
 from zamba2.commands.serve import bind, load_adapters, main, read_adapters, read_keys  # noqa: E402
 from zamba2.serve.app import Settings, create_app  # noqa: E402
-from zamba2.serve.protocol import TokenTexts  # noqa: E402
+from zamba2.serve.protocol import (  # noqa: E402
+    Ask,
+    ChatStream,
+    CompletionStream,
+    LegacyLogprobs,
+    MessageStream,
+    Reply,
+    ResponseBody,
+    ResponseStream,
+    Said,
+    TokenTexts,
+    chat_logprob,
+    problem_of,
+    token_counts,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HELLO = [{"role": "user", "content": "Spell the word river."}]
@@ -54,7 +69,10 @@ class Live:
         app = create_app(model, self.scheduler, self.cache, Settings(**{"model_name": "demo", "log": False, **(allow or {})}))
         self.socket = bind("127.0.0.1", 0, protected=False)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=5,
+            timeout_keep_alive=300,  # a connection that is closed while it is taken again would be a test's bad luck
+        )  # fmt: skip
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
 
@@ -189,6 +207,8 @@ def test_echo_with_logprobs(live: Live, model: LanguageModel, text: str) -> None
     assert "".join(c.text for c in chunks) == choice.text
     assert [p for c in chunks for p in c.logprobs.token_logprobs] == lists.token_logprobs
     assert [o for c in chunks for o in c.logprobs.text_offset] == lists.text_offset
+    bare = live.openai.completions.create(**asked | {"echo": False}).choices[0]
+    assert bare.text == own.text and bare.logprobs.text_offset == lists.text_offset[len(ids) :]
     alone = live.openai.completions.create(**asked | {"max_tokens": 0})
     assert alone.choices[0].text == text and alone.usage.completion_tokens == 0
     assert alone.choices[0].logprobs.token_logprobs == lists.token_logprobs[: len(ids)]
@@ -233,6 +253,9 @@ def test_models_and_tokens(live: Live, model: LanguageModel) -> None:
     text = live.post("/detokenize", tokens=tokens["tokens"][1:]).json()["prompt"]
     assert text == model.tokenizer.decode(tokens["tokens"][1:], skip_special_tokens=False)
     assert live.post("/tokenize", messages=HELLO).json()["tokens"] == model.tokenizer.encode_chat(HELLO)
+    assert live.post("/tokenize", prompt="One day ☃", add_special_tokens=False).json()["tokens"] == tokens["tokens"][1:]
+    bare = live.post("/tokenize", messages=HELLO, add_generation_prompt=False).json()["tokens"]
+    assert bare == model.tokenizer.encode_chat(HELLO, add_generation_prompt=False)
 
 
 def test_n_and_seeds(live: Live) -> None:
@@ -242,6 +265,9 @@ def test_n_and_seeds(live: Live) -> None:
     texts = [choice.text for choice in first.choices]
     assert texts == [choice.text for choice in second.choices] and len(set(texts)) == 4
     assert live.openai.completions.create(**asked | {"seed": -1}).choices[0].text == texts[2]
+    chat: dict[str, Any] = dict(model="demo", messages=HELLO, temperature=2, max_tokens=12, seed=8)
+    both = [choice.message.content for choice in live.openai.chat.completions.create(**chat, n=2).choices]
+    assert both[0] == live.openai.chat.completions.create(**chat).choices[0].message.content != both[1]
     with live.openai.completions.create(**asked, n=4, stream=True) as stream:
         said = [""] * 4
         for chunk in stream:
@@ -332,6 +358,8 @@ def test_second_turns_are_cached(model: LanguageModel, chats: list[list[dict[str
         assert again.usage.input_tokens_details.cached_tokens == len(model.tokenizer.encode(head, add_special_tokens=False))
         text = live.http.get("/metrics").text
         assert live.cache is not None and f"zamba2_cached_tokens_total {live.cache.cached_tokens}\n" in text
+        assert f"zamba2_cache_hits_total {live.cache.hits}\n" in text and f"zamba2_cache_misses_total {live.cache.misses}\n" in text
+        assert live.cache.hits != live.cache.misses != live.cache.cached_tokens
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------
@@ -467,6 +495,10 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "no limit": (MESSAGE, {"max_tokens": None}, 400, "max_tokens is None"),
     "thinking": (MESSAGE, {"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "does not reason apart"),
     "an answer alone": (MESSAGE, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "no message before the beginning"),
+    "many messages of the newer API": (RESPONSE, {"input": HELLO * 2049}, 400, "messages: 2049 were asked for; at most 2048"),
+    "many messages of Anthropic's": (MESSAGE, {"messages": HELLO * 2049}, 400, "messages: 2049 were asked for; at most 2048"),
+    "stops of Anthropic's": (MESSAGE, {"stop_sequences": ["a"] * 17}, 400, "stop: 17 were asked for; at most 16"),
+    "a bias of a text": (TEXT, {"logit_bias": {"4096": 1}}, 400, "logit_bias: 4096 is no token"),
     "another model of Anthropic's": (MESSAGE, {"model": "claude"}, 404, "there is no model 'claude'"),
 }
 
@@ -527,7 +559,9 @@ def test_bodies_too_large(model: LanguageModel) -> None:
 def test_keys(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
     """With keys every place but the page and the health needs one of them; the log has counts, and neither keys nor prompts."""
     with Live(model, allow={"api_keys": ("first", "second"), "log": True}) as live:
-        check_error(live.post(CHAT, messages=HELLO), 401, "the API key is missing", "")
+        response = live.post(CHAT, messages=HELLO)
+        check_error(response, 401, "the API key is missing", "")
+        assert response.headers["www-authenticate"] == "Bearer"
         for key in ("third", "firs", "first1", "ä"):
             headers = {"Authorization": b"Bearer " + key.encode()}
             check_error(live.http.get("/v1/models", headers=headers), 401, "is not one of this server's", "")
@@ -555,8 +589,9 @@ def test_prompts_in_the_log(model: LanguageModel, capsys: pytest.CaptureFixture[
 
 def test_other_names_for_this_machine(model: LanguageModel) -> None:
     """Where host names are given, a request under another one is refused: a web page's name may resolve to this machine."""
-    with Live(model, allow={"hosts": ("127.0.0.1", "[::1]")}) as live:
-        assert live.http.get("/health", headers={"Host": "[::1]:80"}).status_code == live.http.get("/health").status_code == 200
+    with Live(model, allow={"hosts": ("127.0.0.1", "[::1]", "localhost")}) as live:
+        assert live.http.get("/health").status_code == 200
+        assert all(live.http.get("/health", headers={"Host": name}).status_code == 200 for name in ("[::1]:80", "LocalHost:80"))
         check_error(live.http.get("/health", headers={"Host": "evil.example:8000"}), 403, "the name 'evil.example'", "")
 
 
@@ -598,7 +633,8 @@ def test_a_full_queue(model: LanguageModel) -> None:
         check_error(live.post(CHAT, messages=HELLO, n=2), 400, "at most 1 are possible", CHAT)
         with live.http.stream("POST", TEXT, json=LONG | {"stream": True}) as busy:
             next(reading := busy.iter_bytes())
-            check_error(live.post(MESSAGE, **ASKED[MESSAGE]), 429, "0 requests are waiting", MESSAGE)
+            error = check_error(live.post(MESSAGE, **ASKED[MESSAGE]), 429, "0 requests are waiting", MESSAGE)
+            assert error["type"] == "rate_limit_error"
             reading.close()
 
 
@@ -606,7 +642,8 @@ def test_too_many_log_probabilities(live: Live, monkeypatch: pytest.MonkeyPatch)
     """What would be an answer of tens of megabytes is refused with the field named."""
     monkeypatch.setattr("zamba2.serve.app.MOST_SCORES", 20)
     asked: dict[str, Any] = {"prompt": ["one two three four five six"] * 2, "max_tokens": 0, "echo": True}
-    check_error(live.post(TEXT, **asked, logprobs=5), 400, "log", TEXT)
+    for more in ({"logprobs": 5}, {"logprobs": 2}, {"logprobs": 1, "n": 2}):  # of one prompt, of both, of both twice
+        check_error(live.post(TEXT, **asked, **more), 400, "log", TEXT)
     assert live.post(TEXT, **asked, logprobs=1).status_code == 200
 
 
@@ -622,6 +659,10 @@ def test_clients_that_leave(live: Live, path: str) -> None:
     with pytest.raises(httpx.ReadTimeout):
         live.http.post(path, json=body, timeout=0.3)
     assert live.is_idle(2)
+    end, line = time.monotonic() + 5, f'zamba2_http_requests_total{{endpoint="{path}",method="POST",status="499"}} '
+    while line not in live.http.get("/metrics").text and time.monotonic() < end:
+        time.sleep(0.01)
+    assert line in live.http.get("/metrics").text
 
 
 def test_streams_side_by_side(live: Live, model: LanguageModel, chats: list[list[dict[str, str]]]) -> None:
@@ -659,6 +700,24 @@ def test_time_is_up(model: LanguageModel) -> None:
         assert live.is_idle()
 
 
+def test_a_model_that_hangs(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a call of the model's takes longer than a request may, the client is told so all the same."""
+    monkeypatch.setattr("zamba2.serve.app.LATE", 0.1)
+    go = threading.Event()
+    with Live(model, allow={"seconds": 0.1}) as live:
+        monkeypatch.setattr(live.scheduler, "_round", lambda: go.wait(30))
+        check_error(live.post(TEXT, prompt="a"), 504, "took longer than the 0 s that it may", TEXT)
+        go.set()
+
+
+def test_streams_show_that_they_are_alive(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nothing is said yet a stream sends a comment now and then, to Anthropic's clients an event that they know."""
+    monkeypatch.setattr("zamba2.serve.app.IDLE", 0.001)
+    long = [{"role": "user", "content": "word " * 600}]
+    assert "\n: waiting\n" in live.post(CHAT, messages=long, max_tokens=1, stream=True).text
+    assert live.post(MESSAGE, messages=long, max_tokens=1, stream=True).text.startswith('event: ping\ndata: {"type":"ping"}\n\n')
+
+
 def test_closing(model: LanguageModel) -> None:
     """A server that closes says so to the streams it drops, and takes no more requests."""
     with Live(model) as live:
@@ -673,6 +732,26 @@ def test_closing(model: LanguageModel) -> None:
         assert name is None and data["error"]["message"] == "the server was shut down before the reply was finished."
         for path in ASKED:
             check_error(live.post(path, **ASKED[path]), 503, "shutting down", path)
+
+
+def test_what_a_failed_stream_says(model: LanguageModel) -> None:
+    """A stream that fails ends with the error as its own API has it, and calls nothing complete that is not."""
+    texts, problem = TokenTexts(model.tokenizer), problem_of(TimeIsUp("too late."))
+    reply = Reply(0, Ask(model.request("a", max_tokens=9), Prompt(), "a"))
+    said = reply.add(Said(0, "Hel", 300, (), None, None, 0.0))
+    error = {"message": "too late.", "type": "timeout_error", "param": None, "code": "timeout"}
+    for stream in (ChatStream("m", [reply], texts), CompletionStream("m", [reply], texts)):
+        assert list(stream.failed(problem)) == [(None, {"error": error})] and stream.idle() == b": waiting\n\n"
+    message = MessageStream("m", [reply], texts)
+    (name, data), *more = message.failed(problem)
+    assert (name, data["type"], more) == ("error", "error", [])
+    assert {kind: data["error"][kind] for kind in ("type", "message")} == {"type": "timeout_error", "message": "too late."}
+    response = ResponseStream("m", [reply], texts, body=ResponseBody(input=HELLO))
+    list(response.begin()), list(response.said(said))
+    ((name, data),) = response.failed(problem)
+    found = data["response"]
+    assert (name, data["type"], found["status"], found["error"]["message"]) == ("response.failed", "response.failed", "failed", "too late.")
+    assert found["usage"] is None and [(item["status"], item["content"][0]["text"]) for item in found["output"]] == [("incomplete", "Hel")]
 
 
 # ---- any bytes -------------------------------------------------------------------------------------------------------
@@ -709,7 +788,13 @@ def test_malformed_bodies(live: Live, path: str, base: bool, change: dict[str, A
 
 def test_metrics_and_health(live: Live) -> None:
     """Metrics are in Prometheus' format, and their sums are those of what was answered; the server says that it is well."""
-    live.post(CHAT, messages=HELLO, max_tokens=5, ignore_eos=True)
+
+    def seconds(name: str) -> float:
+        return float(re.findall(rf"{name}_sum (.*)", live.http.get("/metrics").text)[0])
+
+    before, begun = seconds("zamba2_time_per_token_seconds"), time.monotonic()
+    live.post(CHAT, messages=HELLO, max_tokens=50, ignore_eos=True)
+    assert 0 < seconds("zamba2_time_per_token_seconds") - before < time.monotonic() - begun
     assert live.http.get("/health").json()["status"] == "ok"
     response = live.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -751,6 +836,17 @@ def test_token_texts(model: LanguageModel) -> None:
         ids = model.tokenizer.encode(text, add_special_tokens=False)
         assert b"".join(texts(token)[1] for token in ids).decode().lstrip() == text.lstrip()
         assert texts(model.tokenizer.encode("☃", add_special_tokens=False)[-1])[0] == "\\x83"
+
+
+def test_counts_and_probabilities_that_json_has(model: LanguageModel) -> None:
+    """Tokens of a prompt and those cached of it count once however many replies it has; what has no chance at all is a number, too."""
+    asks = [Ask(model.request([5] * size), Prompt(), "", number) for number, size in ((0, 4), (0, 4), (1, 9))]
+    replies = [Reply(i, ask, tokens=10 + i, cached_tokens=3 - i) for i, ask in enumerate(asks)]
+    assert token_counts(replies) == (13, 33, 4)
+    texts, never = TokenTexts(model.tokenizer), TokenLogprob(300, float("-inf"), ((301, float("-inf")),))
+    chat, lists = chat_logprob(texts, never), LegacyLogprobs(texts, asks[0]).of_reply([never])
+    assert chat["logprob"] == chat["top_logprobs"][0]["logprob"] == lists["token_logprobs"][0] == -9999.0
+    assert set(lists["top_logprobs"][0].values()) == {-9999.0} and len(lists["top_logprobs"][0]) == 2
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -854,3 +854,15 @@ def test_arguments_that_no_json_holds(arguments: str, wanted: dict[str, Any] | N
             stream.whole()
     else:
         assert stream.whole()["content"][-1]["input"] == wanted
+
+
+@pytest.mark.parametrize(("end", "wanted"), [("{}}</tool_call>", ("tool_calls", None)), ("{", ("stop", "x"))])
+def test_whole_calls_are_why_a_reply_ended(end: str, wanted: tuple[str, str | None]) -> None:
+    """A reply whose calls are whole ended with them, also where a stop text came behind; one that a stop text cut ended with that."""
+    from zamba2.language.model import make_request
+    from zamba2.serve.protocol import Ask, Reply, Said
+    from zamba2.serve.scheduler import Prompt
+
+    reply = Reply(0, Ask(make_request([1], {}), Prompt(), "", calls="may"))
+    reply.add(Said(0, f'<tool_call>{{"name":"sum","arguments":{end}', 5, (), "stop", "x", 0))
+    assert (reply.finish_reason, reply.stop) == wanted

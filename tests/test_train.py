@@ -373,6 +373,24 @@ def test_pair_rows_hold_prompt_and_answers(tokenizer):
     assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=False).strip() == "That.<|im_end|>"
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_recipe_reaches_the_trainer(tmp_path, tokenizer, stage):
+    """What a recipe says of steps, optimizer, schedule and loss is what trl trains with, and not trl's own default."""
+    write_pairs(tmp_path / "pairs.jsonl", 4)
+    own = dict(learning_rate=3e-4, weight_decay=0.03, max_grad_norm=0.4, seed=5, logging_steps=2, save_steps=3, max_steps=9)
+    own |= dict(data_seed=5, adam_beta1=0.7, adam_beta2=0.8, warmup_steps=0.25, per_device_train_batch_size=2, num_train_epochs=3.0)
+    own |= dict(gradient_accumulation_steps=2, lr_scheduler_type="linear", activation_checkpointing=True)
+    fields: dict = dict(learning_rate=3e-4, weight_decay=0.03, max_grad_norm=0.4, seed=5, log_every=2, save_every=3, steps=9, epochs=3.0)
+    fields |= dict(betas=(0.7, 0.8), warmup=0.25, device_batch_size=2, schedule="linear", checkpointing=True)
+    if stage == "dpo":
+        own |= dict(beta=0.3, loss_type=["robust"], label_smoothing=0.2)
+        fields |= dict(beta=0.3, loss="robust", label_smoothing=0.2)
+    wanted = recipe(tmp_path, stage, **fields)
+    loader = transformers.AutoTokenizer.from_pretrained(str(RANDOM))
+    trainer = module.make_trainer(wanted, fresh_model(), loader, prepare(wanted, tokenizer, [], lambda n: None), Progress())
+    assert {name: getattr(trainer.args, name) for name in own} == own
+
+
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 

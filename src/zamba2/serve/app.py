@@ -191,7 +191,6 @@ class Server:
     def __init__(self, model: LanguageModel, scheduler: Scheduler, cache: StateCache | None, settings: Settings) -> None:
         self.scheduler, self.cache, self.settings = scheduler, cache, settings
         self.tokenizer, self.config = model.tokenizer, model.backend.config
-        self.adapter: str | None = getattr(model.backend, "default_adapter", None)
         self.texts = TokenTexts(self.tokenizer)
         self.metrics = Metrics()
         self.started = int(time.time())
@@ -210,7 +209,7 @@ class Server:
         if name not in (self.settings.model_name, "default"):
             message = f"there is no model {name[:200]!r} here; there is {', '.join(map(repr, self.names))}."
             raise Problem(message, status=404, code="model_not_found", param="model")
-        return self.settings.model_name, self.adapter
+        return self.settings.model_name, None  # the backend may have one for all
 
     def check_sizes(self, *, messages: int = 0, n: int | None = None, stops: int = 0, prompts: int = 1) -> None:
         """Raises Problem for more than is allowed."""
@@ -332,7 +331,7 @@ class Server:
                     self.check_ids(given, "prompt:", "prompt")
                     ids, text, added = given, self.tokenizer.decode(given, skip_special_tokens=False), False
                 most = self.most_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
-                scores += (len(ids) if body.echo else 0) * (body.logprobs or 0)
+                scores += (len(ids) if body.echo else 0) * (body.logprobs or 0) * (body.n or 1)
                 if scores > MOST_SCORES:
                     message = f"logprobs: more than {MOST_SCORES} of them for all prompts; ask for fewer, or for fewer prompts at a time."
                     raise Problem(message, param="logprobs")
