@@ -40,18 +40,25 @@ def test_our_answers_do_not_depend_on_company() -> None:
     words = ("moon", "river", "apple", "house", "bread", "fox", "sea", "door", "hat", "bell", "owl")
     asked = [[{"role": "user", "content": f"Say exactly this: {word}"}] for word in words]
     answers = open_answers("demo", threads=1)
-    for options in ({"max_tokens": 12}, {"max_tokens": 12, "temperature": 1.0, "seed": 5}):
+    for options in ({"max_tokens": 12}, {"max_tokens": 12, "temperature": 3.0, "seed": 5}):
         together = dict(answers.answer(asked, **options))  # type: ignore[arg-type]
         assert sorted(together) == list(range(len(asked)))
         model = zamba2.load(threads=1)
         assert [together[index] for index in range(len(asked))] == [model.chat(messages, **options).text for messages in asked]
 
 
-def test_a_result_names_the_model() -> None:
-    """What is said of a model: its name, the hash of its weights, parameters, backend and format."""
+def test_a_result_names_the_model(tmp_path: Path) -> None:
+    """What is said of a model: its name, the hash of its weights, of all their files, parameters, backend and format."""
     about = open_answers("demo").about
     assert about["model"] == "demo" and about["format"] == "q8" and about["backend"] == "NativeBackend" and about["parameters"] > 2e6
     assert about["sha256"] == hash_of(DEMO) != hash_of(RANDOM)
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"x")
+    before = hash_of(tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"y")
+        assert hash_of(tmp_path) != before
+        file.write_bytes(b"x")
 
 
 def test_transformers_answers() -> None:

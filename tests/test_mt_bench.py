@@ -497,6 +497,13 @@ def test_half_a_line_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert ("breaks off" in capsys.readouterr().err) == (border < cut < len(data) - 1)
 
 
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    """A file that begins with one, as some editors write it, is read like any other."""
+    file = tmp_path / "question.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"question_id": 1, "category": "x", "turns": ["a"]}\n')
+    assert [question.id for question in read_questions(file)] == [1]
+
+
 def test_two_runs_do_not_share_a_file(tmp_path: Path) -> None:
     """A file that another run writes is refused; afterwards it can be had."""
     with Lines(tmp_path / "a.jsonl"), pytest.raises(Zamba2Error, match="another run is writing"):
@@ -623,6 +630,12 @@ def test_any_reply_is_a_text_or_a_failure(reply: Any) -> None:
         assert outcome.text.strip() and outcome.text == reply["choices"][0]["message"]["content"]
     else:
         assert outcome.reason and "\n" not in outcome.reason
+
+
+def test_a_text_beside_an_empty_refusal_is_the_answer() -> None:
+    """Some endpoints send a refusal with every message, empty where there is none."""
+    reply = {"choices": [{"message": {"content": "[[5]]", "refusal": ""}}]}
+    assert Endpoint("m", "http://localhost")._read(json.dumps(reply).encode()) == Reply("[[5]]")
 
 
 def test_a_judgment_without_a_rating(bench: Bench) -> None:
@@ -754,6 +767,10 @@ def test_unreachable_judge() -> None:
         endpoint = server.endpoint(retries=1)
         assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), Reply)
     assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), Failure)
+    with ScriptedJudge(lambda number, body: 503) as server:
+        endpoint = server.endpoint(retries=0)
+        assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), Failure)
+    assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), Failure)  # an error is an answer, too
     with pytest.raises(Zamba2Error, match=r"cannot be reached .*check the address"):
         one(server)
 
@@ -786,6 +803,9 @@ def test_failures_in_a_row_end_the_run() -> None:
         with pytest.raises(Zamba2Error, match="failed 10 requests in a row, the last one with: status 400: scripted"):
             server.endpoint().ask_all(conversations, lambda index, outcome: failures.append(outcome), max_tokens=5)
         assert len(server.asked) == len(failures) == 10
+    with ScriptedJudge(lambda number, body: 400 if number % 10 < 9 else "fine") as server:  # nine in a row are none too many
+        server.endpoint(parallel=1).ask_all(conversations[:30], lambda index, outcome: None, max_tokens=5)
+        assert len(server.asked) == 30
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -864,7 +884,7 @@ BAD: dict[str, tuple[Callable[[Path], object], object, str]] = {
     "answers: no choices": (read_answers, [{"question_id": 1, "response": "x"}], "has no choices"),
     "answers: empty choices": (read_answers, [ANSWER | {"choices": []}], "choices is"),
     "answers: text": (read_answers, [ANSWER | {"choices": [{"turns": "a"}]}], "turns is"),
-    "answers: failed": (read_answers, [ANSWER | {"choices": [{"turns": ["$ERROR$"]}]}], "failed call"),
+    "answers: failed": (read_answers, [ANSWER | {"choices": [{"turns": ["a", "$ERROR$"]}]}], "failed call"),
     "prompts: too few": (read_judge_prompts, PROMPTS[:2], "has no prompt single-v1-multi-turn"),
     "prompts: a field": (read_judge_prompts, [PROMPTS[0] | {"prompt_template": "{answer} {answer.x}"}], "fields of prompt_template"),
     "prompts: no answer": (read_judge_prompts, [PROMPTS[0] | {"prompt_template": "{question}"}], "needs answer"),

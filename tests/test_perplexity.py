@@ -78,6 +78,8 @@ def test_divergence_is_the_definition(model: LanguageModel) -> None:
     assert found["mean"] == pytest.approx(expected.mean(), rel=1e-6) and found["mean"] > 0
     assert found["quantiles"]["1"] == pytest.approx(expected.max(), rel=1e-6)
     assert found["quantiles"]["0.5"] == pytest.approx(np.median(expected), rel=1e-6)
+    own = [-float(log[np.arange(len(log)), ids[1:]].mean()) for log in logs]
+    assert (found["reference_nats"], found["nats"]) == pytest.approx(own, rel=1e-6)
     assert found["mean"] < divergence(model, far, text)["mean"]
 
 

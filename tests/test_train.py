@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,12 +37,13 @@ from zamba2.runtime.backend import Row
 from zamba2.train import run as module
 from zamba2.train.adapters import add_lora, coverage
 from zamba2.train.card import model_card
+from zamba2.train.data import Part
 from zamba2.train.demo import average, pair, train, write_base
 from zamba2.train.instructions import documents, tasks
 from zamba2.train.masks import mask_conversation, mask_pair
 from zamba2.train.muon import Muon
 from zamba2.train.packing import IGNORED, collate_packed, pack
-from zamba2.train.prepare import labels, pair_row, prepare
+from zamba2.train.prepare import _key, labels, pair_row, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import RECIPES, Lora, Recipe, read_recipe
 from zamba2.train.rounding import RoundWeights, divergence, rounded_weights
@@ -796,6 +798,24 @@ def test_a_checkpoint_is_complete_when_every_process_has_written(tmp_path, monke
     monkeypatch.setattr(accelerate.Accelerator, "wait_for_everyone", wait)
     module.run(recipe(tmp_path, steps=1, save_every=1))
     assert (True, False) in seen and (folder / module.COMPLETE).exists()
+
+
+def test_prepared_data_belongs_to_what_decides_it(tmp_path, tokenizer):
+    """Another value of what decides the examples, another evaluation to keep out or another template is other data; the rest is not."""
+    against, other = tmp_path / "evaluation.jsonl", copy(tokenizer)
+    against.write_text('{"prompt": "red"}\n')
+    other.chat_template = f"{tokenizer.chat_template} "
+
+    def key(tokenizer=tokenizer, **fields):
+        wanted = recipe(tmp_path, **fields)
+        return _key(wanted, [Part.parse(written) for written in wanted.data], tokenizer, [])
+
+    changes = [{}, {"seed": 1}, {"until": "all"}, {"examples": 3}, {"held_out": 2}, {"language": "de"}, {"max_tokens": 95}]
+    changes += [{"ties": True}, {"packing": False}, {"against": (against,)}, {"tokenizer": other}]
+    keys = [key(**change) for change in changes]
+    against.write_text('{"prompt": "another"}\n')
+    assert len({*keys, key(against=(against,))}) == len(keys) + 1
+    assert key(steps=9, learning_rate=1.0, precision="bf16", out=tmp_path / "elsewhere") == keys[0]
 
 
 def test_prepared_data_that_is_not_used_is_deleted(tmp_path, tokenizer):
