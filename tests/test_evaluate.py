@@ -109,13 +109,18 @@ def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureF
     folder = tmp_path / "out" / "demo"
     assert {path.name for path in folder.iterdir()} == {f"mt-bench.{suffix}" for suffix in ("json", "md", "png", "svg")}
     assert "| demo | 0.0024B | 50.00 |  | measured here |" in (folder / "mt-bench.md").read_text()
+    (judged,) = (tmp_path / "out" / "model_judgment").glob("judge-1_single.jsonl")
+    with judged.open("a") as file:  # which may hold several models' ratings
+        file.write(json.dumps(json.loads(judged.read_text().splitlines()[0]) | {"model": "another"}) + "\n")
     few = document(capsys, "mt-bench", *options, "--limit", "2")  # what was asked and judged before is there, and only that is scored
     turns = sum(len(question["turns"]) for question in QUESTIONS[:2])
-    assert few["scores"]["demo"]["ratings"] == turns < TURNS
-    (judged,) = (tmp_path / "out" / "model_judgment").glob("judge-1_single.jsonl")
+    assert few["scores"]["demo"]["ratings"] == turns < TURNS and set(few["scores"]) == {"demo"}
     alone = document(capsys, "mt-bench", "--judgments", str(judged), *files[:2], "--limit", "2", "--out", str(tmp_path / "alone"))
     assert alone["scores"]["demo"] == few["scores"]["demo"]
-    document(capsys, "mt-bench", *options)
+    with ScriptedJudge(lambda number, body: 400 if number == 3 else "[[5]]") as server:
+        assert run(["evaluate", "mt-bench", *files, "--judge", "judge-2", "--judge-url", server.url, "--prices", "1", "1"]) == 0
+    said = capsys.readouterr().err
+    assert " has no rating: status 400" in said and "1 turns have no rating, so the score is incomplete" in said
     assert run(["evaluate", "mt-bench", *files]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "model_answer" / "demo.jsonl")
     with ScriptedJudge() as server:
@@ -154,6 +159,8 @@ def test_ifeval_from_prompts_to_scores(tmp_path: Path, capsys: pytest.CaptureFix
     first = file.read_text()
     found = document(capsys, *options)
     assert found["scores"]["instructions"] == 3 and file.read_text().startswith(first) and file.read_text().count("\n") == 3
+    document(capsys, *options[:-1], str(tmp_path / "short"), "--limit", "1", "--max-tokens", "3")
+    assert json.loads((tmp_path / "short" / "demo" / "ifeval.answers.jsonl").read_text())["max_tokens"] == 3
     scored = document(capsys, *options, "--responses", str(file))
     assert scored["scores"]["metrics"] == found["scores"]["metrics"] and scored["settings"]["limit"] is None
     assert "| demo | 0.0024B |  |" in (tmp_path / "out" / "demo" / "ifeval.md").read_text()
