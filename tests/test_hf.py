@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -383,6 +384,8 @@ def test_gradient_checkpointing_can_be_left(folder: Path) -> None:
     assert ours.train().generate(tokens(1, 5), max_new_tokens=4, do_sample=False).tolist() == expected
     ours.activation_checkpointing_disable()
     assert not ours.is_activation_checkpointing and not any("forward" in layer.__dict__ for layer in ours.model.layers)
+    assert ours(tokens(1, 5)).past_key_values is None  # in training a state is made for those alone who ask for one
+    assert ours(tokens(1, 5), use_cache=True).past_key_values.get_seq_length() == 5
     with pytest.raises(ValueError, match="use_reentrant"):
         ours.activation_checkpointing_enable({"use_reentrant": True})
 
@@ -500,6 +503,16 @@ def test_config_keys_as_options(folder: Path) -> None:
     for load in (AutoModelForCausalLM.from_pretrained, Zamba2ForCausalLM.from_pretrained):
         model = load(folder, use_cache=False, low_cpu_mem_usage=True, trust_remote_code=False, attn_implementation="sdpa", revision="main")
         assert model.config.use_cache is False and model(tokens(1, 3)).past_key_values is None
+
+
+def test_generation_settings_come_along(tmp_path: Path, folder: Path) -> None:
+    """A checkpoint's generation_config.json is the model's, unless another one is given."""
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    (copied / "generation_config.json").write_text('{"eos_token_id": [2, 7], "max_new_tokens": 9}')
+    assert Zamba2ForCausalLM.from_pretrained(copied).generation_config.eos_token_id == [2, 7]
+    given = GenerationConfig(eos_token_id=5)
+    assert Zamba2ForCausalLM.from_pretrained(copied, generation_config=given).generation_config.eos_token_id == 5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
