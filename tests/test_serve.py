@@ -223,8 +223,13 @@ def test_responses(live: Live, model: LanguageModel, chats: list[list[dict[str, 
     assert (whole.usage.input_tokens, whole.usage.output_tokens) == (own.prompt_tokens, own.completion_tokens)
     told = model.chat([{"role": "system", "content": "Be brief."}, *chats[0]], max_tokens=32)
     parts = [{"role": m["role"], "content": [{"type": "input_text", "text": m["content"]}]} for m in chats[0]]
-    again = live.openai.responses.create(model="demo", instructions="Be brief.", input=parts, temperature=0, max_output_tokens=32)
+    more: dict[str, Any] = dict(metadata={"a": "b"}, top_p=0.9, include=["message.output_text.logprobs"])
+    again = live.openai.responses.create(
+        model="demo", instructions="Be brief.", input=parts, temperature=0, max_output_tokens=32, **more
+    )
     assert again.output_text == told.text and again.instructions == "Be brief."
+    assert (again.metadata, again.top_p, again.max_output_tokens) == ({"a": "b"}, 0.9, 32)
+    assert len(again.output[0].content[0].logprobs) == told.completion_tokens
     with live.openai.responses.create(**asked, stream=True) as stream:
         seen = list(stream)
     kinds = [event.type for event in seen]

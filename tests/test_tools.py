@@ -866,3 +866,16 @@ def test_whole_calls_are_why_a_reply_ended(end: str, wanted: tuple[str, str | No
     reply = Reply(0, Ask(make_request([1], {}), Prompt(), "", calls="may"))
     reply.add(Said(0, f'<tool_call>{{"name":"sum","arguments":{end}', 5, (), "stop", "x", 0))
     assert (reply.finish_reason, reply.stop) == wanted
+
+
+def test_what_the_model_reads_of_a_history() -> None:
+    """A developer's message is the system's in both of OpenAI's layouts; the result of a call that failed says so to the model."""
+    from zamba2.serve.protocol import ChatBody, MessagesBody, ResponseBody
+
+    said = [{"role": "developer", "content": "Be brief."}, *HELLO]
+    for turns in (ChatBody.model_validate({"messages": said}).turns, ResponseBody.model_validate({"input": said}).turns):
+        assert turns == [Turn("system", ("Be brief.",)), Turn("user", (HELLO[0]["content"],))]
+    call = {"type": "tool_use", "id": "1", "name": "now", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "no clock", "is_error": True}
+    messages = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert MessagesBody.model_validate({"max_tokens": 1, "messages": messages}).turns[-1] == Turn("user", (Result("1", "error: no clock"),))

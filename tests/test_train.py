@@ -818,6 +818,21 @@ def test_prepared_data_belongs_to_what_decides_it(tmp_path, tokenizer):
     assert key(steps=9, learning_rate=1.0, precision="bf16", out=tmp_path / "elsewhere") == keys[0]
 
 
+def test_a_mixture_ends_where_the_recipe_says(tmp_path, tokenizer):
+    """With the first set that has no more, or when each was read once, or after so many examples; the report counts those used."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps({"text": f"{i} red"}) + "\n" for i in range(4)))
+    both = (f"messages:{write_chats(tmp_path / 'chats.jsonl')}", f"text:{few}")
+
+    def used(**fields):
+        prepared = prepare(recipe(tmp_path, data=both, packing=False, **fields), tokenizer, [], lambda n: None)
+        counts = [one["used"]["examples"] for one in prepared.report["sets"]]
+        assert sum(counts) == len(prepared.train) == prepared.report["train"]
+        return counts
+
+    assert used()[0] < 64 and used(until="all")[0] >= 64 and sum(used(examples=5)) == 5
+
+
 def test_prepared_data_that_is_not_used_is_deleted(tmp_path, tokenizer):
     """Each run deletes the prepared data, and what was left half written, that no run has begun with for a month, and keeps the rest."""
     wanted, other = recipe(tmp_path), recipe(tmp_path, max_tokens=95)
