@@ -215,7 +215,10 @@ def document(**ratios: list[float]) -> dict[str, Any]:
 
 def test_claims_are_judged_by_ratios() -> None:
     """A claim holds where theirs over ours is what it says, at each length for itself; nothing is said of what was not measured."""
-    found = {v.claim.text: v for v in verdicts(document(**{"phi-3-mini": [2.5, 1.3, 1.0], "phi-2": [0.9, 0.5, 0.0]}))}
+    results = document(**{"phi-3-mini": [2.5, 1.3, 1.0], "phi-2": [0.9, 0.5, 0.0]})
+    fast = {"ttft_seconds": 1e-9, "decode_tokens_per_second": 1e9, "peak_rss_bytes": 1}
+    results["points"] += [entry | {"batch": 4, "runs": [fast]} for entry in results["points"]]  # several sequences at once are no claim's
+    found = {v.claim.text: v for v in verdicts(results)}
     first, memory, latency, disputed = found.values()
     assert first.text == "holds at 100 tokens, not at 200, 300"
     assert memory.text == "holds at 100 tokens, not at 200, 300"  # 27 % less: 1.37 times

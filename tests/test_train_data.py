@@ -381,11 +381,12 @@ def test_preferences_repeat_whole_prompts(tmp_path: Path) -> None:
     """A preference's prompt is all that stands before its answer: a later turn of the same talk is another prompt."""
     base = {"chosen": "a", "rejected": "b"}
     items = [base | {"prompt": [U]}, base | {"prompt": [U, A, {"role": "user", "content": "more"}]}, base | {"prompt": "U"}]
+    items.append(base | {"prompt": [{"role": "user", "content": "other"}, A, {"role": "user", "content": "more"}]})
     for item in items:
         item |= {side: [{"role": "assistant", "content": item[side]}] for side in ("chosen", "rejected")}  # type: ignore[operator]
     items[2] = {"prompt": "U", "chosen": "c", "rejected": "d"}
     reader = Reader(part("preferences", write(tmp_path / "a.jsonl", items)), prompts=Prompts())
-    assert len(list(reader)) == 2 and reader.tally.dropped == {"prompt seen before": 1}
+    assert len(list(reader)) == 3 and reader.tally.dropped == {"prompt seen before": 1}
 
 
 @given(words=st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=30), seed=st.integers())
@@ -784,6 +785,8 @@ def test_preview_report(preview: Any, tmp_path: Path) -> None:
     assert code == 0
     assert re.search(r"messages:one\.jsonl +3 +2 +1 ", out) and re.search(r"messages:two\.jsonl=2 +5\+ +4 +1 ", out)
     assert re.search(r"prompt seen before +1 *\n", out) and "prompt also in" in out and "--rows 0 reads all" in out
+    code, out, _ = preview(f"messages:{two}", "--rows", "0", "--count", "0")
+    assert code == 0 and re.search(r"messages:two\.jsonl +10 +10 +0 ", out) and "reads all" not in out
 
 
 # Command lines that cannot work, and what the sentence must hold.
