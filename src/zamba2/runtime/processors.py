@@ -97,6 +97,8 @@ def _limits() -> Iterator[tuple[int, int]]:
         inner = root / group.strip("/")
         # A container may show the host's path, which does not exist inside; its own group is then the root.
         for folder in (inner, *inner.parents):
+            if not folder.is_relative_to(root):
+                break
             text = _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
             numbers = text.split()
             if len(numbers) == 2 and all(number.isdecimal() for number in numbers):  # not "max", not -1: no limit
