@@ -49,18 +49,17 @@ $(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt $(NATIVE)
-	$(call require_tools,11)
+	$(call require_tools)
 	$(call environment)
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-# $(1): the oldest Python 3 that will do, 10 if empty; 11 for what needs transformers.
 define require_tools
 @missing=; \
 if command -v $(PYTHON) >/dev/null 2>&1; then \
-  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, $(or $(1),10)))' || { \
-    echo "$$($(PYTHON) --version 2>&1) was found but Python 3.$(or $(1),10) or newer is needed: install one and name it, as in make run PYTHON=python3.12." >&2; exit 1; }; \
+  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+    echo "$$($(PYTHON) --version 2>&1) was found but Python 3.10 or newer is needed: install one and name it, as in make run PYTHON=python3.12." >&2; exit 1; }; \
   $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
 else missing="$$missing $(notdir $(PYTHON)) $(notdir $(PYTHON))-venv"; fi; \
 command -v g++ >/dev/null 2>&1 || missing="$$missing g++"; \

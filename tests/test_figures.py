@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers", reason="the rivals' shapes are transformers', of the extra [hf]")
 import transformers
 from accelerate import init_empty_weights
 

@@ -106,7 +106,6 @@ def readme() -> str:
 
 
 OLD = 'case "$*" in *sys.exit*) exit 1;; *--version*) echo Python 3.9.2; exit;; esac'
-PYTHON_3_10 = 'case "$*" in *"(3, 11)"*) exit 1;; *--version*) echo Python 3.10.12; exit;; esac'
 NO_ENSUREPIP = 'case "$*" in *ensurepip*) exit 1;; esac'
 
 
@@ -118,6 +117,7 @@ NO_ENSUREPIP = 'case "$*" in *ensurepip*) exit 1;; esac'
         (["g++"], NO_ENSUREPIP, "Missing Debian package: python3-venv; install with: apt install python3-venv"),
         (["g++"], None, "Missing Debian package: python3 python3-venv; install with: apt install python3 python3-venv"),
         ([], NO_ENSUREPIP, "Missing Debian package: python3-venv g++; install with: apt install python3-venv g++"),
+        (["g++"], OLD, "Python 3.9.2 was found but Python 3.10 or newer is needed"),
     ],
 )
 @pytest.mark.parametrize("target", ["check-tools", "run", "test"])
@@ -132,23 +132,6 @@ def test_make_names_what_is_missing(tmp_path: Path, tools: list[str], python: st
 def test_make_is_content_with_what_it_needs(tmp_path: Path) -> None:
     done = make(tmp_path, ["g++"], "", "check-tools")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-@pytest.mark.parametrize(
-    ("python", "target", "said"),
-    [
-        (OLD, "check-tools", "Python 3.9.2 was found but Python 3.10 or newer is needed"),
-        (OLD, "run", "Python 3.9.2 was found but Python 3.10 or newer is needed"),
-        (PYTHON_3_10, "check-tools", ""),
-        (PYTHON_3_10, "test", "Python 3.10.12 was found but Python 3.11 or newer is needed"),
-    ],
-)
-def test_make_says_which_python_is_too_old(tmp_path: Path, python: str, target: str, said: str) -> None:
-    """Python 3.10 runs the package; the tests need transformers, which wants 3.11: said before anything is installed."""
-    done = make(tmp_path, ["g++"], python, target)
-    assert (done.returncode == 0, done.stderr[: len(said) or None]) == (not said, said)
-    assert not (tmp_path / ".venv").exists()
 
 
 def make(tmp_path: Path, tools: list[str], python: str | None, target: str) -> subprocess.CompletedProcess[str]:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import tokenizers
+
+pytest.importorskip("datasets", reason="training data needs the extra [train]")
 import datasets
 import pyarrow
 import pyarrow.parquet
-import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
