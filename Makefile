@@ -61,7 +61,9 @@ if command -v $(PYTHON) >/dev/null 2>&1; then \
   $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
     echo "$$($(PYTHON) --version 2>&1) was found but Python 3.10 or newer is needed: install one and name it, as in make run PYTHON=python3.12." >&2; exit 1; }; \
   $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
-else missing="$$missing $(notdir $(PYTHON)) $(notdir $(PYTHON))-venv"; fi; \
+  $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+    missing="$$missing $(notdir $(PYTHON))-dev"; \
+else missing="$$missing $(notdir $(PYTHON)) $(notdir $(PYTHON))-venv $(notdir $(PYTHON))-dev"; fi; \
 command -v g++ >/dev/null 2>&1 || missing="$$missing g++"; \
 if [ -n "$$missing" ]; then echo "Missing Debian package:$$missing; install with: apt install$$missing" >&2; exit 1; fi
 endef

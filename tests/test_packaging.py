@@ -107,6 +107,7 @@ def readme() -> str:
 
 OLD = 'case "$*" in *sys.exit*) exit 1;; *--version*) echo Python 3.9.2; exit;; esac'
 NO_ENSUREPIP = 'case "$*" in *ensurepip*) exit 1;; esac'
+NO_HEADERS = 'case "$*" in *Python.h*) exit 1;; esac'
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
@@ -115,7 +116,8 @@ NO_ENSUREPIP = 'case "$*" in *ensurepip*) exit 1;; esac'
     [
         ([], "", "Missing Debian package: g++; install with: apt install g++"),
         (["g++"], NO_ENSUREPIP, "Missing Debian package: python3-venv; install with: apt install python3-venv"),
-        (["g++"], None, "Missing Debian package: python3 python3-venv; install with: apt install python3 python3-venv"),
+        (["g++"], NO_HEADERS, "Missing Debian package: python3-dev; install with: apt install python3-dev"),
+        (["g++"], None, "Missing Debian package: python3 python3-venv python3-dev; install with: apt install python3 "),
         ([], NO_ENSUREPIP, "Missing Debian package: python3-venv g++; install with: apt install python3-venv g++"),
         (["g++"], OLD, "Python 3.9.2 was found but Python 3.10 or newer is needed"),
     ],
