@@ -63,6 +63,7 @@ def test_a_result_names_the_model(tmp_path: Path) -> None:
 
 def test_transformers_answers() -> None:
     """hf:FOLDER answers greedily with transformers' own words; options of ours are refused."""
+    pytest.importorskip("transformers", reason="it is of the extra [evaluate]")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -95,6 +96,7 @@ def test_endpoint_answers() -> None:
 
 def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The model inside the package answers, a scripted judge rates, document, table and chart are written; a second run asks nothing."""
+    pytest.importorskip("matplotlib", reason="it is of the extra [evaluate]")
     Bench(tmp_path)
     files = ["--questions", str(tmp_path / "question.jsonl"), "--judge-prompts", str(tmp_path / "judge_prompts.jsonl")]
     files += ["--references", str(tmp_path / "reference_answer" / "judge-1.jsonl"), "--out", str(tmp_path / "out"), "-n", "20"]
