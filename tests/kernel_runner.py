@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from kernel_cases import as_array
 
-__all__ = ["Runner", "build"]
+__all__ = ["Runner", "build", "of_the_module"]
 
 ROOT = Path(__file__).resolve().parent.parent
 Array = npt.NDArray[Any]
@@ -63,6 +63,17 @@ class Runner:
             found.append(after)
         assert at == len(data)
         return found
+
+
+def of_the_module() -> str:
+    """CMake's option to test the very objects that the module is linked of, where they lie in this clone and no source is newer;
+    to compile the same again takes minutes."""
+    newest = max(file.stat().st_mtime for file in (*(ROOT / "csrc").iterdir(), ROOT / "CMakeLists.txt"))
+    for folder in sorted((ROOT / "build").glob("*/CMakeFiles/_engine.dir")):
+        objects = [folder / "csrc" / f"{file.name}.o" for file in (ROOT / "csrc").glob("*.cpp") if "neon" not in file.name]
+        if all(file.exists() and file.stat().st_mtime >= newest for file in objects):
+            return f"-DZAMBA2_OBJECTS={folder}"
+    return "-DZAMBA2_OBJECTS="
 
 
 def build(name: str, *options: str) -> Path:

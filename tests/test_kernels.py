@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 import pytest
 from kernel_cases import KERNELS, TOLERANCE, Case, bits, cases, largest_error
-from kernel_runner import ROOT, Runner, build
+from kernel_runner import ROOT, Runner, build, of_the_module
 from native_cases import CONFIGS, as_twin, engine_arguments, error, twin
 from strategies import random_tokens
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(1200)  # the first test builds the program
 
 @pytest.fixture(scope="session")
 def runner() -> Runner:
-    return Runner(str(build("kernel-runner")))
+    return Runner(str(build("kernel-runner", of_the_module())))
 
 
 def test_every_kernel_has_cases(runner: Runner) -> None:
