@@ -1023,6 +1023,7 @@ def test_file_names() -> None:
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of matplotlib and what it reads fonts with
 def test_chart(tmp_path: Path) -> None:
     """The same scores give the same bytes, of one model by turn and of several by model, as a PNG and an SVG that are whole."""
+    pytest.importorskip("matplotlib", reason="charts need the extra [evaluate]")
     judgments = [
         Judgment(81 + i, turn, model, "gpt-4", (i * turn + len(model)) % 10 + 1 if i != 79 else -1)
         for i in range(80) for turn in (1, 2) for model in ("a", "_another $model^$ with a rather long name " * 3)
