@@ -28,6 +28,9 @@ CHAT = [
 GROW = "{% set ns = namespace(x='aaaaaaaaaaaaaaaaaaaa') %}{% for i in range(100) %}{% set ns.x = "
 
 
+SANDBOXED = "{% if true %}" + CHATML + "{% endif %}"  # not recognized as ChatML
+
+
 def test_chatml_by_hand():
     """ChatML is the string a person would write."""
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU\n<|im_end|>\n"
@@ -73,6 +76,47 @@ def test_chatml_holds_any_text_verbatim(messages, prompt):
     """Whatever the messages say, ChatML wraps it and changes nothing."""
     expected = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n" * prompt
     assert render(CHATML, messages, add_generation_prompt=prompt) == expected
+    assert render(SANDBOXED, messages, add_generation_prompt=prompt) == expected
+
+
+TYPED = CHATML.replace("'", '"').replace("{{ ", "{{").replace(" + ", "  +  ") + "{# as typed by others #}"
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from([*ROLES, "\ud83d", 3]), "content": st.text(max_size=20) | st.sampled_from(["\ud83d\ude00", None, 5, ["a"]])},
+            optional={"name": st.just("n")},
+        ),
+        min_size=1, max_size=4,
+    ),
+    st.booleans(), st.sampled_from([CHATML, TYPED]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=60)
+def test_the_short_way_is_the_sandbox(messages, prompt, template):
+    """Where ChatML is written without the sandbox, the text is the sandbox's, for any JSON; plain messages take that way, however the
+    template is typed."""
+
+    def outcome(template):
+        try:
+            return render(template, messages, add_generation_prompt=prompt)
+        except Zamba2Error as error:
+            return str(error)
+
+    assert outcome(template) == outcome(SANDBOXED)
+    plain = all(isinstance(value, str) and value.isascii() for message in messages for value in message.values())
+    if plain and not any("name" in message for message in messages):
+        assert module._as_chatml(template, messages, prompt) is not None
+
+
+def test_what_is_nearly_chatml_goes_the_long_way():
+    """A template that writes anything else is a program like any other; one value beyond the bound is refused as ever."""
+    for old, new in (("im_end|>'", "im_end|> '"), ("'role'", "'content'"), ("assistant\n", "assistant"), ("<|im_start|>' +", "' +")):
+        assert CHATML != (other := CHATML.replace(old, new))
+        assert module._as_chatml(other, CHAT, True) is None
+        assert render(other, CHAT, add_generation_prompt=True) != render(CHATML, CHAT, add_generation_prompt=True)
+    with pytest.raises(Zamba2Error, match="values of more than"):
+        render(CHATML, [{"role": "user", "content": "x" * (module.VALUE + 1)}])
 
 
 def test_undefined_tokens_and_variables():
@@ -253,7 +297,7 @@ def test_deadline_holds_on_any_thread_and_trace_functions_return():
 
 def test_templates_compile_once():
     """A second rendering of the same text uses the compiled template."""
-    text = "{# once #}" + CHATML
+    text = SANDBOXED + "{# once #}"
     render(text, USER)
     hits = module._compile.cache_info().hits
     render(text, USER)
@@ -262,7 +306,7 @@ def test_templates_compile_once():
 
 def test_long_honest_chats_pass():
     """A chat of 2,000 messages and one with a message of a million characters render."""
-    assert len(render(CHATML, USER * 2000)) == 2000 * len(render(CHATML, USER))
+    assert len(render(SANDBOXED, USER * 2000)) == 2000 * len(render(CHATML, USER))
     assert "b" * 1_000_000 in render("{{ messages[0].content.replace('a', 'b') | trim }}", [{"role": "user", "content": "a" * 1_000_000}])
 
 

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ pytest.importorskip("trl", reason="training needs the extra [train]")
 import accelerate
 import torch
 import transformers
+from forked import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -1034,8 +1036,8 @@ def test_the_command_trains_and_prints_the_folder(tmp_path):
     done = subprocess.run([*command, "steps=2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{wanted.out / 'model'}\n" and "step 2: loss" in done.stderr and "Warning" not in done.stderr
-    done = subprocess.run([*command, "steps=2"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds a run already" in done.stderr
+    again = Forked("zamba2", command[3:])
+    assert again.ended() == 2 and again.said.count("\n") == 1 and "holds a run already" in again.said
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
@@ -1044,10 +1046,13 @@ def test_the_command_trains_and_prints_the_folder(tmp_path):
 def start_with_fsdp(own: Recipe, folder: Path) -> None:
     """Run a recipe in two gloo processes with spread weights; facts.0 and facts.1 in the folder say how they were spread."""
     (folder / "r.yaml").write_text(own.to_yaml())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(Path(__file__).parent / "fsdp_worker.py"), str(folder / "r.yaml"), str(folder / "facts")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rror" in line)[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    worker, arguments = str(Path(__file__).parent / "fsdp_worker.py"), [str(folder / "r.yaml"), str(folder / "facts")]
+    both = [Forked(worker, arguments, **meeting, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    for one in both:
+        assert one.ended() == 0, "\n".join(line for line in one.said.splitlines() if "rror" in line)[-3000:]
 
 
 def test_two_processes_with_fsdp_train_as_one(tmp_path):
@@ -1166,17 +1171,16 @@ def test_a_killed_run_resumes_as_if_it_had_not_been(tmp_path):
     through = recipe(tmp_path, steps=12, save_every=1, out=tmp_path / "through")
     wanted = weights(module.run(through))
     (tmp_path / "r.yaml").write_text(recipe(tmp_path, steps=12, save_every=1, out=tmp_path / "cut").to_yaml())
-    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not any(module.checkpoints(tmp_path / "cut")[1:]) and time.monotonic() < deadline and process.poll() is None:
+    command = ["train", "sft", str(tmp_path / "r.yaml")]
+    cut, deadline = Forked("zamba2", command), time.monotonic() + 120
+    while not any(module.checkpoints(tmp_path / "cut")[1:]) and time.monotonic() < deadline and cut.running():
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    cut.send(signal.SIGKILL)
+    assert cut.ended() == -signal.SIGKILL
     last = module.checkpoints(tmp_path / "cut")[-1]
     assert not (tmp_path / "cut" / "model").exists() and 1 < int(last.name[11:]) < 12
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    resumed = Forked("zamba2", [*command, "--resume"])
+    assert resumed.ended() == 0, resumed.said
     found = weights(tmp_path / "cut" / "model")
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
@@ -1187,15 +1191,13 @@ def test_ctrl_c_tidies_up_and_says_how_to_go_on(tmp_path, when):
     write_chats(tmp_path / "chats.jsonl", 64 if when == "training" else 40_000)
     own = recipe(tmp_path, steps=4000, save_every=2)
     (tmp_path / "r.yaml").write_text(own.to_yaml())
-    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = Forked("zamba2", ["train", "sft", str(tmp_path / "r.yaml")])
     partial, deadline = tmp_path / "cache" / "zamba2" / "train", time.monotonic() + 120
     while not (module.checkpoints(own.out) if when == "training" else any(partial.glob(".partial.*"))) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=60)
-    assert process.returncode == 2 and not out and said.endswith("zamba2: interrupted.\n") and "Traceback" not in said
-    assert ("is complete; the same command with --resume goes on from there" in said) is (when == "training")
+    run.send(signal.SIGINT)
+    assert run.ended(60) == 2 and not run.out and run.said.endswith("zamba2: interrupted.\n") and "Traceback" not in run.said
+    assert ("is complete; the same command with --resume goes on from there" in run.said) is (when == "training")
     assert not any(partial.glob(".partial.*"))
 
 

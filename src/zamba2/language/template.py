@@ -34,7 +34,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from zamba2.errors import Zamba2Error
-from zamba2.language.messages import brief
+from zamba2.language.messages import CHATML, brief
 
 __all__ = ["render"]
 
@@ -46,6 +46,7 @@ PRODUCT = 16 * VALUE  # bound for operations whose result may be as large as the
 ITEM = 16  # characters that an element of a list or dict counts for
 DEPTH = 64  # nesting of lists and dicts
 INT_BITS = 4096
+SURROGATES = re.compile("[\ud800-\udfff]")
 # A format string that sets a field width of 1000 or more, or takes the width from an argument.
 WIDE_FORMAT = re.compile(r"%(\([^()]*\))?[-+ #.\d]*?(\d{4}|\*)|\{[^{}:]*:[^{}]*?(\d{4}|\{)")
 # Their loops are bounded by the source's length or by VALUE: watching their calls is enough, and twice as fast.
@@ -75,6 +76,8 @@ def render(
     template sees a copy and no Python objects. Raises Zamba2Error when the template is not valid Jinja, fails, refuses the
     conversation (``raise_exception``), reaches for Python's internals, takes over SECONDS or makes values larger than VALUE.
     """
+    if (text := _as_chatml(template, messages, add_generation_prompt)) is not None:
+        return text
     # As transformers passes them: tools and documents are none, special tokens that do not exist are undefined.
     data: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
     data |= {name: token for name, token in (("bos_token", bos_token), ("eos_token", eos_token)) if token is not None}
@@ -96,6 +99,38 @@ def render(
     except Exception as error:  # whatever a stranger's program may raise, RecursionError and MemoryError included
         reason = f"{type(error).__name__}: {brief(error)}"
         raise Zamba2Error(f"the chat template failed ({reason}); correct it, or use one that fits these messages.") from None
+
+
+def _as_chatml(template: str, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str | None:
+    """What a template that is ChatML's program writes, where nothing in the messages needs the rest of ``render``; else None.
+
+    Training renders each conversation many times, and this takes a hundredth of the time.
+    """
+    if not _is_chatml(template):
+        return None
+    pieces = []
+    for message in messages:
+        if len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if type(role) is not str or type(content) is not str:
+            return None
+        pieces += ["<|im_start|>", role, "\n", content, "<|im_end|>\n"]
+    text = "".join([*pieces, "<|im_start|>assistant\n"] if add_generation_prompt else pieces)
+    if len(text) > VALUE or (not text.isascii() and SURROGATES.search(text)):  # JSON joins the halves of a pair
+        return None
+    return text
+
+
+@functools.lru_cache(maxsize=16)
+def _is_chatml(template: str) -> bool:
+    """Whether a template is CHATML, but for spaces inside its marks and how its texts are quoted."""
+    if len(template) > 2 * len(CHATML):
+        return False
+    try:
+        return bool(ENVIRONMENT.parse(template) == ENVIRONMENT.parse(CHATML))
+    except jinja2.TemplateSyntaxError:
+        return False
 
 
 def _as_dict(value: Any) -> dict[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,8 @@ def _opening(tokenizer: Tokenizer, message: Mapping[str, Any]) -> str:
 
 def _mask(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]]) -> Masked:
     own_ids, own_offsets = tokenizer.encode_with_offsets(text)
-    ids, offsets = np.array(own_ids, np.int32), np.array(own_offsets, np.int32).reshape(-1, 2)
+    flat = itertools.chain.from_iterable(own_offsets)  # more than twice as fast as np.array of pairs
+    ids, offsets = np.array(own_ids, np.int32), np.fromiter(flat, np.int32, 2 * len(own_offsets)).reshape(-1, 2)
     first, behind = offsets.T
     # Some tokenizers leave white space out of a token's offsets (ByteLevel's trim_offsets): what no token covers is the next one's.
     first[1:] = np.where(behind[:-1] < first[1:], behind[:-1], first[1:])

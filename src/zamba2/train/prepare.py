@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.data import Example, Filters, Part, Prompts, Reader, Tally, check_parts, evaluation_prompts, local_files, mixture
@@ -176,7 +178,8 @@ def _masked(example: Example) -> Masked:
 
 def labels(masked: Masked) -> list[int]:
     """The ids where the token is a target, IGNORED elsewhere."""
-    return [token if target else IGNORED for token, target in zip(masked.ids.tolist(), masked.loss.tolist(), strict=True)]
+    found: list[int] = np.where(masked.loss, masked.ids, IGNORED).tolist()
+    return found
 
 
 def pair_row(masked: MaskedPair) -> dict[str, list[int]]:
