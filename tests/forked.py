@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -9,6 +10,8 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+
+import huggingface_hub.constants
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["zamba2.train.run", "zamba2.commands.train", "torch.distributed.tensor"])
@@ -21,6 +24,7 @@ def begin(program: str, arguments: list[str], environment: dict[str, str], strea
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = [program, *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    importlib.reload(huggingface_hub.constants)  # the environment that was read when it was imported is another now
     if program.endswith(".py"):
         runpy.run_path(program, run_name="__main__")
     else:
@@ -28,10 +32,7 @@ def begin(program: str, arguments: list[str], environment: dict[str, str], strea
 
 
 class Forked:
-    """A module or file run as a program, with what it wrote in `out` and `said` when it has ended.
-
-    What libraries read from the environment while they are imported has been read: HF_ENDPOINT, for one, would come too late.
-    """
+    """A module or file run as a program, with what it wrote in `out` and `said` when it has ended."""
 
     def __init__(self, program: str, arguments: list[str], **environment: str) -> None:
         folder = Path(tempfile.mkdtemp(prefix="forked-", dir=os.environ["XDG_STATE_HOME"]))

@@ -79,14 +79,14 @@ def test_chatml_holds_any_text_verbatim(messages, prompt):
     assert render(SANDBOXED, messages, add_generation_prompt=prompt) == expected
 
 
+ODD = ["\ud83d\ude00", None, 5, ["a"]]  # the first a pair in two halves, which JSON joins
 TYPED = CHATML.replace("'", '"').replace("{{ ", "{{").replace(" + ", "  +  ") + "{# as typed by others #}"
 
 
 @given(
     st.lists(
         st.fixed_dictionaries(
-            {"role": st.sampled_from([*ROLES, "\ud83d", 3]), "content": st.text(max_size=20) | st.sampled_from(["\ud83d\ude00", None, 5, ["a"]])},
-            optional={"name": st.just("n")},
+            {"role": st.sampled_from([*ROLES, "\ud83d", 3]), "content": st.text(max_size=20) | st.sampled_from(ODD)}, optional={"name": st.just("n")}
         ),
         min_size=1, max_size=4,
     ),
@@ -112,7 +112,7 @@ def test_the_short_way_is_the_sandbox(messages, prompt, template):
 def test_what_is_nearly_chatml_goes_the_long_way():
     """A template that writes anything else is a program like any other; one value beyond the bound is refused as ever."""
     for old, new in (("im_end|>'", "im_end|> '"), ("'role'", "'content'"), ("assistant\n", "assistant"), ("<|im_start|>' +", "' +")):
-        assert CHATML != (other := CHATML.replace(old, new))
+        assert (other := CHATML.replace(old, new)) != CHATML
         assert module._as_chatml(other, CHAT, True) is None
         assert render(other, CHAT, add_generation_prompt=True) != render(CHATML, CHAT, add_generation_prompt=True)
     with pytest.raises(Zamba2Error, match="values of more than"):

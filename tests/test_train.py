@@ -1149,17 +1149,17 @@ def test_results_are_packed_described_and_uploaded(tmp_path):
 
     wanted = recipe(tmp_path, steps=1, pack=["q8"], push_to="me/mini", data=["messages:" + str(write_chats(tmp_path / "chats.jsonl"))])
     (tmp_path / "r.yaml").write_text(wanted.to_yaml())
-    command = [sys.executable, "-m", "zamba2", "train", "sft", str(tmp_path / "r.yaml")]
+    command = ["train", "sft", str(tmp_path / "r.yaml")]
     with FakeHub({}) as hub:
-        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_TOKEN": hub.token, "HF_HUB_OFFLINE": "0"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0 and f"uploaded to {hub.url}/me/mini" in done.stderr, done.stderr
+        done = Forked("zamba2", command, **environment)
+        assert done.ended() == 0 and f"uploaded to {hub.url}/me/mini" in done.said, done.said
         folder = wanted.out / "model"
         assert hub.uploads["me/mini"] == {path.name: path.read_bytes() for path in folder.iterdir()}
         hub.answer = 403
-        done = subprocess.run([*command, f"out={tmp_path / 'two'}"], capture_output=True, text=True, env=environment)
-        assert done.returncode == 2 and "is complete, but was not uploaded: The Hub refused access to me/mini" in done.stderr
+        done = Forked("zamba2", [*command, f"out={tmp_path / 'two'}"], **environment)
+        assert done.ended() == 2 and "is complete, but was not uploaded: The Hub refused access to me/mini" in done.said
         assert (tmp_path / "two" / "model" / "model.safetensors").exists()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: zamba2\n") and "| learning_rate | 0.001 |" in card and "| 64 | 0 | 64 |" in card
