@@ -86,7 +86,8 @@ TYPED = CHATML.replace("'", '"').replace("{{ ", "{{").replace(" + ", "  +  ") + 
 @given(
     st.lists(
         st.fixed_dictionaries(
-            {"role": st.sampled_from([*ROLES, "\ud83d", 3]), "content": st.text(max_size=20) | st.sampled_from(ODD)}, optional={"name": st.just("n")}
+            {"role": st.sampled_from([*ROLES, "\ud83d", 3]), "content": st.text(max_size=20) | st.sampled_from(ODD)},
+            optional={"name": st.just("n")},
         ),
         min_size=1, max_size=4,
     ),
