@@ -33,10 +33,13 @@ constexpr int kOffsetQ8 = 128;
 #endif
 
 // How many vectors of 16 sums a product keeps in registers at a time: about half of what there are.
+// Without vectors of eight floats or 32 registers, one vector of 16 is a quarter of all there are.
 #if defined(__AVX512F__)
 constexpr int kSums = 8;
-#else
+#elif defined(__AVX2__) || defined(ZAMBA2_NEON)
 constexpr int kSums = 4;
+#else
+constexpr int kSums = 2;
 #endif
 // How far before its use a weight is fetched, in bytes of each of so many streams, and into which cache. Zen 5 wants it in the
 // first level and therefore soon.
@@ -408,40 +411,54 @@ ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
   }
 }
 
-#else  // plain C++ on any machine; compilers turn most lane loops into the machine's own vectors
+#else  // any machine: four lanes at a time, which compilers turn into its own instructions where it has some
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef uint32_t FourBits __attribute__((vector_size(16)));
+typedef int16_t EightShorts __attribute__((vector_size(16)));
+
+ZAMBA2_INLINE FourBits bits(Four a) { return reinterpret_cast<FourBits>(a); }
+ZAMBA2_INLINE Four floats(FourBits a) { return reinterpret_cast<Four>(a); }
+template <class Mask> ZAMBA2_INLINE Four select(Mask mask, Four a, Four b) {
+  const FourBits m = reinterpret_cast<FourBits>(mask);
+  return floats((m & bits(a)) | (~m & bits(b)));
+}
+ZAMBA2_INLINE Four same4(float x) { return Four{x, x, x, x}; }
+ZAMBA2_INLINE FourBits same4(uint32_t x) { return FourBits{x, x, x, x}; }
+ZAMBA2_INLINE FourBits widen(const uint16_t* p) { return FourBits{p[0], p[1], p[2], p[3]}; }
+ZAMBA2_INLINE Four larger(Four a, Four b) { return select(a > b, a, b); }
+ZAMBA2_INLINE Four smaller(Four a, Four b) { return select(a < b, a, b); }
+ZAMBA2_INLINE Four with_sign(Four a, Four s) { return floats((bits(a) & same4(0x7fffffffu)) | (bits(s) & same4(0x80000000u))); }
+ZAMBA2_INLINE Four nearest(Four a) {  // half to even; adding 2^23 leaves no room for a fraction, and numbers of that size have none
+  const Four size = floats(bits(a) & same4(0x7fffffffu)), whole = (size + same4(8388608.0f)) - same4(8388608.0f);
+  return select(size < same4(8388608.0f), with_sign(whole, a), a);
+}
 
 struct F16 {
-  float v[16];
+  Four v[4];
 #define ZAMBA2_EACH(expression) \
   F16 r;                        \
-  for (int i = 0; i < 16; ++i) r.v[i] = expression; \
+  for (int i = 0; i < 4; ++i) r.v[i] = expression; \
   return r
   static F16 load(const float* p) { F16 r; std::memcpy(r.v, p, sizeof r.v); return r; }
-  static F16 set1(float x) { ZAMBA2_EACH(x); }
+  static F16 set1(float x) { ZAMBA2_EACH(same4(x)); }
   static F16 zero() { return set1(0.0f); }
-  static float half(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
-    uint32_t bits;
-    if (exponent == 31) bits = sign | 0x7f800000u | mantissa << 13;
-    else if (exponent) bits = sign | (exponent + 112) << 23 | mantissa << 13;
-    else {
-      float small = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-      std::memcpy(&bits, &small, 4);
-      bits |= sign;
-    }
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
+  static Four half(const uint16_t* p) {
+    const FourBits h = widen(p), sign = (h & same4(0x8000u)) << 16, size = h & same4(0x7fffu);
+    const Four small = __builtin_convertvector(reinterpret_cast<FourInts>(size), Four) * same4(0x1p-24f);  // never denormal: those may count as zero
+    const FourBits bias = same4(112u << 23), unfinite = reinterpret_cast<FourBits>(size >= same4(0x7c00u));
+    const FourBits large = (size << 13) + bias + (unfinite & bias);
+    return floats(bits(select(size < same4(0x400u), small, floats(large))) | sign);
   }
-  static float wide(uint16_t b) { const uint32_t bits = static_cast<uint32_t>(b) << 16; float f; std::memcpy(&f, &bits, 4); return f; }
-  static F16 load_fp16(const uint16_t* p) { ZAMBA2_EACH(half(p[i])); }
-  static F16 load_bf16(const uint16_t* p) { ZAMBA2_EACH(wide(p[i])); }
+  static F16 load_fp16(const uint16_t* p) { ZAMBA2_EACH(half(p + 4 * i)); }
+  static F16 load_bf16(const uint16_t* p) { ZAMBA2_EACH(floats(widen(p + 4 * i) << 16)); }
   void store(float* p) const { std::memcpy(p, v, sizeof v); }
   void store_bf16(uint16_t* p) const {
-    for (int i = 0; i < 16; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, &v[i], 4);
-      p[i] = v[i] != v[i] ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    for (int i = 0; i < 4; ++i) {
+      const FourBits own = bits(v[i]), odd = (own >> 16) & same4(1u);
+      const Four r = select(v[i] == v[i], floats((own + same4(0x7fffu) + odd) >> 16), floats(same4(0x7fc0u)));
+      for (int j = 0; j < 4; ++j) p[4 * i + j] = static_cast<uint16_t>(bits(r)[j]);
     }
   }
   friend F16 operator+(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] + b.v[i]); }
@@ -449,51 +466,81 @@ struct F16 {
   friend F16 operator*(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] * b.v[i]); }
   friend F16 operator/(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] / b.v[i]); }
   friend F16 fma(F16 a, F16 b, F16 c) { ZAMBA2_EACH(a.v[i] * b.v[i] + c.v[i]); }
-  friend F16 max(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-  friend F16 min(F16 a, F16 b) { ZAMBA2_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-  friend F16 abs(F16 a) { ZAMBA2_EACH(std::fabs(a.v[i])); }
-  friend F16 round(F16 a) { ZAMBA2_EACH(std::nearbyintf(a.v[i])); }
-  friend F16 pow2(F16 n) { ZAMBA2_EACH(std::ldexp(1.0f, n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0)); }
-  friend F16 copysign(F16 a, F16 s) { ZAMBA2_EACH(std::copysign(a.v[i], s.v[i])); }
-  friend F16 where_at_least(F16 x, F16 bound, F16 a) { ZAMBA2_EACH(x.v[i] < bound.v[i] ? 0.0f : a.v[i]); }
-  friend float sum(F16 a) { for (int w = 8; w; w /= 2) for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w]; return a.v[0]; }
-  friend float largest(F16 a) { for (int i = 1; i < 16; ++i) a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0]; return a.v[0]; }
+  friend F16 max(F16 a, F16 b) { ZAMBA2_EACH(larger(a.v[i], b.v[i])); }
+  friend F16 min(F16 a, F16 b) { ZAMBA2_EACH(smaller(a.v[i], b.v[i])); }
+  friend F16 abs(F16 a) { ZAMBA2_EACH(floats(bits(a.v[i]) & same4(0x7fffffffu))); }
+  friend F16 round(F16 a) { ZAMBA2_EACH(nearest(a.v[i])); }
+  friend F16 pow2(F16 n) {
+    ZAMBA2_EACH(floats((reinterpret_cast<FourBits>(__builtin_convertvector(select(n.v[i] == n.v[i], n.v[i], Four{}), FourInts)) + same4(127u)) << 23));
+  }
+  friend F16 copysign(F16 a, F16 s) { ZAMBA2_EACH(with_sign(a.v[i], s.v[i])); }
+  friend F16 where_at_least(F16 x, F16 bound, F16 a) { ZAMBA2_EACH(select(x.v[i] < bound.v[i], Four{}, a.v[i])); }
+  friend float sum(F16 a) {
+    const Four s = (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]);
+    return (s[0] + s[2]) + (s[1] + s[3]);
+  }
+  friend float largest(F16 a) {
+    const Four s = larger(larger(a.v[0], a.v[1]), larger(a.v[2], a.v[3]));
+    const float left = s[0] > s[1] ? s[0] : s[1], right = s[2] > s[3] ? s[2] : s[3];
+    return left > right ? left : right;
+  }
   void store_i8(int8_t* p) const {  // saturates, as vector units do: near the least numbers there are, 127 / peak is infinite
-    for (int i = 0; i < 16; ++i) p[i] = v[i] == v[i] ? static_cast<int8_t>(std::nearbyintf(v[i] < -128.0f ? -128.0f : v[i] > 127.0f ? 127.0f : v[i])) : 0;
+    for (int i = 0; i < 4; ++i) {
+      const Four some = select(v[i] == v[i], larger(same4(-128.0f), smaller(same4(127.0f), v[i])), Four{});
+      const FourInts r = __builtin_convertvector(nearest(some), FourInts);
+      for (int j = 0; j < 4; ++j) p[4 * i + j] = static_cast<int8_t>(r[j]);
+    }
   }
 };
 
 struct I16 {
-  int32_t v[16];
+  FourInts v[4];
   static I16 zero() { return {}; }
-  static I16 set1(int32_t x) { I16 r; for (int32_t& lane : r.v) lane = x; return r; }
+  static I16 set1(int32_t x) { I16 r; for (FourInts& four : r.v) four = FourInts{x, x, x, x}; return r; }
   static I16 begin(int32_t x) { return set1(x); }
   I16 end() const { return *this; }
-  friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i]; return a; }
-  F16 to_float() const { F16 r; for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(v[i]); return r; }
+  friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i]; return a; }
+  F16 to_float() const { F16 r; for (int i = 0; i < 4; ++i) r.v[i] = __builtin_convertvector(v[i], Four); return r; }
 };
 
 struct Codes {
-  uint8_t v[64];
+  FourBits v[4];
   static Codes load(const uint8_t* p) { Codes r; std::memcpy(r.v, p, 64); return r; }
   static Codes load_q8(const uint8_t* p) { return load(p); }
   void store(uint8_t* p) const { std::memcpy(p, v, 64); }
-  Codes low() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] & 15; return r; }
-  Codes high() const { Codes r; for (int i = 0; i < 64; ++i) r.v[i] = v[i] >> 4; return r; }
+  Codes low() const { Codes r; for (int i = 0; i < 4; ++i) r.v[i] = v[i] & same4(0x0f0f0f0fu); return r; }
+  Codes high() const { Codes r; for (int i = 0; i < 4; ++i) r.v[i] = (v[i] >> 4) & same4(0x0f0f0f0fu); return r; }
 };
 
+// The sum of the two products in each lane's 32 bits.
+ZAMBA2_INLINE FourInts pairs(EightShorts a, EightShorts b) {
+#if defined(__SSE2__)
+  typedef short Eight __attribute__((vector_size(16)));
+  return reinterpret_cast<FourInts>(__builtin_ia32_pmaddwd128(reinterpret_cast<Eight>(a), reinterpret_cast<Eight>(b)));
+#else
+  const EightShorts products = a * b;  // of a code and an int8: at most 255 * 128
+  return (reinterpret_cast<FourInts>(reinterpret_cast<FourBits>(products) << 16) >> 16) + (reinterpret_cast<FourInts>(products) >> 16);
+#endif
+}
+
 ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
-  int8_t a[4];
-  std::memcpy(a, &four, 4);
-  for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int32_t>(codes.v[4 * i + j]) * a[j];
+  int8_t own[4];
+  std::memcpy(own, &four, 4);
+  const int16_t a[4] = {own[0], own[1], own[2], own[3]};
+  const EightShorts even{a[0], a[2], a[0], a[2], a[0], a[2], a[0], a[2]}, odd{a[1], a[3], a[1], a[3], a[1], a[3], a[1], a[3]};
+  for (int i = 0; i < 4; ++i) {
+    const FourBits w = codes.v[i], byte = same4(0x00ff00ffu);
+    acc.v[i] += pairs(reinterpret_cast<EightShorts>(w & byte), even) + pairs(reinterpret_cast<EightShorts>((w >> 8) & byte), odd);
+  }
   return acc;
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
-  for (int i = 0; i < 16; ++i) even.v[i] = F16::wide(p[2 * i]), odd.v[i] = F16::wide(p[2 * i + 1]);
+  FourBits both[4];
+  std::memcpy(both, p, sizeof both);
+  for (int i = 0; i < 4; ++i) even.v[i] = floats(both[i] << 16), odd.v[i] = floats(both[i] & same4(0xffff0000u));
 }
 
 #endif
