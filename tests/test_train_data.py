@@ -231,6 +231,8 @@ def test_infinity_in_all_its_types(tmp_path: Path) -> None:
     assert len(list(Reader(part("infinity", tmp_path / "a.jsonl"), filters=Filters(language=None)))) == 6
     chinese = Reader(part("infinity", tmp_path / "a.jsonl"), filters=Filters("zh"))
     assert [example.place.partition(", ")[2] for example in chinese] == ["line 4", "line 5"]
+    with pytest.raises(Zamba2Error, match="id is a bool; rows of infinity have a int or str there"):
+        data._checked(SOURCES["infinity"], "here", items[0] | {"id": True})
     for i, item in enumerate(items[:3]):
         write(tmp_path / "7M" / f"train-{i}.parquet", [item])
     assert len(list(Reader(part("infinity", tmp_path)))) == 3
@@ -312,8 +314,9 @@ def test_ties_and_wrong_order(tmp_path: Path) -> None:
 
 def test_different_prompts_are_no_preference() -> None:
     """Chosen and rejected must answer the same words."""
-    with pytest.raises(Unusable, match="different prompts"):
-        SOURCES["openhermes"].convert({"chosen": [U, A], "rejected": [S, U, A]})
+    for other in ([S, U, A], [{"role": "user", "content": "other"}, A]):
+        with pytest.raises(Unusable, match="different prompts"):
+            SOURCES["openhermes"].convert({"chosen": [U, A], "rejected": other})
 
 
 def test_gsm8k_without_calculator_notes() -> None:
@@ -336,13 +339,18 @@ def test_every_row_is_accounted_for(default: Tokenizer, tmp_path_factory: pytest
     assert tally.tokens == sum(lengths) and tally.longest == max(lengths) <= limit + 20
     free = Reader(part("messages", path), default)
     assert sum(len(e.masked) > limit + 20 for e in free) == tally.dropped[f"longer than {limit + 20} tokens"]  # type: ignore[arg-type]
+    assert len(list(Reader(part("messages", path), default, Filters(max_tokens=tally.longest)))) == len(kept)
 
 
 def test_messages_with_special_tokens_are_dropped(default: Tokenizer, tmp_path: Path) -> None:
-    """A message that holds the text of a chat mark would teach the model to write it; such rows are dropped."""
-    items = [simple("a <|im_start|> b"), simple("c", f"d{END}"), simple("fine")]
+    """A message that holds the text of a chat mark, or of the tokenizer's own first and last token, would teach the model to write it;
+    such rows are dropped."""
+    items = [simple("a <|im_start|> b"), simple("c", f"d{END}"), simple("fine"), simple("e", "f</s>")]
     reader = Reader(part("messages", write(tmp_path / "a.jsonl", items)), default)
-    assert len(list(reader)) == 1 and reader.tally.dropped == {"special token in a message": 2}
+    assert len(list(reader)) == 2 and reader.tally.dropped == {"special token in a message": 2}
+    other = copy.copy(default)
+    other.eos_token = "</s>"
+    assert len(list(Reader(reader.part, other))) == 1
 
 
 def test_rows_come_one_at_a_time(tmp_path: Path) -> None:
@@ -359,10 +367,11 @@ def test_rows_come_one_at_a_time(tmp_path: Path) -> None:
 
 def test_endless_rows_and_hidden_files(tmp_path: Path, default: Tokenizer) -> None:
     """A row of millions of characters is dropped like any other that is too long; hidden files of a folder are no data."""
-    path = write(tmp_path / "a.jsonl", [simple("a?", "b" * 5_000_000), simple("c?")])
+    long = {"messages": [message for i in range(3) for message in simple(f"{i}?", "b" * 400_000)["messages"]]}
+    path = write(tmp_path / "a.jsonl", [simple("a?", "b" * 5_000_000), long, simple("c?")])
     write(tmp_path / ".cache" / "b.jsonl", [{"other": 1}])
     reader = Reader(part("messages", path.parent), default)
-    assert len(list(reader)) == 1 and reader.tally.dropped == {"longer than 1000000 characters": 1}
+    assert len(list(reader)) == 1 and reader.tally.dropped == {"longer than 1000000 characters": 2}
 
 
 # ---- repeated prompts ------------------------------------------------------------------------------------------------
@@ -371,11 +380,13 @@ def test_endless_rows_and_hidden_files(tmp_path: Path, default: Tokenizer) -> No
 def test_repeated_prompts_within_and_across_sets(tmp_path: Path) -> None:
     """The first row that has a prompt keeps it, in its set and in others; case and white space make no difference; it is reported."""
     first = write(tmp_path / "a.jsonl", [simple("Why?", "a"), simple("  WHY? ", "b"), simple("Why not?")])
-    second = write(tmp_path / "b.jsonl", [simple("why\nnot?"), simple("When?")])
+    longer = {"messages": [*simple("When?")["messages"], U, A]}  # a prompt is what stands before the first answer trained on
+    second = write(tmp_path / "b.jsonl", [simple("why\nnot?"), simple("When?"), longer])
     prompts = Prompts()
     one, two = (Reader(part("messages", path), prompts=prompts) for path in (first, second))
     assert [len(list(reader)) for reader in (one, two)] == [2, 1]
-    assert one.tally.dropped == {"prompt seen before": 1} and two.tally.dropped == {f"prompt also in messages:{first}": 1}
+    assert one.tally.dropped == {"prompt seen before": 1}
+    assert two.tally.dropped == {f"prompt also in messages:{first}": 1, "prompt seen before": 1}
     assert [len(list(reader)) for reader in (one, two)] == [2, 1]  # reading again drops nothing more
 
 
@@ -393,8 +404,10 @@ def test_preferences_repeat_whole_prompts(tmp_path: Path) -> None:
 
 @given(words=st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=30), seed=st.integers())
 def test_evaluation_prompts_are_kept_out(words: list[str], seed: int) -> None:
-    """An evaluation prompt is found in any user turn; so is any run of 13 of its words inside another text, and nothing shorter."""
-    prompts = Prompts([" ".join(words)])
+    """An evaluation prompt is found in any user turn, however it is written; so is any run of 13 of its words inside another text, and
+    nothing shorter."""
+    prompts = Prompts([" ".join(words), "Caf\u00e9?"])
+    assert prompts.repeated(simple("CAFE\u0301?"), ("x", 1)) == "evaluation prompt"
     shouted = {"messages": [U, A, {"role": "user", "content": "  ".join(words).upper()}, A]}
     assert prompts.repeated(shouted, ("x", 1)) == "evaluation prompt"
     rng = random.Random(seed)
@@ -431,6 +444,7 @@ def test_shuffling_loses_nothing(items: list[int], seed: int, buffer: int) -> No
     out = list(shuffled(numbered, seed, buffer))
     assert sorted(out) == sorted(numbered) and out == list(shuffled(iter(numbered), seed, buffer))
     assert all(number - place <= buffer for place, (number, _) in enumerate(out))
+    assert list(shuffled(items, seed, 1)) == items
 
 
 def counting(name: str, length: int | None) -> Callable[[int], Iterator[tuple[str, int]]]:
@@ -459,6 +473,8 @@ def test_where_a_mixture_ends(lengths: list[int], seed: int) -> None:
     assert len(set(once)) == len(once) and any(counts[str(i)] == length for i, length in enumerate(lengths))
     everything = list(mix(sets, [1.0] * len(sets), seed=seed, until="all"))
     assert set(everything) == {(str(i), n) for i, length in enumerate(lengths) for n in range(length)}
+    rounds = [n for n in mix([lambda round: [round], lambda round: range(100, 110)], [1.0, 1.0], seed=seed, until="all") if n < 100]
+    assert rounds == list(range(len(rounds)))  # each time a set is begun again is a round of its own
 
 
 def test_a_mixture_of_sets(tmp_path: Path, default: Tokenizer) -> None:
@@ -471,10 +487,18 @@ def test_a_mixture_of_sets(tmp_path: Path, default: Tokenizer) -> None:
             prompts = Prompts()
             parts = [Part(SOURCES["messages"], path, weight) for path, weight in zip(paths, (1, 2), strict=True)]
             readers = [Reader(each, default, prompts=prompts) for each in parts]
-            orders.append([e.data["messages"][0]["content"] for e in mixture(readers, seed=seed, until=until, buffer=8)])
+            orders.append([])
+            whole = False
+            for example in mixture(readers, seed=seed, until=until, buffer=8):
+                orders[-1].append(example.data["messages"][0]["content"])
+                assert readers[1].tally.whole >= whole  # its first round is what a reader counts
+                whole = readers[1].tally.whole
         assert orders[0] == orders[2] != orders[1]
         once = set(orders[0])
     assert len(once) == 50
+    twins = [Reader(part("messages", write(tmp_path / f"{name}.jsonl", [simple(f"{name}{i}?") for i in range(10)]))) for name in "cd"]
+    said = dict.fromkeys(example.data["messages"][0]["content"] for example in mixture(twins, seed=1, until="all"))
+    assert [text[1:] for text in said if text[0] == "c"] != [text[1:] for text in said if text[0] == "d"]  # each set has its own order
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -905,8 +929,10 @@ def test_examples_carry_their_tokens(tmp_path: Path, default: Tokenizer) -> None
     (without,) = Reader(part("messages", path))
     assert isinstance(with_tokens, Example) and isinstance(with_tokens.masked, Masked) and without.masked is None
     assert without.place == f"{path}, line 1"
-    (pair,) = Reader(part("preferences", write(tmp_path / "b.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "d"}])), default)
-    assert isinstance(pair.masked, MaskedPair)
+    reader = Reader(part("preferences", write(tmp_path / "b.jsonl", [{"prompt": "p", "chosen": "c", "rejected": "d e"}])), default)
+    (pair,) = reader
+    assert isinstance(pair.masked, MaskedPair) and reader.tally.longest == len(pair.masked.rejected) == len(pair.masked)
+    assert reader.tally.tokens == len(pair.masked.chosen) + len(pair.masked.rejected)
 
 
 def test_texts_are_targets_throughout(default: Tokenizer, tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
     with _sentences(recipe, progress), progress:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.verify_finite()
-        if prepared.held_out is not None and (recipe.evaluate_every is None or trainer.state.global_step % recipe.evaluate_every):
-            trainer.evaluate()  # the last step was none of those that are
+        if prepared.held_out is not None and recipe.evaluate_every is None:  # else the trainer has evaluated the last step
+            trainer.evaluate()
         folder = export(recipe, trainer, source)
     if processes.is_main_process:
         progress.plot(recipe.out)
