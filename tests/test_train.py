@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -597,7 +598,8 @@ def test_halves_that_are_packed_apart_are_rounded_apart():
     for part in parts(config):
         for source in part.sources if part.is_matrix else ():
             columns = part.shape[1] * (1 if part.half is None else 2)
-            weights[source if source.startswith("lm_head.") else f"model.{source}"] = torch.nn.Parameter(torch.randn(2, columns, generator=g))
+            name = source if source.startswith("lm_head.") else f"model.{source}"
+            weights[name] = torch.nn.Parameter(torch.randn(2, columns, generator=g))
     query = weights["model.shared_blocks.0.self_attn.q_proj.weight"]
     halves = query.detach().clone().split(config.hidden_size, dim=1)
     model = SimpleNamespace(named_parameters=weights.items)
@@ -606,7 +608,8 @@ def test_halves_that_are_packed_apart_are_rounded_apart():
 
 
 def test_divergence_is_the_formula():
-    """The sum over scored places of p (log p - log q), p the teacher's and q the model's; none, and no gradient, where both are one."""
+    """The sum over scored places of p (log p - log q), p the teacher's and q the model's; none, and no gradient, where both are one. A
+    step's loss is the mean over all of its places, also where they are read in parts."""
     teacher, model = fresh_model().eval(), fresh_model().eval()
     RoundWeights(model, model.model.config, Packing.named("q4")).on_step_begin(None, SimpleNamespace(global_step=0), None)
     ids = torch.randint(3, 256, (2, 9))
@@ -617,6 +620,11 @@ def test_divergence_is_the_formula():
     places = [(i, t) for i in range(2) for t in range(8) if labels[i, t + 1] != -100]
     expected = sum(float((p[place] * (p[place].log() - q[place].log())).sum()) for place in places)
     assert found.item() == pytest.approx(expected, rel=1e-3) and int(count) == len(places) and expected > 0
+    machine = SimpleNamespace(autocast=nullcontext, gather=lambda value: value, num_processes=1)
+    trainer = SimpleNamespace(graphed=None, teacher=teacher, accelerator=machine, _total_train_tokens=0, _metrics={"train": {}})
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    part = module.Conversations.compute_loss(trainer, model.train(), inputs, num_items_in_batch=3 * count)
+    assert part.item() == pytest.approx(found.item() / (3 * int(count)), rel=1e-4) and trainer._total_train_tokens == ids.numel()
     same, _ = divergence(teacher, teacher, {"input_ids": ids, "labels": labels})
     same.backward()
     assert abs(same.item()) < 1e-5 and max(weight.grad.abs().max() for weight in teacher.parameters() if weight.grad is not None) < 1e-5
@@ -824,6 +832,10 @@ def test_old_checkpoints_go_when_the_new_one_is_complete(tmp_path, monkeypatch):
     module.run(recipe(tmp_path, save_every=1, keep=1))
     assert left == [["checkpoint-1"], ["checkpoint-2"], ["checkpoint-3"], ["checkpoint-4"]]
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-best"}
+    for number in (10, 9):
+        (tmp_path / "out" / f"checkpoint-{number}").mkdir()
+        (tmp_path / "out" / f"checkpoint-{number}" / module.COMPLETE).touch()
+    assert [path.name for path in module.checkpoints(tmp_path / "out")] == ["checkpoint-4", "checkpoint-9", "checkpoint-10"]
 
 
 def test_a_checkpoint_is_complete_when_every_process_has_written(tmp_path, monkeypatch):
@@ -906,11 +918,15 @@ def test_compiling_is_announced(tmp_path, monkeypatch, capsys):
 
 
 def test_dpo_that_stands_at_ln_2_stops(tmp_path):
-    """When nothing that is trained moves the output, the run stops and says so; one that moves goes on."""
+    """When nothing that is trained moves the output, the run stops and says so; one that moves, or has moved, goes on."""
     still = recipe(tmp_path, "dpo", steps=60, learning_rate=1e-12, batch_size=2, device_batch_size=2)
     with pytest.raises(Zamba2Error, match="stands at ln 2 from step 7 to 27"):
         module.run(still)
-    module.run(recipe(tmp_path, "dpo", steps=40, learning_rate=1e-3, batch_size=2, device_batch_size=2, out=tmp_path / "moves"))
+    moves = recipe(tmp_path, "dpo", steps=30, learning_rate=1e-3, batch_size=2, device_batch_size=2, out=tmp_path / "moves")
+    module.run(moves)
+    watch = module.Watch(moves, Progress())
+    for step in range(1, 4000):
+        watch._check_still(SimpleNamespace(global_step=step, max_steps=4000), math.log(2) + (0.0 if step > 450 else 0.01))
 
 
 def test_full_disk_is_one_sentence(tmp_path, monkeypatch):

@@ -360,9 +360,8 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        new = self.recipe.out / f"checkpoint-{state.global_step}"
-        (new / COMPLETE).touch()
-        kept = {new, *checkpoints(self.recipe.out)[-self.recipe.keep :]}
+        (self.recipe.out / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        kept = set(checkpoints(self.recipe.out)[-self.recipe.keep :])
         for old in {path for path in self.recipe.out.glob("checkpoint-*") if path.name[11:].isdigit()} - kept:  # not a user's own copies
             (old / COMPLETE).unlink(missing_ok=True)  # first: what is half deleted is none to resume from
             shutil.rmtree(old, ignore_errors=True)
