@@ -15,8 +15,8 @@ class FakeHub:
     """Serves ``repositories``: Hub id -> revision name -> folder. Use as a context manager.
 
     ``gated``: ids whose files need ``token``. ``drop``: file names whose first download breaks off half-way.
-    ``uploads``: what was committed, by id and file. ``answer``: status code given to every request instead.
-    ``silent``: never answer. ``requests``: "METHOD /path" seen so far.
+    ``uploads``: what was committed, by id and file; ``private``: by id, whether it was asked to be. ``answer``: status code given to
+    every request instead. ``silent``: never answer. ``requests``: "METHOD /path" seen so far.
     """
 
     def __init__(self, repositories: dict[str, dict[str, Path]]) -> None:
@@ -29,6 +29,7 @@ class FakeHub:
         self.requests: list[str] = []
         self.ranges: list[str] = []
         self.uploads: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
         self.closing = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
@@ -72,6 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             name = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
             hub.uploads.setdefault(name, {})
+            hub.private[name] = wanted.get("private", wanted.get("visibility") == "private")
             self.send_json({"url": f"{hub.url}/{name}", "name": name})
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]

@@ -1201,7 +1201,8 @@ def test_results_are_packed_described_and_uploaded(tmp_path):
     """`pack` writes what the engine loads, the card tells of data and settings, `push_to` puts it on the Hub or says why not."""
     from fake_hub import FakeHub
 
-    wanted = recipe(tmp_path, steps=1, pack=["q8"], push_to="me/mini", data=["messages:" + str(write_chats(tmp_path / "chats.jsonl"))])
+    data = ["messages:" + str(write_chats(tmp_path / "chats.jsonl"))]
+    wanted = recipe(tmp_path, steps=1, pack=["q8"], push_to="me/mini", private=False, data=data)
     (tmp_path / "r.yaml").write_text(wanted.to_yaml())
     command = ["train", "sft", str(tmp_path / "r.yaml")]
     with FakeHub({}) as hub:
@@ -1210,6 +1211,7 @@ def test_results_are_packed_described_and_uploaded(tmp_path):
         done = Forked("zamba2", command, **environment)
         assert done.ended() == 0 and f"uploaded to {hub.url}/me/mini" in done.said, done.said
         folder = wanted.out / "model"
+        assert hub.private == {"me/mini": False}
         assert hub.uploads["me/mini"] == {path.name: path.read_bytes() for path in folder.iterdir()}
         hub.answer = 403
         done = Forked("zamba2", [*command, f"out={tmp_path / 'two'}"], **environment)
@@ -1272,19 +1274,29 @@ def test_small_weights_that_cannot_be_spread_are_named(tmp_path, monkeypatch):
         module.make_trainer(recipe(tmp_path, precision="bf16"), fresh_model(), None, None, Progress())
 
 
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    """Where a checkpoint names no token for padding, the one that ends an answer stands there."""
+    shutil.copytree(RANDOM, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "pad_token"}))
+    assert module.load(recipe(tmp_path, model=str(tmp_path / "model")))[1].pad_token == "<|im_end|>"
+
+
 def test_packed_weights_are_not_trained(tmp_path):
     """The model of the other commands, whose weights are packed, is one sentence."""
     with pytest.raises(Zamba2Error, match="packed weights, which cannot be trained"):
         module.run(recipe(tmp_path, model="demo"))
 
 
-def test_a_resumed_run_packs_its_own_result(tmp_path):
-    """What a run packs at its end is its result, also where an earlier end of it was packed before."""
+def test_a_resumed_run_packs_its_own_result(tmp_path, capsys):
+    """What a run packs at its end is its result, also where an earlier end of it was packed before; another recipe is told of."""
     short = recipe(tmp_path, steps=1, save_every=1, pack=("q8",), learning_rate=1e-2)
     module.run(short)
     packed = short.out / "model-q8" / "model.safetensors"
     before = packed.read_bytes()
+    capsys.readouterr()
     folder = module.run(short.model_copy(update={"steps": 3}), resume=True)
+    assert "the recipe differs from the one in" in " ".join(capsys.readouterr().err.split())
     quantize(folder, tmp_path / "fresh", format_named("q8"))
     assert before != packed.read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()
 
