@@ -153,6 +153,7 @@ def test_strict_and_loose() -> None:
     assert [e["strict"] for e in result.examples] == [[True], [False], [False], [False]]
     assert [e["loose"] for e in result.examples] == [[True], [True], [False], [False]]
     assert {name: result.metrics[name].value for name in METRICS} == dict(zip(METRICS, (25, 25, 50, 50), strict=True))
+    assert result.metrics["mean_strict"].value == 25
     assert result.kinds == {"startend:quotation": {"count": 4, "strict": 25, "loose": 50}}
 
 
@@ -174,6 +175,8 @@ def test_intervals() -> None:
         assert e["prompt_strict"].low < 50 < e["prompt_strict"].high and (e["prompt_loose"].low, e["prompt_loose"].high) == (100, 100)
         widths.append(e["prompt_strict"].high - e["prompt_strict"].low)
     assert widths[0] == pytest.approx(2 * 1.96 * 50 / 50**0.5, rel=0.1) and widths[0] / widths[1] == pytest.approx(2, rel=0.1)
+    single = ifeval._estimates(strict, strict, 0, 1)["prompt_strict"]
+    assert single.low == single.high  # no more are drawn than are asked for
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
