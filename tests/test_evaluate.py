@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from test_mt_bench import QUESTIONS, SHARED, TURNS, Bench, ScriptedJudge, publis
 
 import zamba2
 from zamba2.cli import run
+from zamba2.commands.evaluate import agree
 from zamba2.errors import Zamba2Error
 from zamba2.evaluate.answers import hash_of, open_answers
 from zamba2.evaluate.perplexity import log_probabilities
@@ -62,19 +66,23 @@ def test_a_result_names_the_model(tmp_path: Path) -> None:
 
 
 def test_transformers_answers() -> None:
-    """hf:FOLDER answers greedily with transformers' own words; options of ours are refused."""
+    """hf:FOLDER answers greedily, or sampled with a seed from all tokens, with transformers' own words; options of ours are refused."""
     pytest.importorskip("transformers", reason="it is of the extra [evaluate]")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     asked = [[{"role": "user", "content": text}] for text in ("Hello", "Write of the sea.")]
-    found = dict(open_answers(f"hf:{RANDOM}", dtype="float32").answer(asked, max_tokens=5))
+    theirs = open_answers(f"hf:{RANDOM}", dtype="float32")
+    found, sampled = (dict(theirs.answer(asked, max_tokens=5, **options)) for options in ({}, {"temperature": 0.9, "seed": 3}))
     tokenizer = AutoTokenizer.from_pretrained(RANDOM)
     model = AutoModelForCausalLM.from_pretrained(RANDOM, dtype=torch.float32)
     for index, messages in enumerate(asked):
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = model.generate(**ids, max_new_tokens=5, do_sample=False)
         assert found[index] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        torch.manual_seed(3)
+        out = model.generate(**ids, max_new_tokens=5, do_sample=True, temperature=0.9, top_k=0, top_p=1.0)
+        assert sampled[index] == tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     with pytest.raises(Zamba2Error, match="format is 'q4'"):
         open_answers(f"hf:{RANDOM}", format="q4")
     with pytest.raises(Zamba2Error, match="transformers cannot load"):
@@ -108,6 +116,7 @@ def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureF
         assert len(server.asked) == TURNS and again["scores"] == found["scores"]
     assert found["scores"]["demo"]["mean"] == pytest.approx(sum(range(1, TURNS + 1)) / TURNS)
     assert (found["evaluation"], found["model"], found["format"], found["settings"]["judge"]) == ("mt-bench", "demo", "q8", "judge-1")
+    assert found["settings"]["max_tokens"] == 20
     folder = tmp_path / "out" / "demo"
     assert {path.name for path in folder.iterdir()} == {f"mt-bench.{suffix}" for suffix in ("json", "md", "png", "svg")}
     assert "| demo | 0.0024B | 50.00 |  | measured here |" in (folder / "mt-bench.md").read_text()
@@ -130,6 +139,18 @@ def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureF
         assert server.asked == []
     estimated, said = capsys.readouterr().err.splitlines()
     assert f"judging takes {TURNS} requests" in estimated and "is not there (status 404" in said
+
+
+def test_judging_is_agreed_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a terminal nothing is judged without a yes; the end of the input is none."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for typed, goes_on in (("y\n", True), ("YES\n", True), ("\n", False), ("no\n", False), ("", False)):
+        monkeypatch.setattr(sys, "stdin", typing := io.StringIO(typed))
+        monkeypatch.setattr(typing, "isatty", lambda: True)
+        with nullcontext() if goes_on else pytest.raises(Zamba2Error, match="nothing was judged"):
+            agree("a fortune", yes=False)
+    agree("a fortune", yes=True)
+    assert capsys.readouterr().err.count("Go on?") == 5
 
 
 @published
@@ -176,8 +197,9 @@ def choice_nats(model: LanguageModel, context: str, choice: str) -> float:
     return float(picked[len(model.tokenizer.encode(context)) - 1 :].sum())
 
 
-def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A task in a YAML file over local data runs on the model inside the package; its scores are printed and written down."""
+def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task in a YAML file over local data runs on the model inside the package; its scores are printed and written down. Every option
+    reaches lm-eval."""
     pytest.importorskip("lm_eval", reason="tasks are lm-eval's, of the extra [evaluate]")
     data = tmp_path / "questions.jsonl"
     rows = [{"question": "A fox is", "choices": ["an animal.", "spoon seven"], "answer": 0}] * 3
@@ -194,6 +216,12 @@ def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "| choose | acc |" in (tmp_path / "out" / "demo" / "tasks.md").read_text()
     assert run(["evaluate", "tasks", "no_such_task_anywhere.yaml", "--out", str(tmp_path / "out")]) == 2
     assert "no_such_task_anywhere" in capsys.readouterr().err
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("zamba2.evaluate.harness.run_tasks", lambda *_, **options: (asked.update(options), {"scores": {}})[1])
+    options = ["--few-shot", "3", "--limit", "2", "--batch", "5", "--chat", "--include", str(tmp_path), "--out", str(tmp_path)]
+    document(capsys, "tasks", "x", *options)
+    wanted = {"few_shot": 3, "limit": 2, "batch": 5, "chat": True, "include": tmp_path, "cache": tmp_path / "demo" / "tasks.cache"}
+    assert asked == wanted | {"progress": False}
 
 
 def test_the_cards_rows_are_marked() -> None:

@@ -530,7 +530,8 @@ def test_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- a judge that fails ----------------------------------------------------------------------------------------------
 
 PASSING: dict[str, Action] = {
-    "500": 500, "503 with a body that is no JSON": (503, {}, b"<html>"), "529": 529, "429": 429, "broken": "DROP", "cut short": "CUT",
+    "500": 500, "503 with a body that is no JSON": (503, {}, b"<html>"), "529": 529, "429": 429, "409": 409, "broken": "DROP",
+    "cut short": "CUT",
     "429 with Retry-After": (429, {"Retry-After": "0.3"}, {"error": {"message": "slow down"}}),
 }  # fmt: skip
 
@@ -546,6 +547,21 @@ def test_passing_trouble_is_tried_again(action: Action) -> None:
     with ScriptedJudge(lambda number, body: action) as server:
         failure = one(server, retries=1)
         assert isinstance(failure, Failure) and failure.reason.endswith(", 2 times") and len(server.asked) == 2
+
+
+def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between tries a request waits twice as long each time."""
+    waits: list[float | None] = []
+
+    class Patient(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return False
+
+    monkeypatch.setattr(judge_module.random, "uniform", lambda low, high: high)
+    with ScriptedJudge(lambda number, body: 500) as server:
+        server.endpoint(retries=3).ask([{"role": "user", "content": "hi"}], max_tokens=5, stop=Patient())
+    assert waits == [0.01, 0.02, 0.04]
 
 
 def test_timeouts_are_tried_again() -> None:
@@ -738,6 +754,9 @@ def test_no_key() -> None:
         Endpoint("gpt-4")
     with pytest.raises(Zamba2Error, match=r"MY_KEY is not set"):
         Endpoint("gpt-4", "https://example.org/v1", key_variable="MY_KEY")
+    with pytest.raises(Zamba2Error, match="needs a key"):
+        Endpoint("gpt-4", "https://127example.org/v1")
+    Endpoint("gpt-4", "http://127.0.0.2/v1")
 
 
 @pytest.mark.parametrize("key", ["two words", "sch\u00f6n", "a\nb"])
