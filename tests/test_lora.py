@@ -152,8 +152,9 @@ def test_load_takes_an_adapter(folder):
 
 
 def test_an_evaluation_tells_adapters_apart(folder, tmp_path):
-    """What decides answers names the adapter by its weights, and the format of keys and values."""
+    """What decides answers names the adapter by its weights, and the format of keys and values; so does what names a cache of them."""
     from zamba2.evaluate.answers import Ours, about_ours, decisive
+    from zamba2.evaluate.harness import identity
 
     place = folder("2.7b")
     shutil.copytree(place / "adapter", tmp_path / "same")
@@ -162,6 +163,8 @@ def test_an_evaluation_tells_adapters_apart(folder, tmp_path):
     plain, kv, one, same = (decisive(Ours(model, model.name, about_ours(model, {}))) for model in models)
     assert one == same and {name for name in one if one[name] != plain.get(name)} == {"adapter_sha256"}
     assert {name for name in kv if kv[name] != plain[name]} == {"kv_format"} and set(plain) > {"sha256", "format", "backend"}
+    caches = [identity(model) for model in models]
+    assert caches[2] == caches[3] and len(set(caches)) == 3
 
 
 def test_the_command_line_takes_an_adapter(folder, tmp_path, capsys):
