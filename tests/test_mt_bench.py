@@ -144,7 +144,8 @@ def rating(number: int, body: dict[str, Any]) -> Action:
 
 class ScriptedJudge:
     """A chat endpoint on 127.0.0.1. ``script(number, body)`` says what becomes of a request: a judgment's text, a status, or status,
-    headers and body (bytes as they are, else JSON); "DROP" breaks off, "CUT" half-way through the body, "HANG" never ends.
+    headers and body (bytes as they are, else JSON); "DROP" breaks off, "CUT" half-way through the body; "HANG" never ends, nor does
+    "DRIP", which sends a byte now and then.
 
     ``asked``: the last message of each request; ``times``: when they came; ``answered``: those whose reply went out whole.
     """
@@ -207,6 +208,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if action == "HANG":
             judge.closing.wait(60)
+            return
+        if action == "DRIP":
+            self.send(200, {"Content-Length": "1000"}, b"")
+            while not judge.closing.wait(0.02):
+                try:
+                    self.wfile.write(b" ")
+                except OSError:
+                    return
             return
         if action == "CUT":
             self.send(200, {"Content-Length": "1000"}, b'{"choices": [')
@@ -570,6 +579,8 @@ def test_timeouts_are_tried_again() -> None:
         assert one(server, timeout=0.3, retries=2) == Reply("fine", 100, 10)
     with ScriptedJudge(lambda number, body: "HANG") as server:
         assert one(server, timeout=0.2, retries=1) == Failure("no answer within 0.2 seconds, 2 times")
+    with ScriptedJudge(lambda number, body: "DRIP") as server:  # whose single bytes come in time
+        assert one(server, timeout=0.2, retries=0) == Failure("no answer within 0.2 seconds, 1 times")
 
 
 def test_retry_after_holds_everyone() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,10 @@ def test_a_model_does_not_diverge_from_itself(model: LanguageModel) -> None:
     found = divergence(model, model, TEXT, context=PIECE + 50)
     assert found["mean"] == 0 and set(found["quantiles"].values()) == {0.0} and found["top1_agreement"] == 1
     assert found["nats"] == found["reference_nats"]
+    wider = replace(model.backend.config, vocab_size=model.backend.config.vocab_size + 1)
+    other: Any = SimpleNamespace(name="wider", tokenizer=model.tokenizer, backend=SimpleNamespace(config=wider))
+    with pytest.raises(Zamba2Error, match="needs one vocabulary"):
+        divergence(model, other, TEXT)
 
 
 def test_divergence_is_the_definition(model: LanguageModel) -> None:
