@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -17,8 +18,8 @@ from zamba2 import _engine
 from zamba2.bench import measure
 from zamba2.bench.peers import Worker, need_disk
 from zamba2.cli import run
-from zamba2.commands.bench import need_memory, summary
-from zamba2.config import PRESETS
+from zamba2.commands.bench import medians, need_memory, summary
+from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.runtime.backend import Row
 from zamba2.runtime.native import NativeBackend
@@ -72,6 +73,8 @@ def test_keys_and_values_in_8_bits(capsys: pytest.CaptureFixture[str]) -> None:
     assert (plain["kv_format"], codes["kv_format"]) == ("bf16", "q8")
     assert plain["kv_bytes_per_token"] / 2 < codes["kv_bytes_per_token"] < plain["kv_bytes_per_token"]
     assert codes["sequence_bytes"] < plain["sequence_bytes"]
+    # Of the 20 tokens of the prompt, and 1 or 2 behind them: the middle of the decoding.
+    assert plain["kv_bytes_per_token"] == 21.5 * measure.kv_bytes_per_token(Config.from_file(RANDOM / "config.json"), KV_FORMATS["bf16"])
 
 
 def test_a_batch_shares_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +134,23 @@ def test_what_a_gpu_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["format"] == "bf16"
     for key in ("decode_tokens_per_second", "ttft_seconds", "decode_bandwidth_fraction", "prefill_matrix_fraction", "bytes_per_token"):
         assert math.isfinite(result[key]) and result[key] > 0, key
+    assert result["prefill_operations_per_second"] == pytest.approx(2 * ready["prefill_operations"] / result["ttft_seconds"])
+    clock, costs = [0.0], iter([100.0, 90.0, 3.0, 1.0, 2.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    assert measure.median_seconds(lambda: clock.append(clock.pop() + next(costs)), "cpu", repeats=3) == 2.0  # two warm up
+
+
+def test_rates_are_of_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens per second are those of the whole batch, from the first token on; of several runs the largest peak of memory counts."""
+    ticks = itertools.count()
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(ticks)))
+    token = SimpleNamespace(likeliest=lambda: np.zeros(1, np.int32))
+    backend = SimpleNamespace(new_state=lambda: SimpleNamespace(nbytes=5), forward=lambda rows: [token] * len(rows))
+    found = measure.repeat(backend, [np.zeros(7, np.int32)] * 3, 4)
+    assert (found["ttft_seconds"], found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) == (1.0, 21.0, 12.0)
+    assert found["state_bytes"] == 15
+    both = medians([found | {"peak_rss_bytes": size} for size in (3, 9, 4)], {"load_seconds": 0.5})
+    assert both["peak_rss_bytes"] == 9 and both["load_seconds"] == 0.5
 
 
 @pytest.mark.parametrize("option", ["--kv-format q8", "--startup", "--compare llama.cpp"])
@@ -196,6 +216,9 @@ def test_bytes_of_a_token(shape: str) -> None:
     assert found["weights"] == config.weights_per_token()
     assert found["state"] == 2 * (config.ssm_state_bytes + config.conv_state_bytes())
     assert found["keys_and_values"] == 100 * config.kv_bytes_per_token()
+    head = config.vocab_size * config.hidden_size  # of a prompt, for its last token alone
+    first, second = (measure.prefill_operations(config, length) for length in (1, 2))
+    assert (first, second - first) == (2 * config.weights_per_token(), 2 * (config.weights_per_token() - head))
     codes = measure.decode_bytes(counts, config, 1.0, KV_FORMATS["q8"])["keys_and_values"]
     heads = 2 * len(config.hybrid_layer_ids) * config.num_key_value_heads
     assert codes == config.kv_bytes_per_token(1) + 4 * heads, "a byte each, and a scale of fp32 for every head"

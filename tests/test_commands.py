@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import pty
@@ -18,13 +19,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fake_hub import FakeHub
 
 import zamba2
 from zamba2.cli import app, run
+from zamba2.commands.chat import reply
 from zamba2.language.model import LanguageModel
 from zamba2.weights.hub import RANDOM
 
@@ -281,6 +284,15 @@ def test_chat_through_a_pipe(zamba: Any, model: LanguageModel) -> None:
     first, second = (re.fullmatch(r"\[6 tokens, [\d.]+ tokens/s, first after [\d.]+ s, (\d+) cached\]", line) for line in err)
     assert first is not None and second is not None, err
     assert first[1] == "0" and int(second[1]) > 6
+
+
+def test_the_line_behind_a_reply(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It tells how long the first token took, and the rate of those behind it."""
+    ticks = itertools.count()
+    monkeypatch.setattr("zamba2.commands.chat.time.perf_counter", lambda: float(next(ticks)))
+    pieces = (SimpleNamespace(text=letter) for letter in "abcdef")
+    reply(cast(Any, SimpleNamespace(say=lambda *_, **__: pieces, cached_tokens=3)), "hi", {})
+    assert capsys.readouterr() == ("abcdef\n", "[6 tokens, 5.0 tokens/s, first after 1.00 s, 3 cached]\n")
 
 
 def chat(zamba: Any, *lines: str, options: tuple[str, ...] = ("-n", "4")) -> tuple[str, list[str]]:

@@ -34,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import zamba2.hf
+from zamba2.commands.train import stage
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.model import model as model_module
@@ -1092,6 +1093,17 @@ def test_the_command_trains_and_prints_the_folder(tmp_path):
     assert done.stdout == f"{wanted.out / 'model'}\n" and "step 2: loss" in done.stderr and "Warning" not in done.stderr
     again = Forked("zamba2", command[3:])
     assert again.ended() == 2 and again.said.count("\n") == 1 and "holds a run already" in again.said
+
+
+def test_several_processes_print_one_folder(tmp_path, monkeypatch, capsys):
+    """Of processes that train together the first alone prints where the result is."""
+    (tmp_path / "r.yaml").write_text(recipe(tmp_path).to_yaml())
+    monkeypatch.setattr(module, "run", lambda wanted, resume: tmp_path)
+    monkeypatch.setattr("zamba2.commands.train.prepare_libraries", lambda: None)
+    for rank, printed in (("0", f"{tmp_path}\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        stage("sft", str(tmp_path / "r.yaml"), [], resume=False, show=False)
+        assert capsys.readouterr().out == printed
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

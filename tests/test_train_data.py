@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from zamba2.cli import DATA_SETS, run
+from zamba2.commands.train import sample
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train import data
@@ -801,6 +802,12 @@ def test_preview_shows_what_is_trained_on(preview: Any, tmp_path: Path, monkeypa
     out = preview(f"preferences:{path}", "--count", "1")[1]
     green = re.findall(r"\x1b\[30;(?:42|102)m([^\x1b]*)\x1b\[0m", out)
     assert "".join(green).replace("\n", "") == f"Goodanswer 漢😀{END}bad{END}"
+
+
+def test_samples_are_even() -> None:
+    """Each of a set's examples is as likely to be shown as any other."""
+    counts = Counter(shown for seed in range(400) for shown in sample(range(4), str(seed), 2))  # type: ignore[arg-type, misc]
+    assert sum(counts.values()) == 800 and len(counts) == 4 and min(counts.values()) > 150
 
 
 def test_preview_report(preview: Any, tmp_path: Path) -> None:
