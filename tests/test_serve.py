@@ -27,7 +27,8 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import TokenLogprob
 from zamba2.language.model import LanguageModel
 from zamba2.serve.cache import StateCache
-from zamba2.serve.scheduler import Prompt, Scheduler, TimeIsUp
+from zamba2.serve.grammar import Unmet
+from zamba2.serve.scheduler import Busy, Prompt, Scheduler, TimeIsUp
 from zamba2.train.instructions import tasks
 
 anthropic = pytest.importorskip("anthropic", reason="clients come with the extra [test]")
@@ -150,6 +151,9 @@ def test_chat_is_the_models(live: Live, model: LanguageModel, chats: list[list[d
         assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [own.finish_reason]
         assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == whole.usage and not chunks[-1].choices
         assert len({c.id for c in chunks}) == 1 and all(c.usage is None for c in chunks[:-1])
+        assert abs(whole.created - time.time()) < 60
+    one = live.openai.chat.completions.create(model="demo", messages=chats[0], temperature=0, max_completion_tokens=1)
+    assert (one.usage.completion_tokens, one.choices[0].finish_reason) == (1, "length")
 
 
 def test_chat_logprobs(live: Live, model: LanguageModel, chats: list[list[dict[str, str]]]) -> None:
@@ -737,6 +741,14 @@ def test_closing(model: LanguageModel) -> None:
         assert name is None and data["error"]["message"] == "the server was shut down before the reply was finished."
         for path in ASKED:
             check_error(live.post(path, **ASKED[path]), 503, "shutting down", path)
+
+
+def test_what_errors_are_to_clients() -> None:
+    """A schema that cannot be obeyed is the client's mistake; what has no time or room may be asked again; the rest is the server's."""
+    for error, status in ((Unmet("too complex."), 400), (TimeIsUp("too late."), 504), (Busy(1, 3), 429), (Zamba2Error("gone."), 503)):
+        found = problem_of(error)
+        assert (str(found), found.status) == (str(error), status) and problem_of(found) is found
+    assert problem_of(Busy(1, 3)).retry_after == 3
 
 
 def test_what_a_failed_stream_says(model: LanguageModel) -> None:
