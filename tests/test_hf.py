@@ -376,12 +376,18 @@ def test_training_step_equals_transformers(folder: Path, theirs: Any, checkpoint
 
 
 def test_gradient_checkpointing_can_be_left(folder: Path) -> None:
-    """Checkpointing goes off again, leaves generation alone and refuses use_reentrant, which would lose gradients."""
+    """Checkpointing goes off again, leaves generation and states alone, and refuses use_reentrant, which would lose gradients."""
     ours = Zamba2ForCausalLM.from_pretrained(folder)
     expected = ours.generate(tokens(1, 5), max_new_tokens=4, do_sample=False).tolist()
     ours.activation_checkpointing_enable(every_n_layers=2)
     assert [("forward" in layer.__dict__) for layer in ours.model.layers] == [True, False, True, False, True, False, True]
     assert ours.train().generate(tokens(1, 5), max_new_tokens=4, do_sample=False).tolist() == expected
+    read = ours(tokens(1, 5), use_cache=True)
+    read.logits.sum().backward()  # for which nothing may be read a second time
+    assert read.past_key_values.get_seq_length() == 5
+    with torch.no_grad():
+        following, whole = ours(tokens(1, 6)[:, 5:], past_key_values=read.past_key_values), ours(tokens(1, 6))
+    torch.testing.assert_close(following.logits[:, 0], whole.logits[:, 5], **CLOSE)
     ours.activation_checkpointing_disable()
     assert not ours.is_activation_checkpointing and not any("forward" in layer.__dict__ for layer in ours.model.layers)
     assert ours(tokens(1, 5)).past_key_values is None  # in training a state is made for those alone who ask for one

@@ -88,7 +88,7 @@ def test_split_is_whole(reading: Reading) -> None:
     """forward(a + b) = forward(a); forward(b), wherever the cuts are and with no state at all."""
     model, tokens = reading.model(), reading.tokens(rows=2)
     whole = model(tokens)
-    for cuts in ([reading.at], sorted({1, reading.at, reading.length // 2 or 1})):
+    for cuts in ([reading.at], sorted({1, reading.at, reading.length // 2 or 1, max(1, reading.length - 2)})):
         state = model.new_state()
         parts = [model(part, state=state) for part in torch.tensor_split(tokens, cuts, dim=1) if part.shape[1]]
         close(torch.cat(parts, dim=1), whole)
@@ -222,7 +222,7 @@ def test_padding_before_packed_documents(reading: Reading) -> None:
 @law()
 @torch.no_grad()
 def test_keep_is_having_read_less(reading: Reading) -> None:
-    """After a recorded call, keep(n) leaves what reading its first n tokens leaves; a padded prompt and n = 0 too."""
+    """After a recorded call, keep(n) leaves what reading its first n tokens leaves, once; a padded prompt and n = 0 too."""
     model, tokens = reading.model(), reading.tokens(rows=2)
     mask = torch.ones_like(tokens)
     mask[0, : reading.length // 3] = 0
@@ -239,6 +239,8 @@ def test_keep_is_having_read_less(reading: Reading) -> None:
         kept = recorded.copy()
         model.keep(recorded, n)
         assert recorded.position == expected.position == before + n
+        with pytest.raises(ValueError, match="nothing was recorded"):
+            model.keep(recorded, n)
         close(model(more, state=recorded), model(more, state=expected), f"after keep({n}) of {reading.length - before}")
         close(model(more, state=kept), model(more, state=read_all(model, tokens, mask, before)), "a copy taken before keep")
 
