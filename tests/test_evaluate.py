@@ -217,11 +217,14 @@ def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert run(["evaluate", "tasks", "no_such_task_anywhere.yaml", "--out", str(tmp_path / "out")]) == 2
     assert "no_such_task_anywhere" in capsys.readouterr().err
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("zamba2.evaluate.harness.run_tasks", lambda *_, **options: (asked.update(options), {"scores": {}})[1])
+    scores = {"choose": {"acc,none": 0.5, "acc_stderr,none": 0.25, "acc_norm,none": 1.0}}
+    monkeypatch.setattr("zamba2.evaluate.harness.run_tasks", lambda *_, **options: (asked.update(options), {"scores": scores})[1])
     options = ["--few-shot", "3", "--limit", "2", "--batch", "5", "--chat", "--include", str(tmp_path), "--out", str(tmp_path)]
     document(capsys, "tasks", "x", *options)
     wanted = {"few_shot": 3, "limit": 2, "batch": 5, "chat": True, "include": tmp_path, "cache": tmp_path / "demo" / "tasks.cache"}
     assert asked == wanted | {"progress": False}
+    shown = (tmp_path / "demo" / "tasks.md").read_text()
+    assert "| choose | acc | 0.5000 ± 0.2500 |\n| choose | acc_norm | 1.0000 |\n" in shown
 
 
 def test_the_cards_rows_are_marked() -> None:

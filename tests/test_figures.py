@@ -83,8 +83,9 @@ def quick(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str
 def test_a_whole_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Every point of every series is measured in finite positive numbers; plots, page and document are there; a second try adds what is
     missing and no more; other settings are refused with what is there left alone."""
-    out = tmp_path / "figures"
+    out, begun = tmp_path / "figures", time.monotonic()
     results, said = quick(capsys, "--out", str(out))
+    assert sum(entry["runs"][0]["seconds"] for entry in results["points"]) < results["seconds"] < time.monotonic() - begun
     assert [entry["status"] for entry in results["points"]] == ["measured"] * 6
     points = list(itertools.product([Point(9, 1), Point(128, 1)], [one["name"] for one in results["series"]]))
     assert [(Point(entry["prompt_tokens"], entry["batch"]), entry["series"]) for entry in results["points"]] == points
@@ -145,7 +146,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
 
 
 def test_no_time_is_said(tmp_path: Path) -> None:
-    """Without time nothing is started; with it, what will not end within it is not either, and the next try measures it."""
+    """Without time nothing is started; with it, what will not end within it is not either, and the next try measures it, but not on another
+    machine or GPU."""
     results, _ = measured(SMALL, tmp_path, nothing, budget=0.0)
     assert {(entry["status"], entry["reason"]) for entry in results["points"]} == {("not measured", "0 s of the time were left")}
     one = results["series"][0]["name"]
@@ -159,6 +161,10 @@ def test_no_time_is_said(tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text(json.dumps(results))
     results, said = measured(SMALL, tmp_path, nothing, budget=60.0)
     assert results["points"][1]["reason"] == "it would take about 124 s and 60 s of the time were left" and len(said) == 1
+    for other in ({"machine": "another"}, {"gpu": "another"}):
+        (tmp_path / "figures.json").write_text(json.dumps(results | other))
+        with pytest.raises(Zamba2Error, match=r"or another machine \(another\)"):
+            measured(SMALL, tmp_path, nothing, budget=60.0)
 
 
 def test_limits_of_a_process() -> None:

@@ -31,6 +31,10 @@ except Zamba2Error as error:
 """
 MODEL = "owner/model"
 WEIGHTS = os.urandom(300_000)
+WANTED = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "chat_template.jinja", "model.safetensors", "model.safetensors.index.json",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -42,8 +46,8 @@ def fake(tmp_path: Path) -> Iterator[FakeHub]:
             (path / file).write_bytes(data)
         return path
 
-    model = {"config.json": b'{"model_type": "zamba2"}', "tokenizer.json": b"{}", "model.safetensors": WEIGHTS}
-    model |= {"README.md": b"not wanted", "pytorch_model.bin": b"not wanted"}
+    model = {name: json.dumps(name).encode() for name in WANTED}
+    model |= {"config.json": b'{"model_type": "zamba2"}', "model.safetensors": WEIGHTS, "README.md": b"not wanted", "pytorch_model.bin": b"not wanted"}
     repositories = {
         MODEL: {"main": folder("main", model), "v1": folder("v1", model | {"config.json": b'{"old": true}'})},
         "owner/no-config": {"main": folder("no-config", {"README.md": b""})},
@@ -91,12 +95,12 @@ def call(fake: FakeHub, tmp_path: Path) -> Caller:
 def test_download_then_offline(fake: FakeHub, call: Caller) -> None:
     folder = call.path(MODEL, progress=False)
     assert call.stderr == ""
-    assert {path.name for path in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == WANTED
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert folder.is_relative_to(call.home) and folder.name == FakeHub.sha("main")
     fetched = len([request for request in fake.requests if request.startswith("GET") and "resolve" in request])
     fake.requests.clear()
-    assert call.path(MODEL) == folder and fetched == 3
+    assert call.path(MODEL) == folder and fetched == len(WANTED)
     assert not [request for request in fake.requests if "resolve" in request], "cached files are not asked for again"
     fake.requests.clear()
     assert call.path(MODEL, offline=True) == folder

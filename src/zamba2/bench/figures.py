@@ -267,17 +267,17 @@ def expected(results: Mapping[str, Any], series: Series, point: Point) -> float:
 
 def start_results(file: Path, settings: Settings, series: Sequence[Series]) -> dict[str, Any]:
     """The document to go on with: an earlier try's, or a new one. Raises Zamba2Error."""
-    wanted = json.loads(json.dumps(asdict(settings)))
+    wanted, gpu = json.loads(json.dumps(asdict(settings))), gpu_name(settings.device)
     if file.exists():
         found = read_results(file)
-        here = (found["settings"], found["machine"])
+        here = (found["settings"], found["machine"], found.get("gpu"))
         points = [(one.name, *point) for point in settings.points for one in series]
-        if here == (wanted, machine()) and [(e["series"], e["prompt_tokens"], e["batch"]) for e in found["points"]] == points:
+        if here == (wanted, machine(), gpu) and [(e["series"], e["prompt_tokens"], e["batch"]) for e in found["points"]] == points:
             return found
         other = [key for key in wanted if found["settings"].get(key) != wanted[key]]
-        what = f"other settings ({', '.join(other)})" if other else f"other points, or another machine ({found['machine']})"
+        where = found.get("gpu") or found["machine"]
+        what = f"other settings ({', '.join(other)})" if other else f"other points, or another machine ({where})"
         raise Zamba2Error(f"{file} holds figures of {what}; give another --out, or delete it.")
-    gpu = gpu_name(settings.device)
     file.parent.mkdir(parents=True, exist_ok=True)
     return {
         "version": VERSION, "machine": machine(), "gpu": gpu, "versions": versions(settings), "settings": wanted,
