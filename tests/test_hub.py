@@ -47,7 +47,8 @@ def fake(tmp_path: Path) -> Iterator[FakeHub]:
         return path
 
     model = {name: json.dumps(name).encode() for name in WANTED}
-    model |= {"config.json": b'{"model_type": "zamba2"}', "model.safetensors": WEIGHTS, "README.md": b"not wanted", "pytorch_model.bin": b"not wanted"}
+    model |= {"config.json": b'{"model_type": "zamba2"}', "model.safetensors": WEIGHTS}
+    model |= {"README.md": b"not wanted", "pytorch_model.bin": b"not wanted"}
     repositories = {
         MODEL: {"main": folder("main", model), "v1": folder("v1", model | {"config.json": b'{"old": true}'})},
         "owner/no-config": {"main": folder("no-config", {"README.md": b""})},
