@@ -28,6 +28,7 @@ from fake_hub import FakeHub
 import zamba2
 from zamba2.cli import app, run
 from zamba2.commands.chat import reply
+from zamba2.commands.generate import load_with_status
 from zamba2.language.model import LanguageModel
 from zamba2.weights.hub import RANDOM
 
@@ -204,6 +205,8 @@ def test_json_is_one_document(zamba: Any, model: LanguageModel) -> None:
     assert [(item["token"], item["logprob"]) for item in data["logprobs"]] == [(i.token, i.logprob) for i in expected.logprobs]
     assert [[tuple(t.values()) for t in item["top"]] for item in data["logprobs"]] == [list(i.top) for i in expected.logprobs]
     assert data["time_to_first_token_seconds"] > 0 and data["decode_tokens_per_second"] > 0
+    code, out, err = zamba(*GREEDY_HI, "--logprobs", "2")
+    assert (code, out) == (2, "") and "--logprobs needs --json" in err[0]
 
 
 def test_every_option_reaches_the_sampler(zamba: Any, model: LanguageModel) -> None:
@@ -261,14 +264,16 @@ def test_card_conversation_streams(model: LanguageModel) -> None:
     assert error.splitlines()[0].startswith(NOTICE) and "1500 new" in error
 
 
-def test_dtype_and_name(zamba: Any) -> None:
-    """--dtype chooses the numbers' format; the model may be named, in any case, or be a folder."""
+def test_dtype_and_name(zamba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dtype chooses the numbers' format; the model may be named, in any case, or be a folder, and in a terminal keeps its name."""
     default = json.loads(zamba(*GREEDY_HI, "--json", "--logprobs", "0")[1])
     wide = json.loads(zamba(*GREEDY_HI, "--json", "--logprobs", "0", "--dtype", "float32", "--device", "cpu")[1])
     assert [i["logprob"] for i in default["logprobs"]] != [i["logprob"] for i in wide["logprobs"]]
     assert default["logprobs"][0]["logprob"] == pytest.approx(wide["logprobs"][0]["logprob"], abs=0.1)
     for name in ("RANDOM", str(RANDOM)):
         assert json.loads(zamba(*GREEDY_HI, "--json", "--model", name)[1])["text"] == default["text"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert load_with_status("random", {"revision": None, "offline": True}).name == "random"
 
 
 # ---- chat through a pipe ---------------------------------------------------------------------------------------------
