@@ -897,6 +897,28 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         main("demo", {})
 
 
+def test_options_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are in mebibytes; the names by which a server of this machine alone may be called matter where there are no keys; what the
+    cache holds is on the disk when the command ends."""
+    made: list[tuple[Any, ...]] = []
+    flushed: list[StateCache] = []
+    monkeypatch.setattr("zamba2.serve.app.create_app", lambda *parts: made.append(parts))
+    monkeypatch.setattr(StateCache, "flush", lambda self: flushed.append(self))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    where = {"threads": 1, "revision": None, "offline": True}
+    options: dict[str, Any] = {"host": "localhost", "port": 0, "name": "me", "max_tokens": 7, "batch": 3, "queue": 4, "seconds": 9.0}
+    options |= {"cache_mb": 2, "disk_mb": 3, "body_mb": 5, "cache_folder": tmp_path / "cache", "origins": ("http://a",)}
+    for keys in ("", "secret"):
+        monkeypatch.setenv("ZAMBA2_API_KEYS", keys)
+        main("random", where, **options)
+        _, scheduler, cache, found = made.pop()
+        assert (scheduler.most_running, scheduler.most_waiting, flushed.pop()) == (3, 4, cache)
+        assert (cache.most_bytes, cache.disk_bytes, cache.folder) == (2 << 20, 3 << 20, tmp_path / "cache")
+        assert (found.model_name, found.max_tokens, found.seconds, found.most_body_bytes) == ("me", 7, 9.0, 5 << 20)
+        assert (found.origins, found.api_keys, found.log) == (("http://a",), (keys,) if keys else (), True)
+        assert ("localhost" in found.hosts, bool(found.hosts)) == (not keys, not keys)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_command_stops_on_a_signal(tmp_path: Path) -> None:
     """The command serves at the address it prints, and on SIGTERM drops what is left, says so, and ends well."""
@@ -914,8 +936,9 @@ def test_command_stops_on_a_signal(tmp_path: Path) -> None:
                 first = next(lines := response.iter_lines())
                 assert json.loads(first.removeprefix("data: "))["object"] == "text_completion"
                 process.send_signal(signal.SIGTERM)
+                sent = time.monotonic()
                 last = [line for line in lines if line][-1]
-            assert "the server was shut down" in last
+            assert "the server was shut down" in last and time.monotonic() - sent > 0.19
             rest = process.stderr.read()
             assert process.wait(timeout=30) == 0
             assert rest.splitlines()[-1] == "zamba2: stopped; 1 requests were dropped." and "Traceback" not in rest
