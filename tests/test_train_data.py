@@ -811,7 +811,8 @@ def test_samples_are_even() -> None:
 
 
 def test_preview_report(preview: Any, tmp_path: Path) -> None:
-    """The table tells for each set what was read, kept and dropped, and by reason; + where there is more to read."""
+    """The table tells for each set what was read, kept and dropped, and by reason; + where there is more to read. English alone is kept
+    where a set names languages, unless all are asked for."""
     one = write(tmp_path / "one.jsonl", [simple("a?"), simple("b?"), simple("a?")])
     two = write(tmp_path / "two.jsonl", [simple("b?"), *(simple(f"{i}?") for i in range(9))])
     code, out, _ = preview(f"messages:{one}", f"messages:{two}=2", "--rows", "5", "--count", "0")
@@ -820,6 +821,11 @@ def test_preview_report(preview: Any, tmp_path: Path) -> None:
     assert re.search(r"prompt seen before +1 *\n", out) and "prompt also in" in out and "--rows 0 reads all" in out
     code, out, _ = preview(f"messages:{two}", "--rows", "0", "--count", "0")
     assert code == 0 and re.search(r"messages:two\.jsonl +10 +10 +0 ", out) and "reads all" not in out
+    said = ((language, sharegpt(simple(f"{language}?")["messages"])) for language in ("en", "zh"))
+    items = [{"conversations": turns, "langdetect": language} for language, turns in said]
+    both = write(tmp_path / "both.jsonl", items)
+    for options, numbers in (((), "2 +1 +1"), (("--language", "all"), "2 +2 +0")):
+        assert re.search(rf"infinity:both\.jsonl +{numbers} ", preview(f"infinity:{both}", "--count", "0", *options)[1])
 
 
 # Command lines that cannot work, and what the sentence must hold.
