@@ -796,6 +796,7 @@ def test_preview_shows_what_is_trained_on(preview: Any, tmp_path: Path, monkeypa
     code, out, err = preview(f"preferences:{path}", "--count", "1")
     assert (code, err) == (0, []) and re.findall("«(.*?)»", out, re.DOTALL) == [f"Good\nanswer 漢😀{END}", f"bad{END}"]
     assert "\x1b" not in out and "Ask \ufffd[31m me" in out
+    assert "«One day.»\n" in preview(f"text:{write(tmp_path / 't.jsonl', [{'text': 'One day.'}])}", "--count", "1")[1]
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
