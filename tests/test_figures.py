@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from zamba2.bench import figures
 from zamba2.bench.figures import CLAIMS, OURS, Point, Settings, medians, run, verdicts
 from zamba2.bench.peers import BeyondLimits, DoesNotFit, Limits, Worker
-from zamba2.bench.report import write_report
+from zamba2.bench.report import PLOTS, lines, write_report
 from zamba2.bench.rivals import RIVALS, parameters, random_model
 from zamba2.cli import run as command
 from zamba2.commands.figures import seconds
@@ -244,6 +244,22 @@ def test_medians() -> None:
         "ttft_seconds": 2.0, "token_seconds": 0.5, "reply_seconds": 7.0, "tokens_per_second": 4.0, "memory_bytes": 9,
     }  # fmt: skip
     assert medians({"batch": 1, "runs": []}, 10) is None
+
+
+def test_lines_hold_one_thing_still() -> None:
+    """By tokens of prompt a line is of one sequence, by sequences of one length, in the unit that is shown and of its own bits."""
+    results = document(**{"phi-2": [1.0, 2.0]})
+    results["settings"] |= {"lengths": [100, 200], "batches": [1, 2], "batch_length": 200}
+    results["points"] += [entry | {"batch": 2} for entry in results["points"]]
+    results["points"] += [entry | {"prompt_tokens": 300} for entry in results["points"]]  # of other settings
+    found = {}
+    for plot in PLOTS:
+        found[plot.name] = {series["model"]: points for series, points in lines(results, plot, 16)}["phi-2"]
+        assert list(lines(results, plot, 4)) == []
+    assert found == {
+        "first-token": [(100, 1.0), (200, 2.0)], "next-token": [(100, 250.0), (200, 500.0)],
+        "memory": [(100, pytest.approx(1.0)), (200, pytest.approx(2.0))], "throughput": [(1, 2.0), (2, 2.0)],
+    }  # fmt: skip
 
 
 def test_the_report_stands_alone(tmp_path: Path) -> None:
