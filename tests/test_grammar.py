@@ -333,6 +333,8 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "long": ({"type": "string", "minLength": 10**7}, "minLength asks for 10000000; at most 10000"),
     "many": ({"type": "array", "maxItems": 10**7}, "maxItems asks for 10000000"),
     "a huge number": ({"minLength": 10**4000}, "beyond 2\\*\\*53"),
+    "a huge negative number": ({"const": -(1 << 54)}, "beyond 2\\*\\*53"),
+    "repeats at most": ({"pattern": "a{1,1000000}"}, "pattern asks for 1000000"),
     "repeats": ({"pattern": "a{1000000}"}, "pattern asks for 1000000"),
     "repeats of repeats": ({"pattern": "((a{100}){100}){100}"}, "pattern asks for 1000000"),
     "deep": (nested(10000), "nested more than 96 values deep"),
@@ -353,12 +355,14 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "without end by turns": (
         record(False, a={"anyOf": [{"$ref": "#/properties/b"}]}, b=array({"$ref": "#/properties/a"}, 3, 1)), "a has no end",
     ),
+    "without end by one of": (record(a={"oneOf": [{"$ref": "#"}]}), "has no end"),
     "trees met at once": (
         {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": {n: record(c=array({"$ref": f"#/$defs/{n}"}, 2)) for n in "ab"}},
         "cannot be compiled",
     ),
     "elsewhere": ({"$ref": "https://example.com/a"}, "a place in the same schema"),
     "nowhere": ({"$ref": "#/$defs/x"}, "which is not there"),
+    "behind a list": ({"anyOf": [WORD], "$ref": "#/anyOf/1"}, "which is not there"),
     "no object": ([1], "an object is needed"),
     "a text": ("x", "an object is needed"),
     "properties that are none": ({"properties": [1]}, "an object of schemas is needed"),
@@ -367,6 +371,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "no choice": ({"enum": []}, "a list of values is needed"),
     "a length that is none": ({"maxLength": "9"}, "a whole number from 0 is needed"),
     "a border that is none": ({"minimum": True}, "is needed"),
+    "a factor that is none": ({"multipleOf": 0}, "a number above 0 is needed"),
     "no number": ({"enum": [float("nan")]}, "no JSON"),
     "half a pair": ({"const": "\ud800"}, "cannot be compiled"),
     "an unknown word": ({"uniqueItems": True}, "uniqueItems is no keyword that is supported here"),
@@ -379,6 +384,7 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "a name required twice": ({"type": "object", "minProperties": 2, "required": ["a", "a"]}, "name the properties in required"),
     "a whole border close by": ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "borders less than 1 apart"),
     "a whole border close above": ({"type": "number", "minimum": 0.5, "exclusiveMaximum": 1}, "borders less than 1 apart"),
+    "the closer of borders": ({"type": "number", "minimum": 0.5, "exclusiveMaximum": 1, "maximum": 5}, "borders less than 1 apart"),
     "a large factor": ({"type": "integer", "multipleOf": 1000000007}, "cannot be compiled"),
 }  # fmt: skip
 
@@ -418,8 +424,15 @@ def test_slow_and_panicking_compilers(model: LanguageModel, monkeypatch: pytest.
 
 
 def test_what_is_said_of_a_schema() -> None:
-    """A good schema is passed on as it is."""
-    for schema in SCHEMAS.values():
+    """A good schema is passed on as it is, also one that may but need not contain itself, is rather deep, or wants one property of any
+    name; a reference may name what holds its signs."""
+    itself: dict[str, Any] = {"$ref": "#"}
+    fine = [
+        {"type": "array", "prefixItems": [itself]}, nested(30), {"type": "object", "minProperties": 1},
+        {"type": "object", "patternProperties": {"^a": {}}, "additionalProperties": itself, "required": ["a"]},
+        {"$defs": {"~1": WORD, "/": {"const": 1}}, "anyOf": [{"$ref": "#/$defs/~01"}, {"$ref": "#/$defs/~1"}]},
+    ]  # fmt: skip
+    for schema in (*SCHEMAS.values(), *fine):
         assert json.loads(check_schema(schema)) == schema
 
 

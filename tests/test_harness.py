@@ -138,6 +138,7 @@ def test_examples_are_those_of_lm_eval(model: LanguageModel, reference: Any, tas
         for one, other in zip(ours["samples"]["choose"], theirs["samples"]["choose"], strict=True):
             assert [asked[0] for asked in one["arguments"]] == [asked[0] for asked in other["arguments"]]
             assert one["arguments"][0][0].count("Question:") == 2
+        assert ours["few_shot"] == {"choose": 1}
 
 
 def test_a_stop_text_may_begin_with_a_space(model: LanguageModel) -> None:
@@ -319,6 +320,7 @@ def test_stop_texts_and_special_tokens(model: LanguageModel) -> None:
     stop = text[4:6]
     cut = dict(generations(model.backend, tokenizer, [context], {"until": stop, "max_gen_toks": 20}))[0]
     assert cut == text.split(stop)[0]
+    assert harness.generation_options({"until": ["", "x"]})[0] == ["x"]  # an empty text stops nothing
     assert harness.special_token(tokenizer, "<|im_end|>") == [2] and harness.special_token(tokenizer, "\n") == []
     banned: Any = Counting(model.backend)
     assert dict(generations(banned, tokenizer, [context], {"until": ["<|im_end|>", "[PAD]"], "max_gen_toks": 3}))[0] in text
@@ -335,6 +337,7 @@ def test_sampling_is_seeded(model: LanguageModel) -> None:
     assert first != dict(generations(model.backend, model.tokenizer, contexts, options, seed=2))
     twice = dict(generations(model.backend, model.tokenizer, [contexts[0]] * 2, options, seed=1))
     assert twice[0] == first[0] != twice[1]  # repetitions of a question are drawn anew
+    assert open_lm(model, seed=7, progress=False).seed == 7
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -362,8 +365,11 @@ def test_an_interrupted_run_goes_on(model: LanguageModel, tasks: dict[str, Any],
     assert third.calls > 0
 
 
-def test_answers_are_kept_when_they_are_whole(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each answer goes into the cache as it is found, that of a text of several windows once all of them are added up."""
+def test_answers_are_kept_when_they_are_whole(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each answer goes into the cache as it is found, that of a text of several windows once all of them are added up. What is longer than
+    the model was trained on is read whole, and said."""
     from lm_eval.api.instance import Instance
 
     own, kept = model_class()(model, progress=False), list[Any]()
@@ -377,6 +383,10 @@ def test_answers_are_kept_when_they_are_whole(model: LanguageModel, monkeypatch:
     assert len(ids) == 9
     windows = [([1], ids[:4]), ([ids[3]], ids[4:8]), (ids[4:8], ids[8:])]
     assert total == pytest.approx(sum(plain(model.backend, *window)[0] for window in windows), rel=1e-4)
+    said = "some requests are longer than the 4 tokens random was trained on"
+    assert said not in capsys.readouterr().err
+    own.loglikelihood([Instance("loglikelihood", {}, ("The sky is", " blue"), 0)])
+    assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_chat_template(model: LanguageModel, reference: Any, tasks: dict[str, Any]) -> None:
@@ -401,12 +411,12 @@ class Endpoint:
 
     name: str = "endpoint"
     about: dict[str, Any] = field(default_factory=dict)
-    limits: set[int] = field(default_factory=set)
+    limits: set[tuple[int, int | None]] = field(default_factory=set)
 
     def answer(
         self, conversations: Sequence[Sequence[Mapping[str, str]]], *, max_tokens: int, temperature: float = 0.0, seed: int | None = None
     ) -> Iterator[tuple[int, str]]:
-        self.limits.add(max_tokens)
+        self.limits.add((max_tokens, seed))
         for index in reversed(range(len(conversations))):
             yield index, f"{conversations[index][-1]['content']}!\nmore"
 
@@ -416,15 +426,17 @@ def test_endpoints_generate_alone(tasks: dict[str, Any]) -> None:
     however many filters read the answers. For other tasks the sentence says what it lacks."""
     endpoint, go_on = Endpoint(), json.loads(Path(tasks["go_on"]).read_text())
     go_on["filter_list"] = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("one", "two")]
-    result = run(endpoint, {"go_on": go_on}, chat=True, options={"max_gen_toks": 7})
+    result = run(endpoint, {"go_on": go_on}, chat=True, options={"max_gen_toks": 7}, seed=3)
     assert [one["filtered_resps"] for one in result["samples"]["go_on"] if one["doc_id"] == 1] == [["Two and "]] * 2
     assert result["scores"]["go_on"]["exact_match,one"] == result["scores"]["go_on"]["exact_match,two"] == 0
-    assert result["questions"] == {"go_on": 5} and endpoint.limits == {7} and result["settings"]["options"] == {"max_gen_toks": 7}
+    assert result["questions"] == {"go_on": 5} and endpoint.limits == {(7, 3)} and result["settings"]["options"] == {"max_gen_toks": 7}
     sampled = go_on | {"generation_kwargs": {"do_sample": True, "top_p": 0.5}}
     with pytest.raises(Zamba2Error, match="endpoint takes temperature alone"):
         run(Endpoint(), {"go_on": sampled}, chat=True)
     with pytest.raises(Zamba2Error, match="endpoint gives no probabilities"):
         run(Endpoint(), {"choose": tasks["choose"]}, chat=True)
+    with pytest.raises(Zamba2Error, match="answers whole messages"):
+        open_lm(endpoint, progress=False).apply_chat_template([{"role": "assistant", "content": "It"}], add_generation_prompt=False)
 
 
 # ---- what cannot work ------------------------------------------------------------------------------------------------

@@ -19,7 +19,21 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Constraint, collect
 from zamba2.language.model import LanguageModel
 from zamba2.language.sampling import Sampler
-from zamba2.serve.tools import BEGIN, END, Call, CallReader, Calls, Result, Tool, Toolbox, Turn, compact, conversation
+from zamba2.serve.tools import (
+    BEGIN,
+    END,
+    Call,
+    CallReader,
+    Calls,
+    Result,
+    Tool,
+    Toolbox,
+    Turn,
+    compact,
+    conversation,
+    described,
+    unanswered_call,
+)
 
 pytest.importorskip("anthropic", reason="clients come with the extra [test]")
 pytest.importorskip("openai", reason="clients come with the extra [test]")
@@ -126,7 +140,8 @@ def test_the_form() -> None:
         {"role": "user", "content": "<tool_response>x</tool_response>\n<tool_response>y</tool_response>"},
         {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."},
     ]  # fmt: skip
-    assert conversation(turns[1:2], LIST)[0]["role"] == "system" and conversation(turns[1:2]) == [{"role": "user", "content": "Hi"}]
+    assert conversation(turns[1:2], LIST)[0] == {"role": "system", "content": described(LIST)}
+    assert conversation(turns[1:2]) == [{"role": "user", "content": "Hi"}]
     assert conversation([Turn("user", ("a", "", "b"))]) == [{"role": "user", "content": "a\n\nb"}]
 
 
@@ -143,6 +158,14 @@ def test_results_stand_as_their_calls(order: Sequence[str]) -> None:
         assert [m["content"].removesuffix("\nAnd?") for m in messages[2:]] == [spoken(calls), wanted]
 
 
+def test_calls_without_results() -> None:
+    """Of a reply's calls, in however many messages they come, either all have results or none."""
+    first, second, third = (Turn("assistant", (Call(number, "f", "{}"),)) for number in "123")
+    one, two = Turn("tool", (Result("1", ""),)), Turn("tool", (Result("2", ""),))
+    assert unanswered_call([first, second, two]) == "1" and unanswered_call([first, second, one, third]) == "2"
+    assert unanswered_call([first, second]) is None and unanswered_call([first, second, two, one, third]) is None
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from(["", '"', "\\", '\\"', "}", BEGIN, END, "}" + END, "é☃", "[{"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "}", '"']), inner, max_size=3), max_leaves=8,
@@ -150,6 +173,7 @@ VALUES = st.recursive(
 
 
 @settings(max_examples=60)
+@example(before="", arguments=[{"a": "\\"}, {"a": '\\"'}], sizes=[1])
 @example(before="<tool_", arguments=[{"a": "}" + END}, {"a": "\n" + BEGIN}], sizes=[1])
 @given(
     before=st.text("<tol_ca>x", max_size=20),
@@ -276,6 +300,8 @@ def test_formats_and_calls(model: LanguageModel, grammars: Grammars, seed: int) 
         assert said == "" and reader.is_done
         for call in reader.found:
             check_call(call.name, call.arguments)
+    first = grammars.compile_calls(Toolbox(LIST, "required"), form)().mask(np.zeros(grammars._tokenizer.vocab_size, np.float32))
+    assert {grammars.marks.texts[token][:1] for token in np.flatnonzero(first > -np.inf)} <= {b"<", b"\xff"}  # or a token of bytes
 
 
 @pytest.mark.parametrize("name", HOSTILE)
