@@ -134,10 +134,24 @@ def test_what_a_gpu_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["format"] == "bf16"
     for key in ("decode_tokens_per_second", "ttft_seconds", "decode_bandwidth_fraction", "prefill_matrix_fraction", "bytes_per_token"):
         assert math.isfinite(result[key]) and result[key] > 0, key
+    config = Config.from_file(RANDOM / "config.json")
+    kv = measure.kv_bytes_per_token(config, KV_FORMATS["bf16"])
+    assert (ready["decode_bytes"]["weights"], ready["decode_bytes"]["keys_and_values"]) == (2 * config.weights_per_token(), 10.5 * kv)
     assert result["prefill_operations_per_second"] == pytest.approx(2 * ready["prefill_operations"] / result["ttft_seconds"])
     clock, costs = [0.0], iter([100.0, 90.0, 3.0, 1.0, 2.0])
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
     assert measure.median_seconds(lambda: clock.append(clock.pop() + next(costs)), "cpu", repeats=3) == 2.0  # two warm up
+    monkeypatch.setattr(measure, "median_seconds", lambda *_: 0.5)
+    best = measure.gpu_limits("cpu")
+    assert best["read_bandwidth"] == 4 * 2**20 and best["product_rates"] == {measure.GPU_PRODUCTS: 4 * 256**3}  # read and written; twice
+
+
+def test_prompts_are_the_same_each_time() -> None:
+    """Random prompts differ from each other, and not from run to run; special tokens are not among them."""
+    first, second = measure.random_ids(10, 2, 200)
+    assert set(first.tolist()) == set(second.tolist()) == set(range(3, 10)) and first.tolist() != second.tolist()
+    assert [ids.tolist() for ids in measure.random_ids(10, 2, 200)] == [first.tolist(), second.tolist()]
+    assert measure.random_ids(2, 1, 5)[0].tolist() == [1] * 5
 
 
 def test_rates_are_of_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +218,7 @@ def test_probes(isa: str) -> None:
     rates = dict(_engine.product_rates(1, isa))
     assert all(0 < value < math.inf for value in rates.values())
     for format in FORMATS:
-        assert measure.product_kind(isa, format) in rates
+        assert measure.product_kind(isa, format) in rates and measure.product_kind("amx", format) == "bf16 tiles"
 
 
 @pytest.mark.parametrize("shape", PRESETS)

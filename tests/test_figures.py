@@ -265,11 +265,15 @@ def test_lines_hold_one_thing_still() -> None:
 def test_the_report_stands_alone(tmp_path: Path) -> None:
     """The page loads nothing, shows every plot, names and number, hides what would be markup, and is the same for the same results."""
     results = document(**{name: [1.0 + i / 8, 2.0] for i, name in enumerate(RIVALS)}) | {"machine": "<script>alert(1)</script>"}
+    results["points"][0]["runs"].pop()
     page = write_report(results, tmp_path).read_text()
     assert not re.search(r"<(script|link|img|iframe)|@import|url\((?!#)|src=|href=\"(?!#)", page)
     assert page.count("<svg") == page.count("</svg>") == 3 and page.count("<figure") == 3
     assert "&lt;script&gt;" in page and 'name="viewport"' in page
-    assert all(name in page for name in RIVALS)
+    assert all(name in page for name in RIVALS) and "only a trial" not in page
+    assert "1 minutes of measuring" in page and "medians of up to 3 rounds" in page
+    colours = {(kind, text) for kind, text in re.findall(r'<td class="text (yes|no|)">([^<]*)</td></tr>', page) if " at " not in text}
+    assert {("yes", "holds here"), ("no", "does not hold here")} >= colours != set()
     pictures = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert len(pictures) == 7
     write_report(results, tmp_path)
