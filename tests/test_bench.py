@@ -204,6 +204,8 @@ def test_a_child_that_ends_is_a_sentence() -> None:
     """A worker that fails, or says why it cannot go on, ends the run with one line."""
     with pytest.raises(Zamba2Error, match="the process that measures x ended with exit code 3"):
         Worker("x", [sys.executable, "-c", "import sys; print('noise'); sys.exit(3)"])
+    with pytest.raises(Zamba2Error, match="was stopped by the system, for want of memory"):
+        Worker("x", ["sh", "-c", "kill -9 $$"])
     with pytest.raises(Zamba2Error, match="no room"):
         Worker("x", [sys.executable, "-c", """print('{"error": "no room"}')"""])
 
