@@ -5,6 +5,7 @@ Every call runs in a process of its own: huggingface_hub reads HF_ENDPOINT and H
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -183,12 +184,22 @@ def test_cache_cannot_be_written(call: Caller) -> None:
 def test_disk_full(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    def full(*args: object, **options: object) -> str:
-        raise OSError(28, "No space left on device")
+    for number in (errno.ENOSPC, errno.EDQUOT):
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(Zamba2Error, match=r"disk is full.*HF_HOME"):
-        hub.resolve(MODEL, offline=True)
+        def full(*args: object, number: int = number, **options: object) -> str:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+        with pytest.raises(Zamba2Error, match=r"disk is full.*HF_HOME"):
+            hub.resolve(MODEL, offline=True)
+
+
+def test_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where XDG_CACHE_HOME says, and in the home folder where it says nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for said, folder in ((str(tmp_path / "x"), tmp_path / "x"), ("", tmp_path / ".cache")):
+        monkeypatch.setenv("XDG_CACHE_HOME", said)
+        assert hub.cache_folder() == folder / "zamba2"
 
 
 @pytest.mark.parametrize("name", ["2.7b-instruct", "2.7B-Instruct"])
@@ -224,7 +235,7 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             hub.resolve(missing)
     with pytest.raises(Zamba2Error, match=r"model\.safetensors is a file"):
         hub.resolve("model.safetensors")
-    for nonsense in ("", "3b", "two words", "x" * 5000, "\0"):
+    for nonsense in ("", "3b", "two words", "owner/two words", "x" * 5000, "\0"):
         with pytest.raises(Zamba2Error, match=r"2\.7b-instruct"):
             hub.resolve(nonsense)
     with pytest.raises(Zamba2Error, match="only Hub repositories have revisions"):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fake_hub import FakeHub
 import zamba2
 from zamba2 import api
 from zamba2.cli import run
+from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.language.messages import CHATML
 from zamba2.language.model import LanguageModel
@@ -413,8 +415,31 @@ def test_load_refuses(packed: Path) -> None:
         zamba2.load(RANDOM, format="q5")
     with pytest.raises(Zamba2Error, match="PyTorch keeps keys and values in its dtype"):
         zamba2.load(RANDOM, backend="torch", kv="q8")
+    for options in ({"threads": 2}, {"pin": True}):
+        with pytest.raises(Zamba2Error, match="threads and pin are for the native engine"):
+            zamba2.load(RANDOM, backend="torch", **options)  # type: ignore[arg-type]
     assert is_packed(packed)
     assert not is_packed(RANDOM)
+
+
+def test_an_old_pytorch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions are compared as numbers."""
+    torch = pytest.importorskip("torch")
+    for version, good in (("2.7.1", False), ("1.13", False), ("2.8.0", True), ("2.10.0+cu128", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        with nullcontext() if good else pytest.raises(Zamba2Error, match=rf"PyTorch {version} is installed; 2\.8 or newer is needed"):
+            api.torch_backend()
+
+
+def test_the_one_standalone_file(tmp_path: Path) -> None:
+    """A folder without safetensors stands for its one .pt file, which the config.json beside it describes; two are none."""
+    shutil.copy(RANDOM / "config.json", tmp_path)
+    (tmp_path / "a.pt").touch()
+    file = api.checkpoint_in(tmp_path)
+    assert file == tmp_path / "a.pt" and api.read_config(file) == Config.from_file(RANDOM / "config.json")
+    (tmp_path / "b.pt").touch()
+    with pytest.raises(Zamba2Error, match=r"no single \.pt file"):
+        api.checkpoint_in(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"device": "cuda"}, {"dtype": "float32"}, {"backend": "torch"}, {"kv": "q3"}])
