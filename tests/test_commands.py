@@ -27,7 +27,8 @@ from fake_hub import FakeHub
 
 import zamba2
 from zamba2.cli import app, run, sampling_options
-from zamba2.commands.chat import reply
+from zamba2.commands import complain
+from zamba2.commands.chat import reply, user_folder
 from zamba2.commands.generate import load_with_status
 from zamba2.language.model import LanguageModel
 from zamba2.weights.hub import RANDOM
@@ -281,10 +282,10 @@ def test_dtype_and_name(zamba: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chat_through_a_pipe(zamba: Any, model: LanguageModel) -> None:
-    """Each line is a message; the replies go to standard output, everything else to standard error."""
+    """Each line is a message, whatever system ended it; the replies go to standard output, everything else to standard error."""
     conversation = model.conversation()
     replies = ["".join(piece.text for piece in conversation.say(text, max_tokens=6)) for text in ("hello", "and\nthen")]
-    code, out, err = zamba("chat", "-n", "6", *TINY, stdin=b"hello\n\n   \nand\\\nthen\n")
+    code, out, err = zamba("chat", "-n", "6", *TINY, stdin=b"hello\r\n\n   \nand\\\r\nthen\n")
     assert code == 0 and out == "".join(reply + "\n" for reply in replies)
     assert len(err) == 2
     first, second = (re.fullmatch(r"\[6 tokens, [\d.]+ tokens/s, first after [\d.]+ s, (\d+) cached\]", line) for line in err)
@@ -299,6 +300,24 @@ def test_the_line_behind_a_reply(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     pieces = (SimpleNamespace(text=letter) for letter in "abcdef")
     reply(cast(Any, SimpleNamespace(say=lambda *_, **__: pieces, cached_tokens=3)), "hi", {})
     assert capsys.readouterr() == ("abcdef\n", "[6 tokens, 5.0 tokens/s, first after 1.00 s, 3 cached]\n")
+
+
+def test_complaints_are_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever a sentence holds, a thousand characters of it are shown, on one line."""
+    complain("a\n" + "x" * 5000)
+    assert capsys.readouterr().err == "zamba2: a " + "x" * 998 + "\n"
+
+
+def test_where_the_users_own_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ZAMBA2_HOME, else the system's place for such data, else one in the home folder."""
+    for name in ("ZAMBA2_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_folder() == tmp_path / ".local" / "state" / "zamba2"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    assert user_folder() == tmp_path / "state" / "zamba2"
+    monkeypatch.setenv("ZAMBA2_HOME", str(tmp_path / "own"))
+    assert user_folder() == tmp_path / "own"
 
 
 def chat(zamba: Any, *lines: str, options: tuple[str, ...] = ("-n", "4")) -> tuple[str, list[str]]:
@@ -328,7 +347,7 @@ def test_commands_inside(zamba: Any, tmp_path: Path) -> None:
         "zamba2: /load needs a file name, as in /load talk.zamba2",
     ]
     assert len(err) == 6 and all(line.startswith("zamba2: ") for line in err)
-    assert chat(zamba, "/quit", "hello") == ("", [])
+    assert chat(zamba, " /quit ", "hello") == ("", [])
 
 
 def test_save_and_load_inside(zamba: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

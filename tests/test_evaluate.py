@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -220,7 +221,11 @@ def test_tasks_of_lm_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     scores = {"choose": {"acc,none": 0.5, "acc_stderr,none": 0.25, "acc_norm,none": 1.0}}
     monkeypatch.setattr("zamba2.evaluate.harness.run_tasks", lambda *_, **options: (asked.update(options), {"scores": scores})[1])
     options = ["--few-shot", "3", "--limit", "2", "--batch", "5", "--chat", "--include", str(tmp_path), "--out", str(tmp_path)]
-    document(capsys, "tasks", "x", *options)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    document(capsys, "tasks", "x", "--offline", *options)
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
     wanted = {"few_shot": 3, "limit": 2, "batch": 5, "chat": True, "include": tmp_path, "cache": tmp_path / "demo" / "tasks.cache"}
     assert asked == wanted | {"progress": False}
     shown = (tmp_path / "demo" / "tasks.md").read_text()

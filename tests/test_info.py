@@ -100,6 +100,9 @@ def test_tables_say_what_the_document_says(capsys: pytest.CaptureFixture[str]) -
     assert f"{config.num_parameters:,}" in text
     assert f"{config.weights_per_token() / 1e9:.4g} G ({config.weights_per_token(hoisted=False) / 1e9:.4g} G" in text
     assert f"{2 * config.num_parameters / 1e9:.3g} GB" in text
+    for size in (config.ssm_state_bytes, config.conv_state_bytes()):
+        assert f"{size / 2**20:.3g} MiB per sequence" in text
+    assert f"{config.kv_bytes_per_token() / 1024:.0f} KiB per token" in text
     for words in ("81, 13 of them hybrid", "112 heads x 64, state 64, 2 group(s)", "32 heads x 224", "4096 tokens", "base 10000"):
         assert words in text
 

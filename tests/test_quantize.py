@@ -78,7 +78,8 @@ def test_command(format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     target = tmp_path / "out"
     code, out, err = told(capsys, "quantize", str(RANDOM), str(target), "--format", format)
     assert (code, err) == (0, [])
-    assert out.startswith(f"{target}: ")
+    size = sum(path.stat().st_size for path in target.iterdir())
+    assert out.startswith(f"{target}: {size / 1e9:.3g} GB, ")
     assert out.endswith(f"{FORMATS[format].bits} bits a weight" + (", embeddings 8.5\n" if format == "q4" else "\n"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     small = {path.name for path in RANDOM.iterdir() if path.name.startswith(("tokenizer", "chat_template", "generation_config"))}
