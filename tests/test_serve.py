@@ -458,6 +458,8 @@ def test_names_of_adapters(model: LanguageModel, capsys: pytest.CaptureFixture[s
         assert run(["serve", "--port", "0", *(word for value in values for word in ("--adapter", value))]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("zamba2: ") and sentence in line
+    assert run(["serve", "--port", "0", "--name", "mine", "--adapter", "mine=a"]) == 2
+    assert "mine is the model without an adapter" in capsys.readouterr().err
     assert read_adapters(["demo=a", "b=c=d"], "mine") == {"demo": Path("a"), "b": Path("c=d")}
     with pytest.raises(Zamba2Error, match="adapters are for the native engine; leave --device and --dtype out"):
         load_adapters(object(), {"a": Path("a")})  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import zamba2.hf
-from zamba2.commands.train import stage
+from zamba2.commands.train import demonstration, stage
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.model import model as model_module
@@ -1106,6 +1106,16 @@ def test_several_processes_print_one_folder(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         stage("sft", str(tmp_path / "r.yaml"), [], resume=False, show=False)
         assert capsys.readouterr().out == printed
+
+
+def test_a_small_demonstration_keeps_something_of_each(tmp_path, monkeypatch, capsys):
+    """However small a share is asked for, eight of everything are left; changes and processes are passed on."""
+    seen = {}
+    monkeypatch.setattr("zamba2.train.demo.build", lambda out, **options: (seen.update(options), out)[1])
+    monkeypatch.setattr("zamba2.commands.train.prepare_libraries", lambda: None)
+    demonstration(tmp_path, ["steps=1"], small=1e-9, processes=3)
+    assert {*vars(seen["sizes"]).values()} == {8} and (seen["changes"], seen["processes"]) == (["steps=1"], 3)
+    assert capsys.readouterr().out == f"{tmp_path}\n"
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------
