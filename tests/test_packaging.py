@@ -152,3 +152,11 @@ def make(tmp_path: Path, tools: list[str], python: str | None, target: str) -> s
     return subprocess.run(
         command, cwd=tmp_path, env=environment | {"PATH": str(programs)}, capture_output=True, text=True, timeout=60
     )
+
+
+@pytest.mark.timeout(900)  # a minute and a half of one processor, so it is a test beside the others and not a step before them
+def test_the_package_is_typed() -> None:
+    """mypy, in its strict mode, finds nothing in the package."""
+    pytest.importorskip("mypy")
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
