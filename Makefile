@@ -19,7 +19,7 @@ run: $(VENV)/.installed-run  ## Install what is needed, then answer a conversati
 
 test: $(VENV)/.installed-test  ## Install what is needed, then run linter, tests and, as one of them, the type checker
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile
+	unset PYTHONDONTWRITEBYTECODE; $(VENV)/bin/python -m pytest --numprocesses $(JOBS) --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-test  ## The linter and the type checker alone
 	$(VENV)/bin/ruff check .
@@ -41,7 +41,8 @@ check-tools:  ## Say which Debian package is missing
 	$(call require_tools)
 
 # The stamps: install again only when the requirements changed. torch first and on its own, so that nothing else pulls in
-# another build of it. Of 25,000 files few are imported by the tests: Python compiles these when it first meets them.
+# another build of it. Of 25,000 files few are imported by the tests: Python compiles these when it first meets them
+# (and keeps them: that is what `unset` is for).
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 $(VENV)/.installed-run: pyproject.toml constraints.txt $(NATIVE)
 	$(call require_tools)

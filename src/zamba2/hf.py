@@ -428,6 +428,7 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
         from zamba2.model.ops.triton_loss import linear_cross_entropy
 
         head = self.model.embed_tokens if self.model.lm_head is None else self.model.lm_head
+        assert isinstance(head.weight, Tensor)  # packed weights are not trained
         total, count = linear_cross_entropy(x.flatten(0, 1), head.weight, targets.flatten())
         items = options.get("num_items_in_batch")
         return total / (count if items is None else items)
@@ -572,7 +573,7 @@ class NamedConfig(Zamba2Config):
     def __post_init__(self, **options: Any) -> None:
         super().__post_init__(**options)
         ours = {Zamba2ForCausalLM.__name__: f"{__name__}.{Zamba2ForCausalLM.__name__}"}
-        self.architectures = [ours.get(name, name) for name in self.architectures or ()]
+        self.architectures = [ours.get(name, name) for name in self.architectures or ()]  # type: ignore[has-type]
 
 
 NamedConfig.__name__ = Zamba2Config.__name__  # by which transformers finds the other Auto classes of a config

@@ -43,7 +43,7 @@ def write_checkpoint(config: Config, target: Path) -> None:
     model.save_pretrained(target)
 
 
-class Clock(BaseStreamer):
+class Clock(BaseStreamer):  # type: ignore[misc]
     """The times at which tokens come; the prompt itself is put first."""
 
     def __init__(self) -> None:

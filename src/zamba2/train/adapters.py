@@ -35,7 +35,7 @@ def add_lora(model: Any, settings: Lora) -> Any:
         if target not in found:
             raise Zamba2Error(f"lora.targets names {target}, which no layer is called; there are {', '.join(sorted(found - {'0', '1'}))}.")
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,  # type: ignore[arg-type]
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
         target_modules=list(settings.targets), task_type="CAUSAL_LM",
     )  # fmt: skip
     adapted = get_peft_model(model, config)

@@ -18,7 +18,7 @@ from zamba2.weights.packed import Packing, parts
 __all__ = ["RoundWeights", "divergence", "rounded_weights"]
 
 
-class RoundWeights(TrainerCallback):
+class RoundWeights(TrainerCallback):  # type: ignore[misc]
     """Every second step's loss is that of weights rounded as they are packed; its gradients change the full weights, as if nothing had been
     rounded (straight-through: Bengio et al. 2013, section 3). The steps between keep the full weights good: without them these become
     the worse of the two (docs/log.md). Evaluations and checkpoints see the full weights.
