@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""One of two processes that torchrun starts: a recipe under accelerate with FSDP2, on CPUs.
+"""One of two processes that meet as torchrun's do: a recipe under accelerate with FSDP2, on CPUs.
 
 accelerate keeps FSDP from CPUs: two of them would be plain data parallelism. So its state is told here that
 sharding is wanted; everything behind that is accelerate's own, as on GPUs.
