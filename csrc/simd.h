@@ -33,7 +33,6 @@ constexpr int kOffsetQ8 = 128;
 #endif
 
 // How many vectors of 16 sums a product keeps in registers at a time: about half of what there are.
-// Without vectors of eight floats or 32 registers, one vector of 16 is a quarter of all there are.
 #if defined(__AVX512F__)
 constexpr int kSums = 8;
 #elif defined(__AVX2__) || defined(ZAMBA2_NEON)
@@ -515,8 +514,7 @@ struct Codes {
 // The sum of the two products in each lane's 32 bits.
 ZAMBA2_INLINE FourInts pairs(EightShorts a, EightShorts b) {
 #if defined(__SSE2__)
-  typedef short Eight __attribute__((vector_size(16)));
-  return reinterpret_cast<FourInts>(__builtin_ia32_pmaddwd128(reinterpret_cast<Eight>(a), reinterpret_cast<Eight>(b)));
+  return __builtin_ia32_pmaddwd128(a, b);
 #else
   const EightShorts products = a * b;  // of a code and an int8: at most 255 * 128
   return (reinterpret_cast<FourInts>(reinterpret_cast<FourBits>(products) << 16) >> 16) + (reinterpret_cast<FourInts>(products) >> 16);

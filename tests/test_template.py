@@ -116,6 +116,9 @@ def test_what_is_nearly_chatml_goes_the_long_way():
         assert (other := CHATML.replace(old, new)) != CHATML
         assert module._as_chatml(other, CHAT, True) is None
         assert render(other, CHAT, add_generation_prompt=True) != render(CHATML, CHAT, add_generation_prompt=True)
+    for odd in (["ab"], [5], [["role", "content"]]):
+        with pytest.raises(Zamba2Error, match="the chat template failed"):
+            render(CHATML, odd)
     with pytest.raises(Zamba2Error, match="values of more than"):
         render(CHATML, [{"role": "user", "content": "x" * (module.VALUE + 1)}])
 

@@ -110,7 +110,7 @@ def _as_chatml(template: str, messages: Sequence[Mapping[str, Any]], add_generat
         return None
     pieces = []
     for message in messages:
-        if len(message) != 2:
+        if not isinstance(message, dict) or len(message) != 2:
             return None
         role, content = message.get("role"), message.get("content")
         if type(role) is not str or type(content) is not str:
