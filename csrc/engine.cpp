@@ -441,7 +441,7 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
   a.rows = rows;
   a.cols = w.cols;
   const size_t line = static_cast<size_t>(a.stride());
-  if (many && kernels.matrix_units) {
+  if (many && kernels.halves(w.format)) {
     a.halves.resize(static_cast<size_t>(rows + 31) / 32 * 32 * line);
     pool_.share(static_cast<int>((static_cast<size_t>(rows) + 31) / 32 * 32), [&](int first, int last, int) {
       for (int r = first; r < last; ++r) kernels.to_tiles(x + static_cast<size_t>(std::min(r, rows - 1)) * stride, w.cols, r, a.halves.data());
@@ -450,7 +450,7 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
     const int per_panel = std::max(2, static_cast<int>(kPanelBytes / block_bytes) / 2 * 2);
     const int fair = (w.blocks() + 4 * pool_.size() - 1) / (4 * pool_.size());
     const int step = std::clamp(std::min(per_panel, (fair + 1) / 2 * 2), 2, kMostPanelBlocks);
-    const size_t values = static_cast<size_t>(step) * static_cast<size_t>(w.groups()) * 512;
+    const size_t values = w.format == Format::bf16 ? 0 : static_cast<size_t>(step) * static_cast<size_t>(w.groups()) * 512;
     for (int thread = 0; thread < pool_.size(); ++thread) panel(thread, values);  // here, since a worker that throws ends the program
     pool_.take((w.blocks() + step - 1) / step, [&](int item, int thread) {
       uint16_t* room = panel(thread, values);

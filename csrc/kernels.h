@@ -34,7 +34,7 @@ struct Activations {
   std::vector<int8_t> codes;      // per tile (groups, 8, R, 4)
   std::vector<float> scales;      // per tile (groups, R)
   std::vector<int32_t> starts;    // per tile (groups, R), what takes the weights' offset off: -offset times the sum of the codes
-  std::vector<uint16_t> halves;   // bf16 tiles of 16 rows x 32 inputs, (rows / 16 rounded up to even, groups), for the matrix units
+  std::vector<uint16_t> halves;   // bf16 tiles of 16 rows x 32 inputs, (rows / 16 rounded up to even, groups), for products of bf16
   int groups() const { return (cols + 31) / 32; }
   int stride() const { return groups() * 32; }
 };
@@ -50,7 +50,7 @@ struct Probes {
   struct Loop {
     const char* kind;
     double (*run)(int64_t rounds, volatile float* sink);  // returns the operations done
-  } loops[3];  // a null kind ends them
+  } loops[4];  // a null kind ends them
 };
 
 inline constexpr int kPage = 64;           // tokens whose keys and values lie together
@@ -85,12 +85,15 @@ inline size_t attend_scratch(int d) {  // floats that attend_many needs
 struct Kernels {
   const char* name;
   const Probes* probes;
-  bool matrix_units;  // whether multiply_many exists
+  bool matrix_units;   // whether multiply_many goes through matrix units, of bf16, whatever the weights' format
+  bool bf16_products;  // whether vectors or units multiply pairs of bf16: multiply_many with bf16 weights and attend_many do then
+  bool halves(Format weights) const { return matrix_units || (bf16_products && weights == Format::bf16); }  // what multiply_many takes
   // int8 codes per group of 32: scale = largest / 127, ties to even. x: (cols), padded with zeros; row of `rows` in its tile.
   void (*quantize)(const float* x, int cols, Format weights, int row, int rows, int8_t* codes, float* scales, int32_t* starts);
   // y[m][r] = W x_(row + m) for rows r of blocks [first, last) and the tile of x that begins at row. Each m's arithmetic is its own.
   void (*multiply)(const Matrix& w, int first, int last, const Activations& x, int row, float* y, size_t stride);
-  // The same for many rows, through bf16 matrix units where there are any; panel: with these, room for the blocks in bf16, aligned to 64.
+  // The same for many rows, which are rounded to bf16 where it takes x.halves; panel: room for the blocks in bf16, aligned to 64, if matrix
+  // units multiply weights of another format.
   void (*multiply_many)(const Matrix& w, int first, int last, const Activations& x, float* y, size_t stride, uint16_t* panel);
   void (*to_bf16)(const float* x, int n, uint16_t* y);
   void (*to_tiles)(const float* x, int cols, int row, uint16_t* tiles);  // one row of activations into their tiles
@@ -119,9 +122,8 @@ struct Kernels {
   // Each query's arithmetic is its own, whatever comes with it. For calls of few tokens: reads keys and values once per query.
   void (*attend)(const Query* queries, int count, const KeysValues& kv, int d, float scale);
   // The same for up to kMostQueries queries at once, through matrix products. scratch: attend_scratch(d) floats, aligned to 64.
-  // Where the instruction set has products of bf16 (bf16_attention), q and the exponentials of the scores are rounded to bf16.
+  // With bf16_products, q and the exponentials of the scores are rounded to bf16.
   void (*attend_many)(const Query* queries, int count, const KeysValues& kv, int d, float scale, float* scratch);
-  bool bf16_attention;
 };
 
 extern const Kernels* const kScalar;

@@ -21,6 +21,9 @@
 
 #define ZAMBA2_INLINE inline __attribute__((always_inline))
 #define ZAMBA2_FLAT __attribute__((noinline, flatten))  // everything it calls becomes part of it, so that lanes stay in registers
+#if !defined(ZAMBA2_REGISTER)
+#define ZAMBA2_REGISTER "v"  // where asm finds 16 lanes of AVX-512 (tests have them in memory)
+#endif
 
 namespace zamba2::ZAMBA2_ISA {
 
@@ -121,14 +124,7 @@ struct Codes {  // 64 unsigned bytes: 16 rows of 4 consecutive inputs
 
 // acc[row] += sum over 4 inputs of codes * activations; four: the 4 int8 activations as one word. Codes above 127 are allowed.
 ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
-#if defined(__AVX512VNNI__)
   return {_mm512_dpbusd_epi32(acc.v, codes.v, _mm512_set1_epi32(four))};
-#else
-  const __m512i a = _mm512_set1_epi32(four), even = _mm512_set1_epi16(0xff);
-  const __m512i a_even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), a_odd = _mm512_srai_epi16(a, 8);
-  const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(_mm512_and_si512(codes.v, even), a_even), _mm512_madd_epi16(_mm512_srli_epi16(codes.v, 8), a_odd));
-  return {_mm512_add_epi32(acc.v, products)};
-#endif
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), ZAMBA2_FETCH_INTO); }
@@ -549,9 +545,21 @@ using Sum4 = I16;
 
 // Has a value computed here, not where it is used.
 #if defined(__AVX512F__)
-ZAMBA2_INLINE void keep(F16 x) { asm volatile("" : : "v"(x.v)); }
+ZAMBA2_INLINE void keep(F16 x) { asm volatile("" : : ZAMBA2_REGISTER(x.v)); }
 #else
 ZAMBA2_INLINE void keep(F16) {}
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool kBf16Products = true;
+struct Pairs {  // 16 pairs of bf16
+  __m512bh v;
+  static Pairs load(const void* p) { return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))}; }
+  static Pairs set1(uint32_t x) { return {reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int32_t>(x)))}; }
+};
+ZAMBA2_INLINE F16 fma(Pairs a, Pairs b, F16 c) { return {_mm512_dpbf16_ps(c.v, a.v, b.v)}; }  // c + the pairs' products, two a lane
+#else
+constexpr bool kBf16Products = false;
 #endif
 
 // e^x within 2 ulp; 0 below -87, where fp32 would be denormal. Cephes' polynomial for the remainder after powers of two.

@@ -108,9 +108,9 @@ def ends(format: str) -> dict[str, Any]:
     ways = {"one call": [logits_of(backend, text) for text in texts], "token by token": decoded}
     found = {}
     for way, logits in ways.items():
-        if way == "one call" or uses_units(backend.isa):  # otherwise both round alike
+        if way == "one call" or uses_units(backend.isa, format):  # otherwise both round alike
             embeddings = [with_perturbed(model.embed_tokens(torch.tensor(t)), DRAWS, seed) for seed, t in enumerate(texts)]
-            with as_twin(format, units=uses_units(backend.isa) and way == "one call"):
+            with as_twin(format, units=uses_units(backend.isa, format) and way == "one call"):
                 scores = model(inputs_embeds=torch.cat(embeddings), state=model.new_state())
             truth = scores.unflatten(0, (len(texts), 1 + DRAWS))
         yardstick = [float(divergence(own[0], other).mean()) for own in truth for other in own[1:]]

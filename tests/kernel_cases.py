@@ -61,15 +61,16 @@ class Near:
 class Case:
     """expected: arguments that change (arrays: equal to the bit, masked elements apart); every other one must not, but scratch.
 
-    with_units: what differs on tables with matrix units (attend_many: with products of bf16). Cases with the same ``shares`` give
-    the same bits for the same row of y, the first of which is ``first_row``.
+    in_bf16: what differs where the kernel multiplies in bf16: with matrix units, or with products of bf16 if ``pairs``. Cases with the
+    same ``shares`` give the same bits for the same row of y, the first of which is ``first_row``.
     """
 
     kernel: str
     label: str
     arguments: dict[str, Any]
     expected: dict[str, Array | Near]
-    with_units: dict[str, Array | Near] = field(default_factory=dict)
+    in_bf16: dict[str, Array | Near] = field(default_factory=dict)
+    pairs: bool = False
     scratch: tuple[str, ...] = ()
     shares: str = ""
     first_row: int = 0
@@ -78,13 +79,13 @@ class Case:
         return f"{self.kernel}-{self.label}"
 
 
-def largest_error(case: Case, found: dict[str, Array], units: bool) -> float:
+def largest_error(case: Case, found: dict[str, Array], in_bf16: bool) -> float:
     """The largest error of a case's results, relative to their magnitude; infinite for one that must be equal and is not."""
     worst = 0.0
     for name, before in case.arguments.items():
         if name in case.scratch:
             continue
-        expected = case.with_units[name] if units and name in case.with_units else case.expected.get(name)
+        expected = case.in_bf16[name] if in_bf16 and name in case.in_bf16 else case.expected.get(name)
         value = found[name]
         if not isinstance(expected, Near):
             wanted = np.ma.asarray(as_array(before) if expected is None else expected)
@@ -210,7 +211,7 @@ class Product:
     matrix: dict[str, Any]
     x: Array
     short: Near  # as short calls round
-    tiles: Near  # as matrix units round
+    halves: Near  # as products of bf16 round
 
 
 def product(format: str, data: Array, rows: int, cols: int, x: Array) -> Product:
@@ -223,8 +224,8 @@ def product(format: str, data: Array, rows: int, cols: int, x: Array) -> Product
     codes, scales = codes_of(x)
     rounded = (codes * scales.astype(np.float64)[..., None]).reshape(len(x), -1)[:, :cols]
     matrix = {"w": data, "w.rows": rows, "w.cols": cols, "w.format": FORMATS[format].number}
-    tiles = exact(wide(round_bf16(weights)), wide(round_bf16(x)))
-    return Product(matrix, x, exact(weights, x if format == "bf16" else rounded), tiles)
+    halves = exact(wide(round_bf16(weights)), wide(round_bf16(x)))
+    return Product(matrix, x, exact(weights, x if format == "bf16" else rounded), halves)
 
 
 def activations(x: Array) -> dict[str, Any]:
@@ -288,16 +289,17 @@ def multiply(rng: np.random.Generator) -> Iterator[Case]:
 def multiply_many(rng: np.random.Generator) -> Iterator[Case]:
     small = [(9, 1, 1), (9, 16, 32), (16, 17, 33), (17, 33, 64), (32, 48, 31), (33, 70, 100), (70, 40, 200)]
     shapes = [*small, (20, 36, 1100), (45, 36, 1100), (9, 1024, 40)]
-    for _, label, p in products(rng, shapes):
+    for format, label, p in products(rng, shapes):
         rows, groups, blocks = p.matrix["w.rows"], -(-p.matrix["w.cols"] // 32), -(-p.matrix["w.rows"] // 16)
         for first, last in sorted({(0, blocks), (0, (blocks + 1) // 2), (blocks // 2, blocks)}):
             columns, stride = slice(16 * first, min(16 * last, rows)), rows + first
             before = poison(len(p.x), stride)
-            parts = [Near(full.values[:, columns], full.magnitude[:, columns]) for full in (p.short, p.tiles)]
-            short, tiles = (replaced(before, slice(None), columns, part) for part in parts)
+            parts = [Near(full.values[:, columns], full.magnitude[:, columns]) for full in (p.short, p.halves)]
+            short, halves = (replaced(before, slice(None), columns, part) for part in parts)
             panel = np.zeros((last - first, groups, 512), dtype=np.uint16)
             arguments = p.matrix | {"first": first, "last": last} | activations(p.x) | {"y": before, "stride": stride, "panel": panel}
-            yield Case("multiply_many", f"{label}, blocks {first} to {last}", arguments, {"y": short}, {"y": tiles}, scratch=("panel",))
+            place = f"{label}, blocks {first} to {last}"
+            yield Case("multiply_many", place, arguments, {"y": short}, {"y": halves}, format == "bf16", scratch=("panel",))
 
 
 # ---- bf16 -------------------------------------------------------------------------------------------------------------------
@@ -611,7 +613,7 @@ def attention(rng: np.random.Generator, kernel: str, lengths: list[tuple[int, in
                         continue
                     arguments["scratch"] = poison(512 * (-(-d // 32) * 32) + 128 * 64 + -(-d // 32) * 32 + 2 * (128 + 64 + 128))
                     yield Case(
-                        kernel, label, arguments, expected, {"y": softmax_of(q, keys, values, seen, scale, steps=steps)}, ("scratch",)
+                        kernel, label, arguments, expected, {"y": softmax_of(q, keys, values, seen, scale, steps=steps)}, True, ("scratch",)
                     )
 
 

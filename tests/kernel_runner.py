@@ -26,8 +26,10 @@ class Runner:
     def __init__(self, *command: str) -> None:
         self.command = command
         listed = self._start().split()
-        self.tables = {name: units == "1" for name, units in zip(listed[::3], listed[1::3], strict=True)}  # name: has matrix units
-        self.bf16_attention = {name: rounds == "1" for name, rounds in zip(listed[::3], listed[2::3], strict=True)}
+        self.tables, self.matrix_units, self.bf16_products = listed[::3], set[str](), set[str]()
+        for name, units, products in zip(*(listed[i::3] for i in range(3)), strict=True):
+            self.matrix_units.update({name} if units == "1" else ())
+            self.bf16_products.update({name} if products == "1" else ())
 
     def _start(self, *arguments: str) -> str:
         ran = subprocess.run([*self.command, *arguments], capture_output=True, text=True, timeout=240)

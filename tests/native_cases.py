@@ -185,7 +185,7 @@ def rounding_of_kv(kv: str) -> Rounding:
 
 
 def rounding_of(format: str, units: bool) -> Rounding | None:
-    """What the engine does to the inputs of a product: q8 and q4 round them to int8, matrix units (which round weights too) to bf16."""
+    """What the engine does to the inputs of a product: q8 and q4 round them to int8, products of bf16 (which round weights too) to bf16."""
     return round_bf16 if units else None if format == "bf16" else round_int8
 
 
@@ -386,7 +386,7 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
         logits = torch.from_numpy(engine.forward([inner], [tokens], [len(tokens)])).double()
     after = engine.export_state(inner)
     kept = iter(keys_and_values(config, after, before + len(tokens), kv))
-    units = uses_units(backend.isa) and len(tokens) > SHORT
+    units = uses_units(backend.isa, backend.format.name) and len(tokens) > SHORT
     rounding, multiply = rounding_of(backend.format.name, units), multiply_as(backend.format.name, units)
     rounds = rounds_attention(backend.isa) and len(tokens) > SHORT
     allowed: list[Tensor] = []
@@ -459,9 +459,9 @@ def compare(backend: NativeBackend, model: Zamba2, tokens: np.ndarray, *, past: 
     return checks
 
 
-def uses_units(isa: str) -> bool:
-    """Whether calls of more than SHORT tokens go through bf16 matrix units."""
-    return isa == "amx"
+def uses_units(isa: str, format: str) -> bool:
+    """Whether calls of more than SHORT tokens round the inputs of products to bf16: for matrix units, or for bf16 weights in pairs."""
+    return isa == "amx" or (isa == "avx512bf16" and format == "bf16")
 
 
 def rounds_attention(isa: str) -> bool:

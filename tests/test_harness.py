@@ -229,7 +229,9 @@ def plain(backend: Any, context: Sequence[int], continuation: Sequence[int]) -> 
         (rest,) = backend.forward([Row(np.array(continuation[:-1], np.int32), state, logits=len(continuation) - 1)])
         rows += list(rest.numpy())
     found = [log_softmax(row) for row in rows]
-    total = sum(float(row[token]) for row, token in zip(found, continuation, strict=True))
+    total = 0.0
+    for row, token in zip(found, continuation, strict=True):  # sum() rounds otherwise from Python 3.12 on
+        total += float(row[token])
     return total, all(int(row.argmax()) == token for row, token in zip(found, continuation, strict=True))
 
 

@@ -95,6 +95,7 @@ def call(fake: FakeHub, tmp_path: Path) -> Caller:
 
 
 def test_download_then_offline(fake: FakeHub, call: Caller) -> None:
+    """A model is fetched once, the wanted files alone; afterwards the cached copy serves, and offline nothing is asked."""
     folder = call.path(MODEL, progress=False)
     assert call.stderr == ""
     assert {path.name for path in folder.iterdir()} == WANTED
@@ -112,6 +113,7 @@ def test_download_then_offline(fake: FakeHub, call: Caller) -> None:
 
 @pytest.mark.parametrize("trouble", ["down", "503", "silent"])
 def test_cached_copy_serves_when_the_hub_does_not(fake: FakeHub, call: Caller, trouble: str) -> None:
+    """Where the Hub is down, silent or answers with errors, the copy in the cache serves, and a line says so."""
     folder = call.path(MODEL)
     break_hub(fake, call, trouble)
     assert call.path(MODEL) == folder
@@ -120,6 +122,7 @@ def test_cached_copy_serves_when_the_hub_does_not(fake: FakeHub, call: Caller, t
 
 @pytest.mark.parametrize(("trouble", "said"), [("down", "check the network"), ("503", "HTTP 503"), ("silent", "check the network")])
 def test_hub_in_trouble_and_nothing_cached(fake: FakeHub, call: Caller, trouble: str, said: str) -> None:
+    """Where the Hub is in trouble and nothing is cached, one sentence says which trouble."""
     break_hub(fake, call, trouble)
     assert said in call.error(MODEL)
 
@@ -134,12 +137,14 @@ def break_hub(fake: FakeHub, call: Caller, trouble: str) -> None:
 
 
 def test_revision(fake: FakeHub, call: Caller) -> None:
+    """A revision is that branch, tag or commit; one that does not exist is named in the error."""
     assert (call.path(MODEL, revision="v1") / "config.json").read_text() == '{"old": true}'
     assert call.path(MODEL, revision=FakeHub.sha("v1"), offline=True).name == FakeHub.sha("v1")
     assert "no revision 'v2'" in call.error(MODEL, revision="v2")
 
 
 def test_small_files_only(call: Caller) -> None:
+    """Without weights the small files alone are fetched, which later do not pass for the whole model."""
     folder = call.path(MODEL, weights=False)
     assert not (folder / "model.safetensors").exists()
     assert "not fully" in call.error(MODEL, offline=True), "without the weights the cached copy is not the model"
@@ -147,6 +152,7 @@ def test_small_files_only(call: Caller) -> None:
 
 
 def test_broken_download_resumes(fake: FakeHub, call: Caller) -> None:
+    """A download that broke off goes on where it stopped and gives the same bytes."""
     data = WEIGHTS * 80  # the library keeps what arrived in steps of 10 MB
     (fake.repositories[MODEL]["main"] / "model.safetensors").write_bytes(data)
     fake.drop = {"model.safetensors"}
@@ -155,6 +161,7 @@ def test_broken_download_resumes(fake: FakeHub, call: Caller) -> None:
 
 
 def test_gated(fake: FakeHub, call: Caller) -> None:
+    """A gated model without a valid token is one sentence; with the token it is fetched."""
     fake.gated = {MODEL}
     for env in ({}, {"HF_TOKEN": "hf_wrong"}):
         assert f"{MODEL} is gated" in call.error(MODEL, env)
@@ -162,6 +169,7 @@ def test_gated(fake: FakeHub, call: Caller) -> None:
 
 
 def test_not_there(call: Caller) -> None:
+    """A repository, or a file in it, that is missing, and an id that cannot be one, are one sentence each."""
     for env in ({}, {"HF_TOKEN": "hf_test"}):
         assert "no repository owner/missing" in call.error("owner/missing", env)
     assert "offline was asked for" in call.error(MODEL, offline=True)
@@ -171,17 +179,20 @@ def test_not_there(call: Caller) -> None:
 
 
 def test_refused(fake: FakeHub, call: Caller) -> None:
+    """A refused download says which token is missing."""
     fake.answer = 403
     assert "HF_TOKEN" in call.error(MODEL)
 
 
 def test_cache_cannot_be_written(call: Caller) -> None:
+    """A cache that cannot be written is named."""
     call.home.mkdir()
     (call.home / "hub").write_text("a file where the cache folder belongs")
     assert str(call.home / "hub") in call.error(MODEL)
 
 
 def test_disk_full(call: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is one sentence that names the variable to move the cache with."""
     import huggingface_hub
 
     for number in (errno.ENOSPC, errno.EDQUOT):
@@ -204,6 +215,7 @@ def test_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", ["2.7b-instruct", "2.7B-Instruct"])
 def test_alias(call: Caller, name: str) -> None:
+    """Short names stand for the published models, in any case."""
     assert "models--Zyphra--Zamba2-2.7B-instruct" in str(call.path(name))
 
 
@@ -215,6 +227,7 @@ def test_cache_written_by_an_older_library(call: Caller) -> None:
 
 
 def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exists on disk wins over names and ids, and what looks like a path never becomes a download."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     (tmp_path / "model.pt").touch()

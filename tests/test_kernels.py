@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_cases import KERNELS, TOLERANCE, Case, bits, cases, largest_error
 from kernel_runner import ROOT, Runner, build, of_the_module
-from native_cases import CONFIGS, as_twin, engine_arguments, error, twin
+from native_cases import CONFIGS, as_twin, engine_arguments, error, rounds_attention, twin, uses_units
 from strategies import random_tokens
 
 from zamba2 import _engine
@@ -42,12 +42,11 @@ def check(runner: Runner, kernel: str, tables: Collection[str] | None = None) ->
     """
     table = cases(kernel)
     wrong = []
-    for name, units in (runner.bf16_attention if kernel == "attend_many" else runner.tables).items():
-        if tables is not None and name not in tables:
-            continue
+    for name in runner.tables if tables is None else tables:
         found = runner.call(name, [(case.kernel, case.arguments) for case in table])
         for case, result in zip(table, found, strict=True):
-            if (worst := largest_error(case, result, units)) > TOLERANCE[kernel]:
+            in_bf16 = name in (runner.bf16_products if case.pairs else runner.matrix_units)
+            if (worst := largest_error(case, result, in_bf16)) > TOLERANCE[kernel]:
                 wrong.append(f"{name}, {case}: {worst:.1e}")
         wrong += [f"{name}, {case}: other bits than in other company" for case in other_bits(table, found)]
     assert not wrong, "\n".join(wrong[:20])
@@ -75,16 +74,18 @@ def test_kernel(runner: Runner, kernel: str) -> None:
 
 @pytest.mark.parametrize("kv", KV_FORMATS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_engine_with_software_tiles(runner: Runner, format: str, kv: str) -> None:
-    """Where AVX-512 BF16 is, a prompt through the AMX kernels, tiles in software, gives the twin's logits as near as rounding allows."""
-    if "amx_stand_in" not in runner.tables:
-        pytest.skip("this machine has no AVX-512 BF16")
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16", "amx"])
+def test_engine_in_software(runner: Runner, isa: str, format: str, kv: str) -> None:
+    """A prompt through kernels whose instructions are in software gives the twin's logits as near as rounding allows."""
+    if f"{isa}_stand_in" not in runner.tables:
+        pytest.skip("this machine has no AVX2")
     for config in CONFIGS.values():
         tokens = random_tokens(config, 3, 70)
-        found = runner.call("amx_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70], kv))])[0]["logits"]
-        with as_twin(format, units=True, attention=True, kv=kv):
+        found = runner.call(f"{isa}_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70], kv))])[0]["logits"]
+        with as_twin(format, units=uses_units(isa, format), attention=rounds_attention(isa), kv=kv):
             expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
-        assert error(found, expected) <= AFTER_FLIPS
+        exact = format == "bf16" and not rounds_attention(isa)
+        assert error(found, expected) <= (AFTER_ROUNDING if exact else AFTER_FLIPS)
 
 
 @pytest.mark.slow

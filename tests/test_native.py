@@ -151,7 +151,7 @@ def test_the_smallest_embeddings() -> None:
 def test_end_to_end(name: str, isa: str, format: str, kv: str) -> None:
     """In one call, cut anywhere into calls, and token by token, logits diverge from the twin's, and from one another, at most
     twice as far as the twin's own do when its embeddings change by 1e-6: averages over positions, texts and changes."""
-    backend, units, rounds = native(ALL[name], format, isa, kv=kv), uses_units(isa), rounds_attention(isa)
+    backend, units, rounds = native(ALL[name], format, isa, kv=kv), uses_units(isa, format), rounds_attention(isa)
     long, short = perturbed(ALL[name], format, units, rounds, kv), perturbed(ALL[name], format, False, False, kv)
     decoded, whole, split = [], [], []
     for tokens in long.tokens.numpy():
@@ -301,7 +301,7 @@ def test_chunks_lie_at_fixed_places(isa: str, format: str, kv: str) -> None:
 
 @combined
 def test_logits_wanted_change_no_bit(isa: str, format: str, kv: str) -> None:
-    """How many trailing logits a long call gives changes neither its state nor, without matrix units, the logits themselves."""
+    """How many trailing logits a long call gives changes neither its state nor, unless long calls round to bf16, the logits themselves."""
     config = TINY
     backend, tokens = native(config, format, isa, kv=kv), ids(config, PREFILL_CHUNK + 9)
     for length in (40, PREFILL_CHUNK + 9):
@@ -314,7 +314,7 @@ def test_logits_wanted_change_no_bit(isa: str, format: str, kv: str) -> None:
             results.append((logits[-1:], logits_of(backend, tokens[:1], state)))
         assert all(same(after, results[0][1]) for _, after in results)
         lasts = [last for last, _ in results if len(last)]
-        if uses_units(isa):  # the head rounds up to 8 rows to int8 and more to bf16
+        if uses_units(isa, format):  # the head rounds up to 8 rows to int8 and more to bf16
             assert all(error(last, lasts[0]) <= 0.1 for last in lasts)
         else:
             assert all(same(last, lasts[0]) for last in lasts)

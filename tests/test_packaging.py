@@ -62,6 +62,7 @@ def imports(module: str, path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows_point_down(module: str) -> None:
+    """No module imports one of a layer above its own."""
     for target in imports(module, MODULES[module]):
         if target.partition(".")[0] == "zamba2":
             assert layer(target) <= layer(module), f"{module} imports {target} from a layer above"
@@ -69,6 +70,7 @@ def test_arrows_point_down(module: str) -> None:
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("zamba2.language")])
 def test_language_knows_the_waist_alone(module: str) -> None:
+    """The language layer imports no PyTorch, no model and nothing of the runtime but its two-method interface."""
     for target in imports(module, MODULES[module]):
         assert target.partition(".")[0] not in ("torch", "transformers"), f"{module} imports {target}"
         assert not target.startswith("zamba2.model"), f"{module} imports {target}"
@@ -77,6 +79,7 @@ def test_language_knows_the_waist_alone(module: str) -> None:
 
 
 def test_import_is_light() -> None:
+    """Importing the package and its language layer prints nothing and leaves PyTorch alone."""
     names = ["zamba2", "zamba2.weights.hub", *(name for name in MODULES if name.startswith("zamba2.language"))]
     code = f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\nprint({{'torch'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -84,6 +87,7 @@ def test_import_is_light() -> None:
 
 
 def test_console_script_and_embedded_model_are_packaged() -> None:
+    """The command, the embedded model and the marker of types are part of the package."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'zamba2 = "zamba2.__main__:main"' in text
     assert {path.name for path in (SOURCE / "random").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
@@ -91,12 +95,14 @@ def test_console_script_and_embedded_model_are_packaged() -> None:
 
 
 def test_readme_names_real_targets() -> None:
+    """Every target of make that the README names exists."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     named = set(re.findall(r"(?:^ {4}|`|=\S+ )make ([a-z-]+)", readme(), re.M))
     assert {"run", "test"} <= named <= targets
 
 
 def test_readme_names_existing_files() -> None:
+    """Every file that the README links to exists."""
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme()):
         assert (ROOT / link).exists(), link
 
@@ -132,6 +138,7 @@ def test_make_names_what_is_missing(tmp_path: Path, tools: list[str], python: st
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_is_content_with_what_it_needs(tmp_path: Path) -> None:
+    """With a compiler, a new enough Python and its headers make says nothing."""
     done = make(tmp_path, ["g++"], "", "check-tools")
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -34,6 +34,7 @@ def script() -> ModuleType:
 
 
 def test_rebuilding_gives_the_same_bytes(script: ModuleType, tmp_path: Path) -> None:
+    """The script that made the embedded random model makes the same bytes again."""
     script.write_model(tmp_path)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (RANDOM / path.name).read_bytes(), f"{path.name}: run scripts/make_random_model.py"
@@ -41,10 +42,12 @@ def test_rebuilding_gives_the_same_bytes(script: ModuleType, tmp_path: Path) -> 
 
 
 def test_small() -> None:
+    """The embedded random model takes at most 1.5 MB."""
     assert sum(path.stat().st_size for path in RANDOM.iterdir()) < 1_500_000
 
 
 def test_config_counts_its_weights() -> None:
+    """The config's own count of weights is that of the file's tensors, which are bf16."""
     config = Config.from_file(RANDOM / "config.json")
     assert config.num_shared_blocks == 2
     with safe_open(RANDOM / "model.safetensors", "np") as file:
@@ -62,6 +65,7 @@ def test_config_counts_its_weights() -> None:
 
 
 def test_bfloat16_rounds_to_nearest_even(script: ModuleType) -> None:
+    """The script's bf16 are PyTorch's to the bit, ties, denormals and large numbers included."""
     import numpy as np
     import torch
 
@@ -76,6 +80,8 @@ def test_bfloat16_rounds_to_nearest_even(script: ModuleType) -> None:
 
 
 def test_transformers_finds_every_tensor() -> None:
+    """transformers loads the model without a tensor missing, unexpected or of another shape, and with the same values."""
+    pytest.importorskip("transformers", reason="it is what is compared")
     from transformers import Zamba2ForCausalLM
 
     model, report = Zamba2ForCausalLM.from_pretrained(RANDOM, output_loading_info=True)
@@ -89,6 +95,8 @@ def test_transformers_finds_every_tensor() -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenizer_reads_the_same_everywhere(text: str) -> None:
+    """The tokenizer's file gives transformers the same ids and texts as the tokenizers library."""
+    pytest.importorskip("transformers", reason="it is what is compared")
     from transformers import AutoTokenizer
 
     ours, theirs = Tokenizer.from_file(str(RANDOM / "tokenizer.json")), AutoTokenizer.from_pretrained(RANDOM)
@@ -103,6 +111,8 @@ def test_tokenizer_reads_the_same_everywhere(text: str) -> None:
 
 
 def test_tokenizer_is_built_like_the_published_one() -> None:
+    """Special tokens, their ids, the chat template and bytes as tokens are those of the published tokenizer."""
+    pytest.importorskip("transformers", reason="its chat template is compared")
     from transformers import AutoTokenizer
 
     tokenizer = Tokenizer.from_file(str(RANDOM / "tokenizer.json"))

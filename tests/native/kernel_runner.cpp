@@ -1,6 +1,6 @@
 // Calls the kernels of one table on arrays from a file: what tests/test_kernels.py and tests/test_arm64.py drive.
 //   kernel_runner                      prints the tables that this machine can run, one a line, with 1 if they have matrix units
-//                                      and 1 if their attend_many rounds to bf16
+//                                      and 1 if they multiply pairs of bf16
 //   kernel_runner TABLE CASES RESULTS  makes the calls of CASES; RESULTS gets the bytes of all their arrays as they are afterwards
 // A file of cases: per case a name, the number of its arguments and those, in the order of the function's own; a result comes
 // last. Per argument: name, type (as NumPy writes it), bytes. Numbers and lengths are 64 bits wide.
@@ -21,8 +21,10 @@
 #include "engine.h"
 
 namespace zamba2 {
-extern const Kernels* const kAmxStandIn;
 extern const Kernels* const kAvxVnniStandIn;
+extern const Kernels* const kAvx512StandIn;
+extern const Kernels* const kAvx512Bf16StandIn;
+extern const Kernels* const kAmxStandIn;
 }
 
 using namespace zamba2;
@@ -267,8 +269,7 @@ std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> found;
   for (const char* name : available_kernels()) found.push_back(find_kernels(name));
 #if defined(__x86_64__)
-  if (find_kernels("avx2")) found.push_back(kAvxVnniStandIn);
-  if (find_kernels("avx512") && __builtin_cpu_supports("avx512bf16")) found.push_back(kAmxStandIn);
+  if (find_kernels("avx2")) found.insert(found.end(), {kAvxVnniStandIn, kAvx512StandIn, kAvx512Bf16StandIn, kAmxStandIn});
 #endif
   return found;
 }
@@ -329,7 +330,7 @@ void on_bad_access(int signal) {
 
 int main(int count, char** arguments) {
   if (count == 1) {
-    for (const Kernels* k : tables()) std::printf("%s %d %d\n", k->name, k->matrix_units ? 1 : 0, k->bf16_attention ? 1 : 0);
+    for (const Kernels* k : tables()) std::printf("%s %d %d\n", k->name, k->matrix_units ? 1 : 0, k->bf16_products ? 1 : 0);
     return 0;
   }
   if (count != 4) {

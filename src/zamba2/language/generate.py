@@ -182,7 +182,7 @@ class Running:
             self.state.keep(len(pieces))
         return pieces
 
-    def step(self, scores: np.ndarray) -> Piece:
+    def step(self, scores: Scores) -> Piece:
         """Sample from the scores (V,), and go on."""
         constraint = self.request.constraint
         token = self.sampler.sample(scores if constraint is None else constraint.mask(scores))

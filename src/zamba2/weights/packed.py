@@ -224,7 +224,7 @@ def quantize(
             yield _values(files, part.sources[0]).reshape(-1).data.cast("B")
             return
         own, rounding = packing.of(part), moments[part.name].rounding() if moments and part.name in moments else None
-        carried = np.empty((0, part.shape[1]), dtype=np.float32)  # rows of q that do not fill a block go with those of k
+        carried: npt.NDArray[np.float32] = np.empty((0, part.shape[1]), np.float32)  # rows of q that do not fill a block go with those of k
         for parameter in part.sources:
             values = _values(files, parameter)
             if part.half is not None:
