@@ -61,6 +61,15 @@ def without_notice(standard_error: str) -> list[str]:
     return [line for line in standard_error.splitlines() if not line.startswith(NOTICE)]
 
 
+@pytest.mark.parametrize(("users", "expected"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_sleep_while_they_wait(users: dict[str, str], expected: str) -> None:
+    """PyTorch's threads are told to sleep while they wait, before it is loaded, unless the user says otherwise."""
+    code = "import os, sys; from zamba2.__main__ import main; main(); print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | users
+    done = subprocess.run([sys.executable, "-c", code, "--version"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[1:] == [f"{expected} False"], done
+
+
 @pytest.fixture
 def zamba(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command line in this process; gives exit code, standard output and lines of standard error."""

@@ -14,6 +14,9 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, leave)
     open_streams()
+    # PyTorch's threads sleep while they wait for one another. Spinning, they take the processors from those that they wait for as soon
+    # as other programs want them too; left alone they are no faster for it (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from zamba2.cli import run
 
     code = run(sys.argv[1:])
