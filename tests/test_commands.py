@@ -678,14 +678,29 @@ def test_readme_commands(line: str, zamba: Any, monkeypatch: pytest.MonkeyPatch,
     if line.startswith("zamba2 figures"):
         line = line.replace("figures", "figures --small --repeats 1 --engines zamba2 --formats q4", 1)
     if line.startswith("zamba2 train demo"):
-        line = line.partition("#")[0].replace("0.001", "1e-5") + "steps=1 batch_size=2 device_batch_size=2"
-    code, out, err = zamba(*shlex.split(line, comments=True)[1:], stdin=b"/help\n")
+        line = line.partition("#")[0].replace("0.001", "1e-5") + "steps=2 batch_size=2 device_batch_size=2"
+    arguments = shlex.split(line, comments=True)[1:]
+    code, out, err = zamba(*arguments, stdin=b"/help\n")
     if "--device cuda" in line and not os.path.exists("/dev/nvidiactl"):
         assert (code, out, len(err)) == (2, "", 1) and "device 'cuda' cannot be used" in err[0]
         return
     assert code == 0 and (out or err)
     expected = ("zamba2: packing", "zamba2: writing", "zamba2: precision")  # the last where the CPU has no products of bf16
     assert not any(text.startswith("zamba2:") and not text.startswith(expected) for text in err)
+    if line.startswith("zamba2 train demo"):
+        check_demonstration(Path("zamba2-demo"))
+        assert zamba(*arguments) == (0, out, [])  # all that a second call would do is there
+
+
+def check_demonstration(folder: Path) -> None:
+    """The model is packed, each stage ran so many steps, and the card holds what was measured of it."""
+    report, card = json.loads((folder / "report.json").read_text()), (folder / "model" / "README.md").read_text()
+    assert zamba2.load(folder / "model").backend.format.name == "q8"
+    assert f"{report['stages']['dpo q8']['perplexity']:.2f}" in card and card.count("**model:**") == len(report["tasks"]) == 8
+    tried = report["stages"]["sft"]
+    assert len(tried["right"]) == 8 and set(tried["kinds"]) == {task["kind"] for task in report["tasks"]}
+    metrics = [json.loads(line) for line in (folder / "sft" / "metrics.jsonl").read_text().splitlines()]
+    assert max(entry["step"] for entry in metrics) == 2
 
 
 def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

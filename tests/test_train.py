@@ -34,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import zamba2.hf
+from zamba2.cli import run as command
 from zamba2.commands.train import demonstration, stage
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
@@ -975,24 +976,6 @@ def test_bad_recipes_are_named(tmp_path, name):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.timeout(900)  # a minute, and several on a slow machine
-def test_the_demonstration_model_is_built_from_nothing(tmp_path):
-    """All stages run at a ten-thousandth of their size, a second call goes on from what is there, and the card holds what was measured."""
-    from zamba2.train.demo import Sizes, build
-
-    sizes, said = Sizes(vocabulary=500, documents=40, conversations=60, practice=60, prompts=8, held_out=44, texts=3), []
-    changes = ["device=cpu", "steps=2", "held_out=2", "batch_size=4", "device_batch_size=4"]
-    folder = build(tmp_path / "demo", sizes=sizes, changes=changes, say=said.append)
-    card = (folder / "README.md").read_text()
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert f"{report['stages']['dpo q8']['perplexity']:.2f}" in card and card.count("**model:**") == 10
-    assert len(report["stages"]["sft"]["right"]) == 44 and set(report["stages"]["sft"]["kinds"]) == {t["kind"] for t in report["tasks"]}
-    assert zamba2.load(folder).backend.format.name == "q8"
-    again = []
-    build(tmp_path / "demo", sizes=sizes, say=again.append)
-    assert len(said) > 5 and not again
-
-
 def test_pairs_are_the_models_own_answers():
     """A pair holds a right and a wrong answer that were given, the greedy one on its side; without both there is no pair."""
     task = next(task for task in tasks(1, split="train", kinds={"copy"}))
@@ -1108,6 +1091,17 @@ def test_several_processes_print_one_folder(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == printed
 
 
+@pytest.mark.parametrize(
+    ("change", "said"), [("out=x", "out cannot be changed"), ("stepz=1", "there is no field stepz"), ("steps=many", "be a valid integer")]
+)
+def test_a_demonstration_that_cannot_be_writes_nothing(tmp_path, monkeypatch, capsys, change, said):
+    """What is wrong with changes to the demonstration's recipes is one sentence, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", "demo", change]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_a_small_demonstration_keeps_something_of_each(tmp_path, monkeypatch, capsys):
     """However small a share is asked for, eight of everything are left; changes and processes are passed on."""
     seen = {}
@@ -1116,6 +1110,12 @@ def test_a_small_demonstration_keeps_something_of_each(tmp_path, monkeypatch, ca
     demonstration(tmp_path, ["steps=1"], small=1e-9, processes=3)
     assert {*vars(seen["sizes"]).values()} == {8} and (seen["changes"], seen["processes"]) == (["steps=1"], 3)
     assert capsys.readouterr().out == f"{tmp_path}\n"
+    for words, folder, changes in (
+        ([], "zamba2-demo", []), (["steps=1", "seed=2"], "zamba2-demo", ["steps=1", "seed=2"]), (["a", "steps=1"], "a", ["steps=1"]),
+        (["./seed=1"], "seed=1", []), (["runs/seed=1", "steps=1"], "runs/seed=1", ["steps=1"]),
+    ):  # fmt: skip
+        assert command(["train", "demo", *words]) == 0
+        assert capsys.readouterr().out == f"{folder}\n" and seen["changes"] == changes
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------

@@ -466,9 +466,12 @@ def dpo(recipe: RecipeName, changes: Changes = None, resume: Resume = False, sho
     stage("dpo", recipe, changes or [], resume=resume, show=show)
 
 
+DEMO_FOLDER = "zamba2-demo"
+
+
 @train.command()
 def demo(
-    out: Annotated[Path, typer.Argument(help="The folder to build in; what an earlier try left there is used.")] = Path("zamba2-demo"),
+    out: Annotated[str, typer.Argument(help="The folder to build in; what an earlier try left there is used.")] = DEMO_FOLDER,
     changes: Changes = None,
     small: Annotated[float, typer.Option(min=1e-5, max=1, help="The share of data and prompts to use: 0.01 shows how it goes.")] = 1.0,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Training processes; on CPUs, one per core is fastest.")] = 1,
@@ -487,7 +490,10 @@ def demo(
     """
     from zamba2.commands.train import demonstration
 
-    demonstration(out, changes or [], small=small, processes=processes)
+    wanted = list(changes or [])
+    if "=" in out and "/" not in out:  # a change: the folder was left out
+        out, wanted = DEMO_FOLDER, [out, *wanted]
+    demonstration(Path(out), wanted, small=small, processes=processes)
 
 
 evaluate = typer.Typer(

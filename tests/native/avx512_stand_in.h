@@ -152,8 +152,10 @@ inline V loaded(M mask, const void* p) {  // touches nothing that the mask leave
 #define _mm512_roundscale_ps(a, how) ::software_avx512::floats([](__m256 x) { return _mm256_round_ps(x, how); }, a)
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask(a, b, how) ::software_avx512::compared<how>(a, b)
-#define _mm512_cvtps_epi32(a) ::software_avx512::joined<__m512i>(_mm256_cvtps_epi32(::software_avx512::half<__m256>(a, 0)), _mm256_cvtps_epi32(::software_avx512::half<__m256>(a, 1)))
-#define _mm512_cvtepi32_ps(a) ::software_avx512::joined<__m512>(_mm256_cvtepi32_ps(::software_avx512::half<__m256i>(a, 0)), _mm256_cvtepi32_ps(::software_avx512::half<__m256i>(a, 1)))
+#define _mm512_cvtps_epi32(a) \
+  ::software_avx512::joined<__m512i>(_mm256_cvtps_epi32(::software_avx512::half<__m256>(a, 0)), _mm256_cvtps_epi32(::software_avx512::half<__m256>(a, 1)))
+#define _mm512_cvtepi32_ps(a) \
+  ::software_avx512::joined<__m512>(_mm256_cvtepi32_ps(::software_avx512::half<__m256i>(a, 0)), _mm256_cvtepi32_ps(::software_avx512::half<__m256i>(a, 1)))
 #define _mm512_reduce_add_ps(a) ::software_avx512::folded(a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); })
 #define _mm512_reduce_max_ps(a) ::software_avx512::folded(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); })
 #define _mm512_set1_epi32(x) ::software_avx512::joined<__m512i>(_mm256_set1_epi32(x), _mm256_set1_epi32(x))
@@ -181,6 +183,7 @@ inline V loaded(M mask, const void* p) {  // touches nothing that the mask leave
 #define _mm512_shuffle_i32x4(a, b, how) ::software_avx512::shuffled<how>(a, b)
 #define _mm512_maskz_cvtepi32_ps(mask, a) _mm512_cvtepi32_ps(a)  // all ones: gcc alone wants the masks
 #define _mm512_maskz_cvtepi8_epi32(mask, a) ::software_avx512::from_bytes(a)
-#define _mm512_maskz_mov_ps(mask, a) ::software_avx512::cast<__m512>(::software_avx512::chosen_words(__m512i{}, mask, ::software_avx512::cast<__m512i>(a)))
+#define _mm512_maskz_mov_ps(mask, a) \
+  ::software_avx512::cast<__m512>(::software_avx512::chosen_words(__m512i{}, mask, ::software_avx512::cast<__m512i>(a)))
 #define _mm256_maskz_loadu_epi16 ::software_avx512::loaded<__m256i, uint16_t>
 #define _mm_maskz_loadu_epi8 ::software_avx512::loaded<__m128i, uint8_t>

@@ -95,7 +95,21 @@ def build(
 
     changes: to the recipes, KEY=VALUE. processes: to share each training step. Raises Zamba2Error.
     """
+    from zamba2.train.recipe import read_recipe
+
     sizes = sizes or Sizes()
+    for change in changes:
+        if (field := change.partition("=")[0]) in ("data", "model", "out"):
+            raise Zamba2Error(f"{field} cannot be changed: each stage has its own; name the folder first, as in zamba2 train demo FOLDER.")
+    counts = {"pretrain": sizes.documents, "sft": sizes.conversations} | dict.fromkeys(AVERAGES, sizes.prompts)
+
+    def recipe(stage: str) -> tuple[str, list[str]]:  # its name, and what differs from it
+        held_out, data = counts.get(stage, sizes.practice) // 200 or 1, json.dumps(data_of(stage, folder / "data"))
+        own = [f"model={folder / SOURCES[stage]}", f"out={folder / stage}", f"data={data}", f"held_out={held_out}"]
+        return "demo-dpo" if stage in AVERAGES else f"demo-{stage}", [*own, *changes]
+
+    for stage in SOURCES:
+        read_recipe(*recipe(stage))  # what cannot be is said before anything is written
     write_base(folder / "base", sizes.vocabulary)
     write_data(folder / "data", sizes)
     for stage, source in SOURCES.items():
@@ -104,10 +118,7 @@ def build(
         out = folder / stage
         if not (out / "model" / "tokenizer.json").exists():
             say(f"training: {stage}")
-            counts = {"pretrain": sizes.documents, "sft": sizes.conversations} | dict.fromkeys(AVERAGES, sizes.prompts)
-            held_out = counts.get(stage, sizes.practice) // 200 or 1
-            own = [f"model={folder / source}", f"out={out}", f"data={json.dumps(data_of(stage, folder / 'data'))}", f"held_out={held_out}"]
-            train("demo-dpo" if stage in AVERAGES else f"demo-{stage}", [*own, *changes], out, processes)
+            train(*recipe(stage), out, processes)
         if stage in AVERAGES:
             average(folder / source, out / "model", folder / AVERAGES[stage] / "model")
     report = write_report(folder, sizes, say)
