@@ -12,6 +12,7 @@ namespace zamba2 {
 namespace {
 
 constexpr float kMixerEps = 1e-5f;    // fixed, whatever the config's own epsilon is
+constexpr int kGrain = 4;                // blocks of a matrix, or heads of a scan, that a thread takes at once in short calls
 constexpr int kMlpRows = 64;             // of a long call that the MLP takes at once
 constexpr size_t kPanelBytes = 1 << 20;  // of dequantized weights, so that they stay in a second-level cache
 
@@ -487,7 +488,7 @@ void Engine::multiply(const Matrix& w, const float* x, size_t stride, int rows, 
     });
     return;
   }
-  pool_.share(w.blocks(), [&](int first, int last, int) {
+  pool_.balance(w.blocks(), kGrain, [&](int first, int last, int) {
     for (int row = 0; row < rows; row += kMostRows)
       kernels.multiply(w, first, last, a, row, y + static_cast<size_t>(row) * w.rows, static_cast<size_t>(w.rows));
   });
@@ -767,7 +768,7 @@ void Engine::mixer(const Layer& layer, const std::vector<Segment>& segments, boo
                        conv, b.xbc.data() + start * conv_dim);
     });
     if (!many) {
-      pool_.share(heads, [&](int first, int last, int thread) {
+      pool_.balance(heads, kGrain, [&](int first, int last, int thread) {
         // A recorded call steps on a copy of each head's state. chunk_scratch's room is larger than one.
         float* const scratch = s.record ? scratch_[static_cast<size_t>(thread)].data() : nullptr;
         for (int h = first; h < last; ++h) {

@@ -1,5 +1,6 @@
 // A pool whose workers spin shortly for the next piece of work, then sleep: a decoded token has hundreds of short regions.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <stdexcept>
@@ -85,7 +86,7 @@ class Pool {
  public:
   // processors: one for each thread to stay on, the first for the caller's (see Pinned), or none. Throws std::runtime_error
   // if the system gives no more threads.
-  explicit Pool(int threads, const std::vector<int>& processors = {}) : processors_(processors), claims_(static_cast<size_t>(threads)) {
+  explicit Pool(int threads, const std::vector<int>& processors = {}) : processors_(processors), claims_(static_cast<size_t>(threads)), next_(static_cast<size_t>(threads)) {
     try {
       workers_.reserve(static_cast<size_t>(threads - 1));
       for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -110,6 +111,23 @@ class Pool {
       const int first = static_cast<int>(static_cast<int64_t>(count) * i / threads);
       const int last = static_cast<int>(static_cast<int64_t>(count) * (i + 1) / threads);
       if (first < last) f(first, last, i);
+    });
+  }
+
+  // The same in pieces of `grain`: each thread goes through its own share, then helps with what others have left, since cores differ in
+  // speed and have other work. A share's pieces come in order, so a stream of weights stays one.
+  template <class F>
+  void balance(int count, int grain, F&& f) {
+    const int threads = size();
+    auto border = [&](int i) { return static_cast<int>(static_cast<int64_t>(count) * i / threads); };
+    for (int i = 0; i < threads; ++i) next_[static_cast<size_t>(i)].item.store(border(i), std::memory_order_relaxed);
+    run([&](int i) {
+      for (int k = 0; k < threads; ++k) {
+        const int whose = (i + k) % threads, end = border(whose + 1);
+        std::atomic<int>& next = next_[static_cast<size_t>(whose)].item;
+        for (int first = next.load(std::memory_order_relaxed); first < end && (first = next.fetch_add(grain, std::memory_order_relaxed)) < end;)
+          f(first, std::min(first + grain, end), i);
+      }
     });
   }
 
@@ -177,8 +195,13 @@ class Pool {
     std::atomic<uint64_t> turn{0};  // the last one in which somebody began this part
   };
 
+  struct alignas(64) Next {
+    std::atomic<int> item{0};  // of this thread's share, not yet taken by anybody
+  };
+
   const std::vector<int> processors_;
   std::vector<Claim> claims_;
+  std::vector<Next> next_;
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> turn_{0};
   std::atomic<int> left_{0};
