@@ -56,7 +56,7 @@ constexpr size_t kAhead(int) { return 4096; }
 // beside the products.
 #if defined(__AVX512F__)
 constexpr int kSpreadFrom = 32, kSpreadBlocks = 2;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
 constexpr int kSpreadFrom = 8, kSpreadBlocks = 1;
 #else
 constexpr int kSpreadFrom = INT32_MAX, kSpreadBlocks = 1;
@@ -396,6 +396,111 @@ ZAMBA2_INLINE I16 dot(I16 acc, Codes codes, int32_t four) {
   return acc;
 }
 
+#if defined(__ARM_FEATURE_DOTPROD)
+#define ZAMBA2_TILES
+// 8 rows of weights by 4 of activations in long calls: 32 sums in as many registers as leave room for their totals. With i8mm one
+// instruction multiplies two rows of each, 8 inputs long, so two of every four sums are of one row of weights and two of the next.
+struct Tile {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  int32x4_t v[2][4];  // (2 x 2 rows of activations, 4 x 2 rows of weights)
+  static Tile begin(const int32_t* starts) {
+    Tile r;
+    for (int x = 0; x < 2; ++x) {
+      const int32x2_t two = vld1_s32(starts + 2 * x);
+      for (int w = 0; w < 4; ++w) r.v[x][w] = vcombine_s32(two, two);
+    }
+    return r;
+  }
+  // 8 inputs. codes: as store_octet writes them; a: the first 4 of each row, and a + next: the others.
+  void add(const uint8_t* codes, const int8_t* a, size_t next) {
+    const int32x4_t left = vreinterpretq_s32_s8(vld1q_s8(a)), right = vreinterpretq_s32_s8(vld1q_s8(a + next));
+    const int8x16_t rows[2] = {vreinterpretq_s8_s32(vzip1q_s32(left, right)), vreinterpretq_s8_s32(vzip2q_s32(left, right))};
+    for (int w = 0; w < 4; ++w) {
+      const uint8x16_t two = vld1q_u8(codes + 16 * w);
+      for (int x = 0; x < 2; ++x) v[x][w] = vusmmlaq_s32(v[x][w], two, rows[x]);
+    }
+  }
+  static constexpr size_t kHalf = 64;  // bytes of an octet of 8 rows
+#else
+  int32x4_t v[4][2];  // (4 rows of activations, 2 x 4 rows of weights)
+  static Tile begin(const int32_t* starts) {
+    Tile r;
+    for (int x = 0; x < 4; ++x)
+      for (int w = 0; w < 2; ++w) r.v[x][w] = vdupq_n_s32(starts[x]);
+    return r;
+  }
+  void add(const uint8_t* codes, const int8_t* a, size_t next) {
+    for (int word = 0; word < 2; ++word) {
+      const int8x16_t rows = vld1q_s8(a + static_cast<size_t>(word) * next);
+      for (int w = 0; w < 2; ++w) {
+        const int8x16_t four = vreinterpretq_s8_u8(vld1q_u8(codes + 64 * word + 16 * w));
+        v[0][w] = vdotq_laneq_s32(v[0][w], four, rows, 0);
+        v[1][w] = vdotq_laneq_s32(v[1][w], four, rows, 1);
+        v[2][w] = vdotq_laneq_s32(v[2][w], four, rows, 2);
+        v[3][w] = vdotq_laneq_s32(v[3][w], four, rows, 3);
+      }
+    }
+  }
+  static constexpr size_t kHalf = 32;
+#endif
+};
+
+// The same sums, scaled, of all groups so far.
+struct TileTotal {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  float32x4_t v[2][4];
+  static TileTotal load(const float* p, size_t stride) {  // 8 columns of 4 rows
+    TileTotal r;
+    for (int x = 0; x < 2; ++x)
+      for (int four = 0; four < 2; ++four) {
+        const float32x4_t one = vld1q_f32(p + static_cast<size_t>(2 * x) * stride + 4 * four), two = vld1q_f32(p + static_cast<size_t>(2 * x + 1) * stride + 4 * four);
+        r.v[x][2 * four] = vzip1q_f32(one, two);
+        r.v[x][2 * four + 1] = vzip2q_f32(one, two);
+      }
+    return r;
+  }
+  void store(float* p, size_t stride) const {
+    for (int x = 0; x < 2; ++x)
+      for (int four = 0; four < 2; ++four) {
+        vst1q_f32(p + static_cast<size_t>(2 * x) * stride + 4 * four, vuzp1q_f32(v[x][2 * four], v[x][2 * four + 1]));
+        vst1q_f32(p + static_cast<size_t>(2 * x + 1) * stride + 4 * four, vuzp2q_f32(v[x][2 * four], v[x][2 * four + 1]));
+      }
+  }
+  void add(const Tile& sums, const float* scales, const float* a_scales) {
+    float32x4_t rows[4];
+    for (int four = 0; four < 2; ++four) {
+      const float32x4_t own = vld1q_f32(scales + 4 * four);
+      rows[2 * four] = vzip1q_f32(own, own);
+      rows[2 * four + 1] = vzip2q_f32(own, own);
+    }
+    for (int x = 0; x < 2; ++x) {
+      const float32x2_t two = vld1_f32(a_scales + 2 * x);
+      const float32x4_t both = vcombine_f32(two, two);
+      for (int w = 0; w < 4; ++w) v[x][w] = vfmaq_f32(v[x][w], vcvtq_f32_s32(sums.v[x][w]), vmulq_f32(rows[w], both));
+    }
+  }
+#else
+  float32x4_t v[4][2];
+  static TileTotal load(const float* p, size_t stride) {
+    TileTotal r;
+    for (int x = 0; x < 4; ++x)
+      for (int w = 0; w < 2; ++w) r.v[x][w] = vld1q_f32(p + static_cast<size_t>(x) * stride + 4 * w);
+    return r;
+  }
+  void store(float* p, size_t stride) const {
+    for (int x = 0; x < 4; ++x)
+      for (int w = 0; w < 2; ++w) vst1q_f32(p + static_cast<size_t>(x) * stride + 4 * w, v[x][w]);
+  }
+  void add(const Tile& sums, const float* scales, const float* a_scales) {
+    for (int w = 0; w < 2; ++w) {
+      const float32x4_t rows = vld1q_f32(scales + 4 * w);
+      for (int x = 0; x < 4; ++x) v[x][w] = vfmaq_f32(v[x][w], vcvtq_f32_s32(sums.v[x][w]), vmulq_n_f32(rows, a_scales[x]));
+    }
+  }
+#endif
+};
+#endif
+
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
@@ -542,6 +647,20 @@ ZAMBA2_INLINE void load_pairs(const uint16_t* p, F16& even, F16& odd) {
 #if !defined(ZAMBA2_SUM4)
 using Sum4 = I16;
 #endif
+
+// Two times four inputs of 16 rows, side by side.
+ZAMBA2_INLINE void store_octet(Codes first, Codes second, uint8_t* p) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)  // 8 of one row, then 8 of the next
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t left = vreinterpretq_u32_u8(first.v[i]), right = vreinterpretq_u32_u8(second.v[i]);
+    vst1q_u8(p + 32 * i, vreinterpretq_u8_u32(vzip1q_u32(left, right)));
+    vst1q_u8(p + 32 * i + 16, vreinterpretq_u8_u32(vzip2q_u32(left, right)));
+  }
+#else
+  first.store(p);
+  second.store(p + 64);
+#endif
+}
 
 // Has a value computed here, not where it is used.
 #if defined(__AVX512F__)

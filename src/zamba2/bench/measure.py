@@ -201,6 +201,8 @@ def product_kind(isa: str, format: str) -> str:
         return "bf16 tiles"
     if format == "bf16":
         return "bf16 dot products" if isa == "avx512bf16" else "fp32 multiply-adds"
+    if isa == "neon_i8mm":
+        return "int8 matrix products"
     return "4-bit dot products" if (isa, format) == ("avx2", "q4") else "int8 dot products"  # AVX2 adds those of 4 bits in 16
 
 
