@@ -274,6 +274,15 @@ def test_generation_goes_on(ours: Any) -> None:
     assert ours.generate(ids, past_key_values=prompt, **beams).tolist() == ours.generate(ids, **beams).tolist()
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
+def test_generation_starts_from_embeddings(ours: Any, options: dict[str, Any]) -> None:
+    """A prompt given to generate as embeddings is gone on with as its tokens are."""
+    batch = padded(5, 9)
+    wanted = ours.generate(**batch, max_new_tokens=6, do_sample=False, **options)
+    embedded = {"inputs_embeds": ours.get_input_embeddings()(batch["input_ids"]), "attention_mask": batch["attention_mask"]}
+    assert ours.generate(**embedded, max_new_tokens=6, do_sample=False, **options).tolist() == wanted[:, 9:].tolist()
+
+
 def test_failed_call_leaves_the_cache(ours: Any) -> None:
     """A call that is interrupted inside the model leaves ``past_key_values`` as it was."""
     ids = tokens(1, 12)

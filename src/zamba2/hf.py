@@ -366,9 +366,12 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- running -------------------------------------------------------------------------------------------------
 
-    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """As transformers has it. tokenizer: of ``stop_strings``, which ``generate`` hands to every step, and no step needs."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Any, *args: Any, inputs_embeds: Tensor | None = None, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers has it, which looks for inputs_embeds in the signature before ``generate`` may start from them. tokenizer: of
+        ``stop_strings``, which ``generate`` hands to every step, and no step needs."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         return inputs
 
     def forward(
