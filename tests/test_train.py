@@ -1325,6 +1325,15 @@ def test_a_resumed_run_packs_its_own_result(tmp_path, capsys):
     assert before != packed.read_bytes() == (tmp_path / "fresh" / "model.safetensors").read_bytes()
 
 
+def test_a_run_resumed_behind_its_last_step_makes_none(tmp_path):
+    """A run that was cut behind its last checkpoint, before its result was written, is finished by --resume as it would have ended."""
+    own = recipe(tmp_path, steps=2, save_every=1, schedule="constant", warmup=0.0, learning_rate=1e-2)
+    wanted, metrics = weights(module.run(own)), losses(own.out)
+    shutil.rmtree(own.out / "model")
+    found = weights(module.run(own, resume=True))
+    assert losses(own.out) == metrics and all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
 def test_adapters_of_pairs_are_exported_alone(tmp_path):
     """DPO with adapters writes the trained one; what trl keeps as its reference is not there, and the first loss is ln 2."""
     run = recipe(tmp_path, "dpo", lora=Lora(rank=4), steps=2)

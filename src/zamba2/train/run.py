@@ -243,6 +243,12 @@ class Watched:
         self.finite = good if self.finite is None else self.finite & good
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """transformers looks for the last step behind a step alone: a run resumed there would make one more."""
+        state: Any = self.state  # type: ignore[attr-defined]
+        if state.global_step < state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: torch.Tensor = super()._clip_grad_norm(model)
         self.finite = self.finite & torch.isfinite(norm).all()
