@@ -247,7 +247,12 @@ class Watched:
         """transformers looks for the last step behind a step alone: a run resumed there would make one more."""
         state: Any = self.state  # type: ignore[attr-defined]
         if state.global_step < state.max_steps:
-            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+            super()._run_epoch(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Without what mamba_ssm marks ``_no_weight_decay``: towards 0, A_log would make every state forget alike."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name.rpartition(".")[2] not in ("A_log", "D")]
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         norm: torch.Tensor = super()._clip_grad_norm(model)
