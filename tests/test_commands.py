@@ -27,9 +27,10 @@ from fake_hub import FakeHub
 
 import zamba2
 from zamba2.cli import app, run, sampling_options
-from zamba2.commands import complain
+from zamba2.commands import complain, need
 from zamba2.commands.chat import reply, user_folder
 from zamba2.commands.generate import load_with_status
+from zamba2.errors import Zamba2Error, install
 from zamba2.language.model import LanguageModel
 from zamba2.weights.hub import RANDOM
 
@@ -315,6 +316,19 @@ def test_complaints_are_short(capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever a sentence holds, a thousand characters of it are shown, on one line."""
     complain("a\n" + "x" * 5000)
     assert capsys.readouterr().err == "zamba2: a " + "x" * 998 + "\n"
+
+
+OLDER = "take Python 3.11 or newer (this is 3.10), and there "
+
+
+@pytest.mark.parametrize(("version", "said"), [((3, 10, 13), OLDER), ((3, 11, 0), "install with ")])
+def test_what_cannot_be_installed_is_not_advised(version: tuple[int, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extras that hold transformers ask for the Python that transformers wants, where this one is older; others never do."""
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(Zamba2Error) as caught:
+        need("training", "train", "no_such_module")
+    assert str(caught.value) == f"training needs no_such_module; {said}`pip install 'zamba2[train]'`."
+    assert install("serve") == "install with `pip install 'zamba2[serve]'`"
 
 
 def test_where_the_users_own_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ transformers floors dt at 0.001 in prefill; dt_bias is drawn so that no dt comes
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import json
 import os
@@ -144,6 +145,16 @@ def test_short_names_and_import_registers(ours: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(zamba2.hf.__file__).parent / "random")
     out = model.generate(**tokenizer("hello", return_tensors="pt"), max_new_tokens=3, do_sample=False)
     assert out.shape[1] <= 7
+
+
+def test_import_without_transformers_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without transformers the import is one sentence that says what to install, and for which Python where this one is too old."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"^zamba2.hf needs torch and transformers .*; install with `pip install 'zamba2\[hf\]'`\.$"):
+        importlib.reload(zamba2.hf)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(ImportError, match=r"; take Python 3.11 or newer \(this is 3.10\), and there `pip install 'zamba2\[hf\]'`\.$"):
+        importlib.reload(zamba2.hf)
 
 
 def test_other_auto_classes_stay_transformers(tmp_path: Path, folder: Path, theirs: Any) -> None:

@@ -417,9 +417,8 @@ def test_weight_decay_spares_what_mamba_spares(tmp_path, tokenizer, stage):
     wanted, loader = recipe(tmp_path, stage, weight_decay=0.1), transformers.AutoTokenizer.from_pretrained(str(RANDOM))
     trainer = module.make_trainer(wanted, fresh_model(), loader, prepare(wanted, tokenizer, [], lambda n: None), Progress())
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-    decayed = {
-        names[p].rpartition("mamba.")[2] for group in trainer.create_optimizer().param_groups if group["weight_decay"] for p in group["params"]
-    }
+    groups = trainer.create_optimizer().param_groups
+    decayed = {names[p].rpartition("mamba.")[2] for group in groups if group["weight_decay"] for p in group["params"]}
     assert {name for name in decayed if "layers" not in name and "shared" not in name} == {
         "in_proj.weight", "out_proj.weight", "conv1d.weight", "model.embed_tokens.weight",
     }  # fmt: skip

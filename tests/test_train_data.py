@@ -914,7 +914,7 @@ def test_missing_library(module: str, argument: str, preview: Any, monkeypatch: 
     write(tmp_path / "a.jsonl", [simple("a?")])
     monkeypatch.setitem(sys.modules, module, None)
     code, _, err = preview(argument)
-    assert (code, len(err)) == (2, 1) and "pip install 'zamba2[train]'" in err[0]
+    assert (code, len(err)) == (2, 1) and "pip install datasets" in err[0]
     assert preview("messages:a.jsonl")[0] == 0
 
 

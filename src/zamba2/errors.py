@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-__all__ = ["Zamba2Error", "notice"]
+__all__ = ["Zamba2Error", "install", "notice"]
 
 
 class Zamba2Error(Exception):
@@ -12,6 +12,14 @@ class Zamba2Error(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def install(extra: str) -> str:
+    """What to do where the libraries of one of our extras are missing: the end of a sentence."""
+    command = f"`pip install 'zamba2[{extra}]'`"
+    if extra in ("hf", "train", "evaluate") and sys.version_info < (3, 11):  # transformers' own limit
+        return f"take Python 3.11 or newer (this is {sys.version_info[0]}.{sys.version_info[1]}), and there {command}"
+    return f"install with {command}"
 
 
 _said: set[str] = set()

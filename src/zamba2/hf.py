@@ -30,23 +30,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Zamba2Config,
-)
-from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from zamba2.errors import install
+
+try:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+    from torch.utils.checkpoint import checkpoint
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        GenerationConfig,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+        Zamba2Config,
+    )
+    from transformers import initialization as init
+    from transformers.cache_utils import Cache
+    from transformers.generation.configuration_utils import GenerationMode
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+except ImportError as error:
+    raise ImportError(f"zamba2.hf needs torch and transformers 5.23 ({error}); {install('hf')}.") from None
 
 from zamba2.config import Config
 from zamba2.model.model import Context, Conv1d, Mamba2, SharedBlock, Zamba2

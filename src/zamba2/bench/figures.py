@@ -23,7 +23,7 @@ from zamba2.bench import llama_cpp_peer
 from zamba2.bench.peers import BeyondLimits, DoesNotFit, Limits, Worker, llama_cpp, llama_cpp_python
 from zamba2.bench.rivals import RIVALS, parameters
 from zamba2.config import PRESETS, Config
-from zamba2.errors import Zamba2Error
+from zamba2.errors import Zamba2Error, install
 from zamba2.runtime.processors import machine
 from zamba2.runtime.processors import versions as installed
 from zamba2.weights.files import replacing
@@ -149,7 +149,7 @@ def command_of(series: Series, settings: Settings) -> list[str | Path]:
     if series.engine == "llama.cpp":
         return llama_cpp(gguf_of(series.model, settings))
     if find_spec("transformers") is None or find_spec("torch") is None or find_spec("accelerate") is None:
-        raise Zamba2Error("transformers is not installed; install it with: pip install 'zamba2[hf]'.")
+        raise Zamba2Error(f"transformers is not installed; {install('hf')}.")
     shape = json.dumps(shape_of(series.model, settings))
     return [sys.executable, "-m", "zamba2.bench.transformers_peer", "run", shape, "bfloat16"]
 

@@ -21,7 +21,7 @@ from typing import Any
 from zamba2.bench import llama_cpp_peer
 from zamba2.bench.rivals import parameters
 from zamba2.config import PRESETS, Config
-from zamba2.errors import Zamba2Error, notice
+from zamba2.errors import Zamba2Error, install, notice
 from zamba2.weights.files import replacing
 from zamba2.weights.hub import cache_folder
 
@@ -155,7 +155,7 @@ def resident(pid: int) -> int:
 
 def prepare_transformers(config: Config, checkpoint: Path | None, dtype: str) -> list[str | Path]:
     if find_spec("transformers") is None or find_spec("torch") is None:
-        raise Zamba2Error(f"transformers is not installed; install it with: pip install 'zamba2[hf]' (transformers {TRANSFORMERS}).")
+        raise Zamba2Error(f"transformers {TRANSFORMERS} is not installed; {install('hf')}.")
     module = [sys.executable, "-m", "zamba2.bench.transformers_peer"]
     return [*module, "run", checkpoint or written_checkpoint(config), dtype]
 

@@ -54,7 +54,7 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise Zamba2Error("the plots need matplotlib; install it with: pip install 'zamba2[evaluate]'") from None
+        raise Zamba2Error("the plots need matplotlib; install it with: pip install matplotlib") from None
     pictures: dict[str, str] = {}
     for bits in (16, 4):
         for plot in PLOTS:

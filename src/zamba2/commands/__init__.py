@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from zamba2.errors import Zamba2Error
+from zamba2.errors import Zamba2Error, install
 
 __all__ = ["complain", "need", "read_text"]
 
@@ -21,7 +21,7 @@ def need(what: str, extra: str, *modules: str) -> None:
     """Raises Zamba2Error, which names the extra to install, unless these can be imported."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise Zamba2Error(f"{what} needs {', '.join(missing)}; install with `pip install 'zamba2[{extra}]'`.")
+        raise Zamba2Error(f"{what} needs {', '.join(missing)}; {install(extra)}.")
 
 
 def read_text(file: Path | None) -> str:

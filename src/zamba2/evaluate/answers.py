@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from zamba2.errors import Zamba2Error
+from zamba2.errors import Zamba2Error, install
 from zamba2.language.generate import run
 from zamba2.language.model import LanguageModel
 
@@ -184,7 +184,7 @@ def open_transformers(source: str, *, device: str | None = None, dtype: str | No
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise Zamba2Error(f"hf:{source} needs transformers and torch ({error}); install with `pip install 'zamba2[hf]'`.") from None
+        raise Zamba2Error(f"hf:{source} needs transformers and torch ({error}); {install('hf')}.") from None
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     shared: dict[str, Any] = {"revision": revision, "local_files_only": offline}
     try:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from zamba2.errors import Zamba2Error, notice
+from zamba2.errors import Zamba2Error, install, notice
 from zamba2.evaluate.answers import Ours, Transformers
 from zamba2.language.generate import collect
 from zamba2.language.messages import brief
@@ -436,7 +436,7 @@ def need_lm_eval() -> None:
         import lm_eval  # noqa: F401
         import tqdm  # noqa: F401
     except ImportError as error:
-        raise Zamba2Error(f"these tasks are lm-eval's, which cannot be imported ({error}); pip install 'zamba2[evaluate]'.") from None
+        raise Zamba2Error(f"these tasks are lm-eval's, which cannot be imported ({error}); {install('evaluate')}.") from None
 
 
 def register() -> None:

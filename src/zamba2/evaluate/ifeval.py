@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from zamba2.errors import Zamba2Error
+from zamba2.errors import Zamba2Error, install
 from zamba2.evaluate.answers import DECISIVE, decisive
 from zamba2.evaluate.lines import Lines, Row
 from zamba2.language.messages import brief
@@ -49,7 +49,6 @@ METRICS = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_l
 RESAMPLES = 10_000  # of the bootstrap
 CONNECT_SECONDS = 30.0  # that a download may stand still
 PUNKT = "tokenizers/punkt_tab"
-INSTALL = "install with `pip install 'zamba2[evaluate]'`"
 Progress = Callable[[int, int], None]  # answers there, answers in all
 
 
@@ -166,7 +165,7 @@ def _hub_rows(offline: bool) -> Iterator[tuple[str, Any]]:
     try:
         import datasets
     except ImportError as error:
-        raise Zamba2Error(f"{HUB} is read through the datasets library ({error}); {INSTALL}, or {instead}.") from None
+        raise Zamba2Error(f"{HUB} is read through the datasets library ({error}); {install('evaluate')}, or {instead}.") from None
     quiet_retries()
     try:
         for number, row in enumerate(datasets.load_dataset(HUB, split="train"), 1):
@@ -322,12 +321,12 @@ def _checkers(offline: bool) -> Any:
         import langdetect  # noqa: F401
         import nltk
     except ImportError as error:
-        raise Zamba2Error(f"IFEval's checkers need lm_eval, langdetect and nltk ({error}); {INSTALL}.") from None
+        raise Zamba2Error(f"IFEval's checkers need lm_eval, langdetect and nltk ({error}); {install('evaluate')}.") from None
     _find_punkt(nltk, offline or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"))
     try:
         from lm_eval.tasks.ifeval import utils
     except ImportError as error:
-        raise Zamba2Error(f"IFEval's checkers need lm_eval ({error}); {INSTALL}.") from None
+        raise Zamba2Error(f"IFEval's checkers need lm_eval ({error}); {install('evaluate')}.") from None
     return utils
 
 

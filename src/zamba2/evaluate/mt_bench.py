@@ -671,7 +671,7 @@ def chart(scores: Sequence[ModelScores], target: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError:
-        raise Zamba2Error("the chart needs matplotlib; install it with: pip install 'zamba2[train]'") from None
+        raise Zamba2Error("the chart needs matplotlib; install it with: pip install matplotlib") from None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

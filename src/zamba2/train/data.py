@@ -431,7 +431,7 @@ def _hub_rows(source: Source) -> Iterator[tuple[str, Any]]:
 
 
 def _missing() -> Zamba2Error:
-    return Zamba2Error("reading this needs the datasets library; install it with: pip install 'zamba2[train]'")
+    return Zamba2Error("reading this needs the datasets library; install it with: pip install datasets 'numpy>=2'")
 
 
 # ---- prompts that were there before ----------------------------------------------------------------------------------
