@@ -166,6 +166,8 @@ def test_other_auto_classes_stay_transformers(tmp_path: Path, folder: Path, thei
     for model in (other, AutoModelForCausalLM.from_pretrained(folder, config=config), Theirs.from_pretrained(folder, config=config)):
         model.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model).__name__]
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Zamba2ForCausalLM"]
     assert type(theirs.config) is Zamba2Config and AutoConfig.from_pretrained(folder).to_dict() == config.to_dict()
 
 

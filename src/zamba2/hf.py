@@ -583,6 +583,11 @@ class NamedConfig(Zamba2Config):
         ours = {Zamba2ForCausalLM.__name__: f"{__name__}.{Zamba2ForCausalLM.__name__}"}
         self.architectures = [ours.get(name, name) for name in self.architectures or ()]  # type: ignore[has-type]
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a config.json holds: the architecture's name as others know it."""
+        fields: dict[str, Any] = super().to_dict()
+        return fields | {"architectures": [name.rpartition(".")[2] for name in self.architectures or ()]}
+
 
 NamedConfig.__name__ = Zamba2Config.__name__  # by which transformers finds the other Auto classes of a config
 AutoConfig.register("zamba2", NamedConfig, exist_ok=True)
