@@ -336,6 +336,8 @@ def test_sampling_is_seeded(model: LanguageModel) -> None:
     assert first == dict(generations(model.backend, model.tokenizer, contexts, options, seed=1, batch=1))
     assert first == dict(generations(model.backend, model.tokenizer, contexts, {"do_sample": True, "max_gen_toks": 8}, seed=1))
     assert first[1] == dict(generations(model.backend, model.tokenizer, contexts[1:], options, seed=1))[0]
+    greedy = dict(generations(model.backend, model.tokenizer, contexts, {"max_gen_toks": 8}))
+    assert greedy == dict(generations(model.backend, model.tokenizer, contexts, options | {"temperature": 0.0}, seed=1)) != first
     assert first != dict(generations(model.backend, model.tokenizer, contexts, options, seed=2))
     twice = dict(generations(model.backend, model.tokenizer, [contexts[0]] * 2, options, seed=1))
     assert twice[0] == first[0] != twice[1]  # repetitions of a question are drawn anew

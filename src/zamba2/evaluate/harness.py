@@ -209,7 +209,7 @@ def generation_options(options: Mapping[str, Any]) -> tuple[list[str], int, dict
         known = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING))
         raise Zamba2Error(f"the task's generation_kwargs have {unknown[0]}={chosen[unknown[0]]!r}; known here are {known}.")
     sampling = {name: chosen[name] for name in SAMPLING if chosen.get(name) is not None}
-    if sampled and not sampling.get("temperature"):
+    if sampled and "temperature" not in sampling:
         sampling["temperature"] = 1.0  # transformers' default, for tasks that ask to sample and say no more
     return until, int(limit), sampling if sampled else {k: v for k, v in sampling.items() if k == "repetition_penalty"}
 
