@@ -969,6 +969,8 @@ BAD = {
     "loose type": ({"steps": 1.5}, "steps is 1.5"),
     "negative": ({"max_tokens": -1}, "max_tokens is -1"),
     "not finite": ({"learning_rate": float("inf")}, "learning_rate is inf"),
+    "weight without end": ({"weight_decay": float("inf")}, "weight_decay is inf"),
+    "a seed that NumPy has not": ({"seed": 2**32}, "seed is 4294967296"),
     "unknown stage": ({"stage": "ppo"}, "stage is ppo"),
     "no data": ({"data": []}, "data is "),
     "unknown lora field": ({"lora": {"rnak": 2}}, "there is no field lora.rnak; there are rank"),

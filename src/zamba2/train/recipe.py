@@ -47,7 +47,7 @@ class Recipe(Strict):
     model: str = Field(description="alias, Hub id or folder; a config.json starts from new random weights")
     tokenizer: str | None = Field(None, description="whose tokenizer; by default the model's")
     out: Path = Field(description="the run's folder")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # as NumPy has it
 
     data: tuple[str, ...] = Field(min_length=1, description="NAME[:PATH][=WEIGHT], as for zamba2 train preview")
     until: Literal["first", "all"] = Field("first", description="stop with the first set read to its end, or read all of them once")
@@ -67,7 +67,7 @@ class Recipe(Strict):
     learning_rate: Positive = 2e-5
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps over which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
     beta: Positive = Field(0.1, description="dpo: how strongly the model is held to the reference")
