@@ -142,6 +142,15 @@ def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureF
     assert f"judging takes {TURNS} requests" in estimated and "is not there (status 404" in said
 
 
+def test_references_are_missed_before_anything_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference answers that the judge will need are asked for at once, and not behind hours of answering."""
+    Bench(tmp_path)
+    files = ["--questions", str(tmp_path / "question.jsonl"), "--judge-prompts", str(tmp_path / "judge_prompts.jsonl")]
+    judge = ["--judge", "judge-1", "--judge-url", "http://localhost:9/v1", "--out", str(tmp_path / "out")]
+    assert run(["evaluate", "mt-bench", *files, *judge]) == 2
+    assert "are judged beside reference answers" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_judging_is_agreed_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """In a terminal nothing is judged without a yes; the end of the input is none."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -206,6 +206,8 @@ def mt_bench(
         raise Zamba2Error("the judge has no prompts; give FastChat's judge_prompts.jsonl with --judge-prompts.")
     told = None if judge_prompts is None else measure.read_judge_prompts(judge_prompts)
     given = None if references is None else measure.read_answers(references, references=True)
+    if endpoint is not None:
+        measure.check_references(asked, given)
     answers = open_answers(model, **where)
     limit_tokens = max_tokens or measure.MAX_TOKENS
     with bar("answering") as progress:

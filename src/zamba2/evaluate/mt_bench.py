@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CATEGORIES", "JUDGE_TOKENS", "MAX_TOKENS", "REPLY_CHARACTERS", "TEMPERATURES", "Answered", "CategoryScores", "JudgePrompt",
     "JudgeRequest", "Judged", "Judgment", "Mean", "ModelAnswers", "ModelScores", "MtBenchScores", "Question", "aggregate",
-    "answer_questions", "answers_file", "chart", "judge_answers", "judge_requests", "judgments_file", "parse_rating", "read_answers",
-    "read_judge_prompts", "read_judgments", "read_questions", "table", "unjudged",
+    "answer_questions", "answers_file", "chart", "check_references", "judge_answers", "judge_requests", "judgments_file", "parse_rating",
+    "read_answers", "read_judge_prompts", "read_judgments", "read_questions", "table", "unjudged",
 ]  # fmt: skip
 
 # common.py, temperature_config; other categories are sampled at 0.7.
@@ -342,6 +342,23 @@ def read_judge_prompts(path: Path) -> dict[str, JudgePrompt]:
     return prompts
 
 
+def check_references(questions: Sequence[Question], references: ModelAnswers | None) -> None:
+    """Raise Zamba2Error where questions of REFERENCE_CATEGORIES have no reference answers: before hours of answering, not behind them."""
+    guided = [question for question in questions if question.category in REFERENCE_CATEGORIES]
+    if references is not None:
+        _check_complete(references, "a reference answer", guided)
+    elif guided:
+        cases = ", ".join(sorted({question.category for question in guided}))
+        raise Zamba2Error(f"questions of {cases} are judged beside reference answers; give a file of {REFERENCES}.")
+
+
+def _check_complete(held: ModelAnswers, what: str, questions: Sequence[Question]) -> None:
+    missing = [str(question.id) for question in questions if len(held.turns.get(question.id, ())) < len(question.turns)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Zamba2Error(f"{held.path} lacks {what} to a turn of question {missing[0]}{more}; it is cut short or of other questions.")
+
+
 def judge_requests(
     questions: Sequence[Question], answers: ModelAnswers, prompts: Mapping[str, JudgePrompt], references: ModelAnswers | None = None
 ) -> list[JudgeRequest]:
@@ -350,19 +367,8 @@ def judge_requests(
     The second turn shows the judge the whole conversation; questions of REFERENCE_CATEGORIES go with the reference answers.
     Raises Zamba2Error, before anything is asked, for answers or references that are missing.
     """
-    for held, what, wanted in (
-        (answers, "an answer", list(questions)),
-        (references, "a reference answer", [question for question in questions if question.category in REFERENCE_CATEGORIES]),
-    ):
-        if held is None:
-            if wanted:
-                cases = ", ".join(sorted({question.category for question in wanted}))
-                raise Zamba2Error(f"questions of {cases} are judged beside reference answers; give a file of {REFERENCES}.")
-            continue
-        missing = [str(question.id) for question in wanted if len(held.turns.get(question.id, ())) < len(question.turns)]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise Zamba2Error(f"{held.path} lacks {what} to a turn of question {missing[0]}{more}; it is cut short or of other questions.")
+    check_references(questions, references)
+    _check_complete(answers, "an answer", questions)
     requests = []
     for turn in (1, 2):
         for question in questions:
