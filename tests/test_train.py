@@ -927,6 +927,16 @@ def test_the_card_names_the_base_model_as_the_hub_does(tmp_path):
         assert (line in card) if line else ("base_model" not in card)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_the_card_says_what_a_result_was_made_with(tmp_path, stage):
+    """Whatever a recipe says of steps and loss stands in the card; what belongs to the other stage alone does not."""
+    own = {"optimizer": "muon", "rounding": "q4", "schedule": "linear", "weight_decay": 0.3}
+    others = {"sft": {"distill": True, "packing": False}, "dpo": {"loss": "robust", "label_smoothing": 0.2, "sft_weight": 0.5, "beta": 0.4}}
+    card = model_card(recipe(tmp_path, stage, **own, **others[stage]), {"sets": []}, {}, tmp_path / "none")
+    assert all(f"| {name} | {value} |" in card for name, value in (own | others[stage]).items())
+    assert not any(f"| {name} |" in card for name in others["dpo" if stage == "sft" else "sft"])
+
+
 def test_compiling_is_announced(tmp_path, monkeypatch, capsys):
     """What compiles says so before it begins."""
     monkeypatch.setattr("zamba2.errors._said", set())

@@ -17,9 +17,10 @@ __all__ = ["model_card"]
 
 STAGES = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization"}
 SHOWN = (
-    "learning_rate", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm", "batch_size", "epochs", "steps", "max_tokens",
-    "packing", "precision", "seed",
+    "optimizer", "learning_rate", "schedule", "warmup", "weight_decay", "betas", "max_grad_norm", "batch_size", "epochs", "steps",
+    "max_tokens", "precision", "rounding", "seed",
 )  # fmt: skip
+OF_STAGE = {"sft": ("packing", "distill"), "dpo": ("beta", "loss", "label_smoothing", "sft_weight")}
 
 
 def model_card(recipe: Recipe, report: Mapping[str, Any], versions: Mapping[str, str], metrics: Path) -> str:
@@ -32,7 +33,7 @@ def model_card(recipe: Recipe, report: Mapping[str, Any], versions: Mapping[str,
     head |= {"datasets": hubs} if hubs else {}
     start = f"new weights of the shape in `{recipe.model}`" if from_config else f"`{recipe.model}`"
     fields = recipe.model_dump(mode="json")
-    settings = {name: fields[name] for name in SHOWN} | ({} if recipe.stage == "sft" else {name: fields[name] for name in ("beta", "loss")})
+    settings = {name: fields[name] for name in (*SHOWN, *OF_STAGE[recipe.stage])}
     settings |= {f"lora.{name}": value for name, value in (fields["lora"] or {}).items()}
     lines = read_metrics(metrics) if metrics.exists() else []
     names = ("loss", "eval_loss", "rewards/accuracies")
