@@ -41,7 +41,7 @@ from zamba2.language.tokenizer import Tokenizer
 from zamba2.model import model as model_module
 from zamba2.runtime.backend import Row
 from zamba2.train import run as module
-from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.adapters import add_lora, coverage, kept_by_merging
 from zamba2.train.card import model_card
 from zamba2.train.data import Part
 from zamba2.train.demo import average, pair, train, write_base
@@ -785,6 +785,26 @@ def test_lora_run_moves_adapters_alone_and_merges(tmp_path):
         merged = zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(folder), dtype="float32")(ids).logits
     assert (together - plain).abs().max() > 1e-3
     torch.testing.assert_close(merged, together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "size", "expected"), [("float32", 1e-5, 1.0), ("bfloat16", 1e-8, 0.0), ("bfloat16", 1.0, 1.0)])
+def test_what_merging_keeps_is_counted(dtype, size, expected):
+    """Of what adapters add, what stands in the merged weights: all in fp32, nothing where it is far below the rounding of bf16."""
+    model = add_lora(zamba2.hf.Zamba2ForCausalLM.from_pretrained(str(RANDOM), dtype=dtype), Lora(rank=2))
+    assert kept_by_merging(model) == 1.0  # nothing is added yet
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=size)
+    assert kept_by_merging(model) == pytest.approx(expected, abs=0.02)
+
+
+def test_a_merge_that_loses_what_was_learned_is_said(tmp_path, capsys):
+    """Adapters too small for the weights' bf16 are still in adapter/, and a line says so."""
+    small = recipe(tmp_path, precision="bf16", lora=Lora(rank=2), steps=2, learning_rate=1e-7, batch_size=1, device_batch_size=1)
+    module.run(small)
+    said = capsys.readouterr().err
+    assert "leaves 0% of what the adapters learned" in said and f"{small.out / 'adapter'} holds all of it" in said
 
 
 def test_coverage_counts_every_parameter():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.train.recipe import Lora
 
-__all__ = ["Coverage", "add_lora", "coverage"]
+__all__ = ["Coverage", "add_lora", "coverage", "kept_by_merging"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,18 @@ def coverage(model: nn.Module, config: Config) -> list[Coverage]:
         trained[kind] = trained.get(kind, 0) + (parameter.numel() if parameter.requires_grad else 0)
     table = [Coverage(kind, len(names), count, trained[kind], _where(names, config)) for kind, (names, count) in rows.items()]
     return sorted(table, key=lambda row: -row.parameters)
+
+
+@torch.no_grad()
+def kept_by_merging(model: nn.Module) -> float:
+    """The share of what adapters add that is left once it is rounded into the weights they are merged with; 1 where nothing is added."""
+    kept = added = 0.0
+    layers: Iterator[Any] = (module for module in model.modules() if hasattr(module, "get_delta_weight"))
+    for layer in layers:
+        weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default").float()
+        moved = (weight.float() + delta).to(weight.dtype).float() - weight.float()
+        kept, added = kept + float((moved * delta).sum()), added + float(delta.square().sum())
+    return kept / added if added else 1.0
 
 
 def _where(names: Sequence[str], config: Config) -> str:

@@ -43,7 +43,7 @@ from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.processors import versions
 from zamba2.runtime.torch import device_of, multiplies_bf16
-from zamba2.train.adapters import add_lora, coverage
+from zamba2.train.adapters import add_lora, coverage, kept_by_merging
 from zamba2.train.card import model_card
 from zamba2.train.graph import GraphedStep
 from zamba2.train.muon import Muon
@@ -65,6 +65,7 @@ LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 STILL_STEPS = 20  # optimizer steps behind the warm-up over which a DPO loss must leave ln 2 ...
 STILL = 1e-3  # ... by more than this on average
 SLOW_MIXED = "precision: fp32 in place of bf16-mixed: this CPU has no instructions for products of bf16, which take several times as long"
+LEFT = 0.9  # of what adapters learned; when merging keeps less, it is said
 COMPILES = "compile: the model is compiled before the first step; that takes minutes, on a CPU about one for each two layers"
 SLOW_BF16 = "precision is bf16, and this CPU has no instructions for its products: fp32's are several times as fast, in twice the memory"
 
@@ -400,6 +401,9 @@ def export(recipe: Recipe, trainer: Any, source: Path) -> Path:
                 model.load_state_dict(trained)
                 tensors = None
             model.save_pretrained(recipe.out / "adapter")
+            if (kept := kept_by_merging(model)) < LEFT:
+                what = f"the weights are bf16, whose rounding leaves {kept:.0%} of what the adapters learned in {folder}"
+                notice(f"{what}; {recipe.out / 'adapter'} holds all of it, and goes with {recipe.model} as --adapter.", once=False)
             model = model.merge_and_unload()
         model.save_pretrained(folder, state_dict=tensors)
         for file in _tokenizer_files(source):
