@@ -129,6 +129,8 @@ def test_mt_bench_from_answers_to_scores(tmp_path: Path, capsys: pytest.CaptureF
     assert few["scores"]["demo"]["ratings"] == turns < TURNS and set(few["scores"]) == {"demo"}
     alone = document(capsys, "mt-bench", "--judgments", str(judged), *files[:2], "--limit", "2", "--out", str(tmp_path / "alone"))
     assert alone["scores"]["demo"] == few["scores"]["demo"]
+    assert run(["evaluate", "mt-bench", "--judgments", str(judged), "--limit", "2", "--out", str(tmp_path / "none")]) == 2
+    assert "give it with --questions" in capsys.readouterr().err
     with ScriptedJudge(lambda number, body: 400 if number == 3 else "[[5]]") as server:
         assert run(["evaluate", "mt-bench", *files, "--judge", "judge-2", "--judge-url", server.url, "--prices", "1", "1"]) == 0
     said = capsys.readouterr().err

@@ -195,6 +195,8 @@ def mt_bench(
     left_out = {question.id for question in (known or ())[limit:]} if limit is not None else set()
     started = time.monotonic()
     if judgments is not None:
+        if limit is not None and known is None:
+            raise Zamba2Error("--limit is for the first questions of a file, and there is none; give it with --questions.")
         scores = measure.aggregate([j for j in measure.read_judgments(judgments) if j.question_id not in left_out], asked)
         about: dict[str, Any] = {"model": str(judgments), "judgments": str(judgments)}
         conclude(out, about, {"questions": None if questions is None else str(questions)}, scores, started, as_json)
