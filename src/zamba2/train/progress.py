@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -103,11 +104,13 @@ class Progress:
         self._tokens = float(tokens)
 
     def resume(self, folder: Path, step: int) -> None:
-        """Take from metrics.jsonl what an earlier try logged behind a step, which is done again; seconds go on from what is left."""
+        """Take from metrics.jsonl what an earlier try logged behind a step or at its end, which is done again; seconds go on from what is
+        left."""
         file = folder / "metrics.jsonl"
         if not file.exists():
             return
-        kept = [line for line in read_metrics(file) if line["step"] <= step]
+        trained = itertools.takewhile(lambda line: "train_runtime" not in line, read_metrics(file))  # the trainer's summary
+        kept = [line for line in trained if line["step"] <= step]
         with replacing(file) as place:
             place.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._started -= kept[-1]["seconds"] if kept else 0.0
