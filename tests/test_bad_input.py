@@ -822,6 +822,39 @@ def test_interrupt_of_a_chat() -> None:
     assert check_interrupted(process) == "interrupted"
 
 
+FIRST_REPLY = """
+import sys
+from zamba2.cli import run
+from zamba2.commands import chat
+before, raising = set(), chat.interrupts_raise
+chat.interrupts_raise = lambda: (before.update(sys.modules), raising())
+run(["chat", "-n", "3"])
+print(sorted(name for name in set(sys.modules) - before if not name.startswith("encodings.")))
+"""
+
+
+def test_nothing_is_imported_where_ctrl_c_raises() -> None:
+    """An import that Ctrl-C cuts short cannot be done again, so a chat's replies import nothing."""
+    ours, theirs = os.openpty()
+    done = subprocess.run([sys.executable, "-c", FIRST_REPLY], input=b"hi\nand\n", stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+    os.close(theirs)
+    os.close(ours)
+    assert done.stdout.splitlines()[-1] == b"[]"
+
+
+def test_ignored_interrupts_of_a_chat() -> None:
+    """Where Ctrl-C is ignored from outside, a chat's replies ignore it too."""
+    program = ["sh", "-c", f"trap '' INT; exec {sys.executable} -m zamba2 chat -n 3 -m random"]
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("hi\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process, feed="go on\n")
+    assert code == 0 and err.count("first after") == 2
+
+
 def test_interrupt_of_a_download(tmp_path: Path) -> None:
     """Ctrl-C while a Hub is silent ends the program at once, and so does one during a transfer."""
     with FakeHub({"owner/model": {"main": RANDOM}}) as hub:

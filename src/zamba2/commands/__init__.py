@@ -8,13 +8,21 @@ from pathlib import Path
 
 from zamba2.errors import Zamba2Error, install
 
-__all__ = ["complain", "need", "read_text"]
+__all__ = ["complain", "interrupts_raise", "need", "read_text"]
 
 
 def complain(message: object) -> None:
     """One line on standard error: names out of files may hold line ends, control characters, or be as long as the file."""
     line = "".join(c if c.isprintable() else " " for c in str(message)[:1000])
     print(f"zamba2: {line}", file=sys.stderr, flush=True)
+
+
+def interrupts_raise() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, as there is something to tidy up; not where it is ignored from outside."""
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def need(what: str, extra: str, *modules: str) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 from zamba2.api import packed_copy, read_config, torch_backend
 from zamba2.bench.measure import kv_bytes_per_token
 from zamba2.bench.peers import PEERS, Worker, need_disk
+from zamba2.commands import interrupts_raise
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def main(
     if device == "cpu":
         caches = batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv)
         need_memory((path / "model.safetensors").stat().st_size + caches + ROOM)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # the processes that measure are to be closed
+    interrupts_raise()  # the processes that measure are to be closed
     commands = {name: PEERS[name](config, original) for name in compare}
     request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "device": device}
     own = {"path": str(path), "batch": batch} | ({"kv_format": kv.name} if device == "cpu" else {})

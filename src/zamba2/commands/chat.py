@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from zamba2.commands import complain
+from zamba2.commands import complain, interrupts_raise
 from zamba2.commands.generate import load_with_status, reading_progress
 from zamba2.errors import Zamba2Error
 from zamba2.language.conversations import Conversation
@@ -36,8 +36,9 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
     make_request([0], options)  # complain about options before the model is loaded
     loaded = load_with_status(model, where)
     conversation = loaded.conversation(system)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C stops a reply, and /save tidies up
     ask = line_reader()
+    import_the_rest()
+    interrupts_raise()  # Ctrl-C stops a reply, and /save tidies up
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{model}: type a message, or /help.", file=sys.stderr)
@@ -67,6 +68,12 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
             if not interactive:
                 raise
             print("\n(stopped)", file=sys.stderr)
+
+
+def import_the_rest() -> None:
+    """What a first reply imports: where Ctrl-C cuts an import short, importing again does not mend it."""
+    for name in ("numpy.ma", "numpy.random", "rich.progress", "zamba2.language.template"):
+        import_module(name)
 
 
 def command(conversation: Conversation, line: str) -> None:

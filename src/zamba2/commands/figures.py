@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from typing import Any
 from zamba2.bench.figures import ENGINES, OURS, Settings, read_results, run, verdicts
 from zamba2.bench.peers import llama_cpp_python
 from zamba2.bench.rivals import RIVALS
+from zamba2.commands import interrupts_raise
 from zamba2.commands.bars import bar
 from zamba2.commands.bench import ROOM, free_memory, synthetic
 from zamba2.errors import Zamba2Error, notice
@@ -41,7 +41,7 @@ def main(
         allowed = memory * 1e9 if memory is not None else free_memory() - ROOM
         if not allowed > 0:  # no number is not either
             raise Zamba2Error(f"--memory is {allowed / 1e9:.1f} GB; more than 0 is needed.")
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the process that measures is to be closed, and what there is drawn
+        interrupts_raise()  # the process that measures is to be closed, and what there is drawn
         try:
             with bar("measuring") as progress:
 

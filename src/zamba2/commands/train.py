@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zamba2.commands import need
+from zamba2.commands import interrupts_raise, need
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
@@ -82,8 +81,7 @@ def stage(name: str, recipe: str, changes: Sequence[str], *, resume: bool, show:
     prepare_libraries()
     from zamba2.train.run import run
 
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is deleted, and it is said how to go on
+    interrupts_raise()  # what is half written is deleted, and it is said how to go on
     folder = run(wanted, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # several processes are one run
         print(folder)
