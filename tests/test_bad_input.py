@@ -883,6 +883,15 @@ def test_standard_output_full(arguments: list[str]) -> None:
     assert complaints(done.stderr) == ["zamba2: standard output cannot be used (No space left on device)."]
 
 
+@pytest.mark.parametrize(("arguments", "code"), [([""], 2), (["hi", "-n", "1"], 2), (["hi", "-n", "1", "-m", "random", "--json"], 0)])
+def test_standard_error_full(arguments: list[str], code: int) -> None:
+    """Standard error on a full disk: the exit code alone says what went wrong, and a notice that cannot be given ends nothing."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "zamba2", "generate", *arguments]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, timeout=60)
+    assert done.returncode == code
+
+
 def test_reader_gone() -> None:
     """A reader that leaves early, as head does, is no error."""
     process = start("generate", "hi", "-n", "500", "--ignore-eos")

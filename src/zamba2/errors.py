@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 __all__ = ["Zamba2Error", "install", "notice"]
 
@@ -30,4 +31,5 @@ def notice(message: str, *, once: bool = True) -> None:
     if once and message in _said:
         return
     _said.add(message)
-    print(f"zamba2: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # what is said beside the work must not end it
+        print(f"zamba2: {message}", file=sys.stderr, flush=True)

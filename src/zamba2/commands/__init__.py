@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,8 @@ __all__ = ["complain", "interrupts_raise", "need", "read_text"]
 def complain(message: object) -> None:
     """One line on standard error: names out of files may hold line ends, control characters, or be as long as the file."""
     line = "".join(c if c.isprintable() else " " for c in str(message)[:1000])
-    print(f"zamba2: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a full disk, or a reader that has gone: the exit code says it as well
+        print(f"zamba2: {line}", file=sys.stderr, flush=True)
 
 
 def interrupts_raise() -> None:
