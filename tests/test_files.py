@@ -54,6 +54,17 @@ def test_refused_files_are_closed(tmp_path: Path) -> None:
     assert again == free
 
 
+def test_files_outlive_their_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is open when Python ends is closed without a word, whatever of the module is still there."""
+    write_tensors(tmp_path / "f.safetensors", [], {})
+    file = TensorFile(tmp_path / "f.safetensors")
+    number = file.fileno()
+    monkeypatch.setattr("zamba2.weights.files.os", None)
+    del file
+    with pytest.raises(OSError):
+        os.fstat(number)
+
+
 def test_a_tensor_of_another_length_is_not_written(tmp_path: Path) -> None:
     """Pieces that are fewer or more bytes than the shape needs are an error, and no file appears."""
     for length in (2, 4):

@@ -61,9 +61,9 @@ class TensorFile:
             self._fd = -1
             raise
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # when Python ends, this module's names may go first
         if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+            close(self._fd)
 
     def _bad(self, what: str) -> Zamba2Error:
         return Zamba2Error(f"{self.path} is not a complete safetensors file: {what}; download or write it again.")
