@@ -31,6 +31,12 @@ def test_floats_of_every_dtype(dtype: str, tmp_path: Path) -> None:
     assert found.dtype == np.float32 and np.array_equal(found, expected)
 
 
+def test_values_beyond_fp32(tmp_path: Path) -> None:
+    """An fp64 value that fp32 cannot hold becomes infinite, for the caller to name in one sentence: numpy's warning is not a second one."""
+    found = write(tmp_path / "x", "F64", np.array([1e300, -1e300, 1.0]), (3,)).floats("x")
+    assert found.tolist() == [np.inf, -np.inf, 1.0]
+
+
 def test_a_tensor_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The system may give fewer bytes than were asked for (it never gives 2 GB at once): the rest is read behind them."""
     data = np.arange(100, dtype=np.int64)

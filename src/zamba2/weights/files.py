@@ -151,14 +151,16 @@ class TensorFile:
         return target
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
-        """A floating-point tensor as fp32, in its shape."""
+        """A floating-point tensor as fp32, in its shape; what fp32 cannot hold becomes infinite."""
         import numpy as np
 
         entry, data = self.entries[name], self.read(name)
         if entry.dtype == "BF16":
             values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
-            values = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype]).astype(np.float32, copy=False)
+            stored = np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype])
+            with np.errstate(over="ignore"):
+                values = stored.astype(np.float32, copy=False)
         return values.reshape(entry.shape)
 
     def map(self, name: str | None = None) -> memoryview:
