@@ -143,6 +143,28 @@ def test_a_folder_wins_over_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert document(capsys, "2.7b")["config"]["hidden_size"] == 64
 
 
+def test_a_revision_is_not_that_of_a_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a revision a short name is its repository on the Hub, as in every other command."""
+    asked: list[tuple[str, Any]] = []
+
+    def resolve(model: str, *, revision: str | None, **_: object) -> Path:
+        asked.append((model, revision))
+        return RANDOM
+
+    monkeypatch.setattr("zamba2.commands.info.resolve", resolve)
+    assert document(capsys, "2.7b", "--revision", "v2")["config"]["hidden_size"] == 64
+    assert asked == [("2.7b", "v2")]
+
+
+def test_a_folder_of_a_standalone_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that stands for its one .pt file is described as that, which PyTorch runs."""
+    shutil.copy(RANDOM / "config.json", tmp_path)
+    (tmp_path / "a.pt").write_bytes(bytes(10))
+    data = document(capsys, str(tmp_path))
+    assert data["checkpoint"] == {"path": str(tmp_path / "a.pt"), "files": ["a.pt"], "bytes": 10}
+    assert data["runs"]["backend"] == "torch"
+
+
 # Weights that a token applies are at 4.5, 8.5 or 16 bits, but for vectors in fp32 and what blocks of 16 rows and 32 inputs add.
 @pytest.mark.parametrize("name", PRESETS)
 def test_bytes_per_token(name: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from zamba2.api import MODEL_FILES, backend_for, default_format, read_config
+from zamba2.api import MODEL_FILES, backend_for, checkpoint_in, default_format, read_config
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.weights.hub import resolve
@@ -21,10 +22,12 @@ LINE = 27  # layers in one line of the drawing
 def main(model: str, *, revision: str | None, offline: bool, as_json: bool) -> None:
     """Print the description of a shape or a checkpoint. Raises Zamba2Error."""
     path: Path | None = None
-    if model.lower() in PRESETS and not Path(model).exists():
+    if model.lower() in PRESETS and revision is None and not Path(model).exists():
         config = PRESETS[model.lower()]
     else:
         path = resolve(model, revision=revision, offline=offline, weights=False)
+        with suppress(Zamba2Error):  # a repository's weights are not here
+            path = checkpoint_in(path)
         config = read_config(path)
     data = describe(config)
     if path is not None:
