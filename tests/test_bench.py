@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,15 @@ def test_a_real_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "--model", "random", "--format", "q8", *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["weights"], result["format"], result["model"]) == ("checkpoint", "q8", "random")
+
+
+def test_a_standalone_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The native engine runs no .pt file, named itself or as the one in its folder: said before anything is packed."""
+    shutil.copy(RANDOM / "config.json", tmp_path)
+    (tmp_path / "a.pt").touch()
+    for model in (tmp_path / "a.pt", tmp_path):
+        assert run(["bench", "--model", str(model)]) == 2
+        assert capsys.readouterr().err == f"zamba2: {tmp_path / 'a.pt'} is a standalone file; save it in the Hub's layout to pack it.\n"
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,14 @@ def test_standalone_file_without_config(tmp_path: Path) -> None:
         load_model(tmp_path / "other.pt")
 
 
+def test_the_hubs_layout_in_a_pytorch_file_is_named(tmp_path: Path) -> None:
+    """What transformers wrote as pytorch_model.bin is no standalone checkpoint, and the error says what it is."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["2.7b"].to_dict()))
+    torch.save({"model.embed_tokens.weight": torch.zeros(4, 4)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Zamba2Error, match=r"has the Hub's layout, which is read from safetensors alone"):
+        load_model(tmp_path / "pytorch_model.bin")
+
+
 def test_untied_standalone_file_is_refused(tmp_path: Path) -> None:
     """The standalone layout has no head of its own; a config that wants one is refused, not filled with nothing."""
     model = random_model(CONFIGS["2.7b"], 9)

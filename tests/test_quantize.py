@@ -375,6 +375,10 @@ def test_command_refuses(packed: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (full / "mine").write_text("x")
     file.write_text("x")
     source = spoil_source(tmp_path, b"\xc0\x7f")
+    standalone = tmp_path / "old"
+    standalone.mkdir()
+    shutil.copy(RANDOM / "config.json", standalone)
+    (standalone / "a.pt").touch()
     before = sorted(tmp_path.rglob("*"))
     for message, arguments in {
         "NaN": [str(source), str(target)],
@@ -383,6 +387,8 @@ def test_command_refuses(packed: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "there is no format 'q5'": [str(RANDOM), str(target), "--format", "q5"],
         "packed already": [str(packed), str(target)],
         "nowhere": [str(tmp_path / "nowhere"), str(target)],
+        "old/a.pt is a standalone file; save it in the Hub's layout to pack it": [str(standalone), str(target)],
+        "no model.safetensors, no model.safetensors.index.json and no single .pt file": [str(full), str(target)],
     }.items():
         code, out, err = told(capsys, "quantize", *arguments)
         assert (code, out, len(err)) == (2, "", 1), err

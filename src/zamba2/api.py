@@ -135,13 +135,18 @@ def packed_folder(path: Path, config: Config, format: str | None) -> AbstractCon
         if format not in (None, found):
             raise Zamba2Error(f"{path} is packed as {found}, not {format}; quantize the original checkpoint.")
         return nullcontext(path)
-    if path.is_file():
-        raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it.")
+    refuse_standalone(path)
     if format is None and default_format(config) == "bf16":
         return packed_for_now(path)
     chosen = format_named(format or default_format(config))
     HubFiles(path, config)  # complain about what is missing before anything is said or written
     return nullcontext(packed_copy(path, chosen, explain=format is None))
+
+
+def refuse_standalone(path: Path) -> None:
+    """Raises Zamba2Error for what cannot be packed."""
+    if path.is_file():
+        raise Zamba2Error(f"{path} is a standalone file; save it in the Hub's layout to pack it.")
 
 
 @contextmanager

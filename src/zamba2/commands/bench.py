@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zamba2.api import packed_copy, read_config, torch_backend
+from zamba2.api import checkpoint_in, packed_copy, read_config, refuse_standalone, torch_backend
 from zamba2.bench.measure import kv_bytes_per_token
 from zamba2.bench.peers import PEERS, Worker, need_disk
 from zamba2.commands import interrupts_raise
@@ -58,9 +58,11 @@ def main(
         config, original = config_of(shape), None
         path = synthetic(shape, config, Packing.named(format or "q4"))
     else:
-        found = resolve(model)
+        found = checkpoint_in(resolve(model))
         config, original = read_config(found), None if is_packed(found) else found
         as_it_is = is_packed(found) or (device != "cpu" and format == "bf16")
+        if not as_it_is:
+            refuse_standalone(found)
         path = found if as_it_is else packed_copy(found, format_named(format or "q4"))
         if format is not None and is_packed(path):
             check_format(path, format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from zamba2.api import checkpoint_in, refuse_standalone
 from zamba2.commands import read_text
 from zamba2.commands.bars import bar
 from zamba2.config import Config
@@ -24,9 +25,8 @@ def main(
     packing = packed.Packing.named(format, embeddings)
     if calibrate is not None and packing.format.name == "bf16":
         raise Zamba2Error("--calibrate has nothing to do for bf16, which is hardly rounded; leave it out, or take q4 or q8.")
-    path = resolve(source, revision=revision, offline=offline)
-    if path.is_file():
-        raise Zamba2Error(f"{path} is a standalone file; a checkpoint folder in the Hub's layout is needed.")
+    path = checkpoint_in(resolve(source, revision=revision, offline=offline))
+    refuse_standalone(path)
     if packed.is_packed(path):
         raise Zamba2Error(f"{path} is packed already; give the original checkpoint.")
     packed.check_target(target)

@@ -83,6 +83,8 @@ class StandaloneSource:
 
     def match(self, config: Config) -> None:
         """Fill ``plan``. Raises Zamba2Error naming the tensor that is missing, misshapen or no float."""
+        if "model.embed_tokens.weight" in self.data:
+            raise Zamba2Error(f"{self.path} has the Hub's layout, which is read from safetensors alone; save it as model.safetensors.")
         if not config.tie_word_embeddings:
             raise Zamba2Error(f"{self.path} has no lm_head.weight: standalone checkpoints tie it, and the config must say so.")
         if len(self.data) < config.num_hidden_layers:  # before a hostile config has thousands of layers built
@@ -208,8 +210,6 @@ def _deinterleave(qkv: Tensor, config: Config, part: int) -> Tensor:
     rows = qkv.unflatten(0, (groups, queries + 2 * d)).split([queries, d, d], dim=1)
     chosen: Tensor = rows[part].flatten(0, 1).contiguous()
     return chosen
-
-
 
 
 def save_checkpoint(
