@@ -210,6 +210,14 @@ __main__.main()
 """
 
 
+def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine where nothing can be written the sentence about it names TMPDIR, and not standard output."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    code, _, err = told(capsys, "generate", "hi", "-n", "1", "-m", "random")
+    assert code == 2 and "set TMPDIR" in err[-1] and "standard output" not in err[-1]
+
+
 @pytest.mark.parametrize("command", [["quantize", "random", "TARGET"], ["generate", "hi", "-m", "random"], ["chat", "-m", "random"]])
 def test_interrupted_packing_leaves_nothing(command: list[str], tmp_path: Path) -> None:
     """Ctrl-C while a checkpoint is packed, by hand or on first use, ends the program with one line and leaves no file behind."""

@@ -152,7 +152,11 @@ def refuse_standalone(path: Path) -> None:
 @contextmanager
 def packed_for_now(path: Path) -> Iterator[Path]:
     """A small checkpoint packed as bf16 in a folder that is gone behind the block: what is mapped by then stays."""
-    with tempfile.TemporaryDirectory(prefix="zamba2-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="zamba2-")
+    except OSError as error:
+        raise Zamba2Error(f"there is no place for temporary files ({error.strerror}); set TMPDIR to a folder that can be used.") from None
+    with temporary as folder:
         quantize(path, Path(folder) / "packed", format_named("bf16"))
         yield Path(folder) / "packed"
 
