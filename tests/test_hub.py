@@ -168,6 +168,12 @@ def test_gated(fake: FakeHub, call: Caller) -> None:
     assert "path" in call(MODEL, {"HF_TOKEN": fake.token})
 
 
+def test_settings_of_the_library(call: Caller) -> None:
+    """A variable of the environment that the Hub's library cannot read is one sentence, and nothing on standard output."""
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        assert "HF_...) cannot be used (invalid literal for int()" in call.error(MODEL, {name: "soon"})
+
+
 def test_not_there(call: Caller) -> None:
     """A repository, or a file in it, that is missing, and an id that cannot be one, are one sentence each."""
     for env in ({}, {"HF_TOKEN": "hf_test"}):

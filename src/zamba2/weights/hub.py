@@ -94,6 +94,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _download(repository: str, revision: str | None, offline: bool, weights: bool, progress: bool) -> Path:
+    check_settings()
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -130,6 +131,14 @@ def _download(repository: str, revision: str | None, offline: bool, weights: boo
     return folder
 
 
+def check_settings() -> None:
+    """The Hub's library reads its environment variables when it is imported. Raises Zamba2Error where one is not what it must be."""
+    try:
+        import huggingface_hub.constants  # noqa: F401
+    except ValueError as error:
+        raise Zamba2Error(f"an environment variable of the Hub's (HF_...) cannot be used ({error}); correct it or take it away.") from None
+
+
 def quiet_retries() -> None:
     """Data sets' library tells of each of its tries and of the wait behind it; here the end of them is one sentence."""
     from huggingface_hub.utils import logging
@@ -139,6 +148,7 @@ def quiet_retries() -> None:
 
 def upload(folder: Path, repository: str, *, private: bool = True) -> str:
     """Put a folder's files into a model repository of the Hub, made if need be; returns its address. Raises Zamba2Error."""
+    check_settings()
     from huggingface_hub import HfApi, constants
 
     try:
