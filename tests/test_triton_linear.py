@@ -184,14 +184,6 @@ def test_a_packed_adapter_of_a_plain_matrix(M: int, name: str) -> None:
     check(draw(M, 64), 24, "dense bf16", name, low=40)
 
 
-def test_out_is_written_and_returned() -> None:
-    """``out`` may be a view; what surrounds it stays."""
-    torch.manual_seed(5)
-    x, w, out = draw(2, 64), draw(8, 64), torch.zeros(2, 12, device=DEVICE)
-    assert linear(x, w, out=out[:, 2:10]).data_ptr() == out[:, 2:].data_ptr()
-    assert not out[:, :2].any() and not out[:, 10:].any() and out[:, 2:10].all()
-
-
 @pytest.mark.parametrize("shape", [(0, 64), (65, 64), (1, 63)])
 def test_what_does_not_fit_is_refused(shape: tuple[int, int]) -> None:
     """No rows, too many rows, and another number of inputs; and an odd number of rows for GeGLU."""

@@ -534,8 +534,7 @@ def _embedding(ids_ptr, w_ptr, scales_ptr, out_ptr, K: tl.constexpr, BITS: tl.co
 def linear(
     x: Tensor, weight: Tensor | Packed, *, norm: Tensor | None = None, eps: float = 0.0, plus: Tensor | None = None,
     beside: Tensor | None = None, hoisted: Tensor | None = None, low: tuple[Tensor, Tensor | Packed] | None = None,
-    geglu: bool = False, residual: Tensor | None = None, out: Tensor | None = None, total: Tensor | None = None, split: bool = False,
-    early: bool = False,
+    geglu: bool = False, residual: Tensor | None = None, total: Tensor | None = None, split: bool = False, early: bool = False,
 ) -> Tensor:  # fmt: skip
     """A projection with all that surrounds it. x: (M, K) fp32, M from 1 to 64; weight: W (rows, K), bf16, fp16, fp32 or packed.
 
@@ -545,12 +544,12 @@ def linear(
         r = gelu(first half of r) * second half        if geglu (exact, with erf)
         r = r + residual
 
-    norm: (K,); plus, beside: (M, K); hoisted: (M, rows); a: (M, rank), B: (rows, rank), rank at most 256; residual and out:
-    (M, columns of the result), all fp32 with contiguous rows; out may be residual. B: of any type W can have. With ``beside``
-    the mean is over the 2K values of v and beside side by side. For M > 1 norm * v and a are rounded to bf16 if W is bf16 or
-    packed, and so are the weights of a packed W; a fp16 W takes inputs of 11 significant bits. For M = 1 a q8 or q4 W multiplies
-    norm * v (and a q8 or q4 B beside it a) rounded to int8 per group of 32 inputs, scale = largest / 127: an error of about
-    0.4 % of the product's norm, the native engine's. A packed bf16 W is unpacked first. Returns fp32 (M, rows), with geglu (M, rows / 2).
+    norm: (K,); plus, beside: (M, K); hoisted: (M, rows); a: (M, rank), B: (rows, rank), rank at most 256; residual: (M, columns of the
+    result), all fp32 with contiguous rows. B: of any type W can have. With ``beside`` the mean is over the 2K values of v and beside side
+    by side. For M > 1 norm * v and a are rounded to bf16 if W is bf16 or packed, and so are the weights of a packed W; a fp16 W takes
+    inputs of 11 significant bits. For M = 1 a q8 or q4 W multiplies norm * v (and a q8 or q4 B beside it a) rounded to int8 per group of
+    32 inputs, scale = largest / 127: an error of about 0.4 % of the product's norm, the native engine's. A packed bf16 W is unpacked
+    first. Returns fp32 (M, rows), with geglu (M, rows / 2).
 
     split: for M > 1 the result may be parts (parts, M, rows) that have yet to be added up; of a product with at most a norm before it.
     x and plus may be such parts, for M > 1. total: for M > 1, (M, K) fp32, contiguous, where x + plus goes.
@@ -564,7 +563,7 @@ def linear(
     cols = weight.cols if isinstance(weight, Packed) else weight.shape[1]
     if cols != K or not 1 <= M <= MOST:
         raise ValueError(f"x {tuple(x.shape)} does not fit a matrix {rows, cols}: 1 to {MOST} rows of {cols} inputs are needed")
-    if split and (geglu or any(behind is not None for behind in (hoisted, low, residual, out))):
+    if split and (geglu or any(behind is not None for behind in (hoisted, low, residual))):
         raise ValueError("only a product with nothing behind it can be split")
     if M == 1 and (total is not None or _parts(x) + _parts(plus) > 2):
         raise ValueError("parts and a total are of several rows, not of one")
@@ -573,16 +572,14 @@ def linear(
     if geglu and isinstance(weight, Packed) and rows % (2 * BLOCK):  # the halves share a block
         both = linear(x, weight, norm=norm, eps=eps, plus=plus, beside=beside, hoisted=hoisted, low=low, total=total)
         gate, up = both.chunk(2, dim=1)
-        r = F.gelu(gate) * up if residual is None else F.gelu(gate) * up + residual
-        return r if out is None else out.copy_(r)
+        return F.gelu(gate) * up if residual is None else F.gelu(gate) * up + residual
     if isinstance(weight, Packed) and weight.format == "bf16":
         weight, early = dequantize(weight), False
     if M == 1 and K % 2 and isinstance(weight, Tensor):  # no whole words
         weight, early = weight.float(), False
     columns = rows // 2 if geglu else rows  # of the result
     parts = PARTS if split and M > 1 and columns <= MANY else 1
-    if out is None:
-        out = x.new_empty(parts, M, columns) if parts > 1 else x.new_empty(M, columns)
+    out = x.new_empty(parts, M, columns) if parts > 1 else x.new_empty(M, columns)
     early = early and not INTERPRETED
     launch = {"launch_pdl": True} if early else {}
     a, b = low if low is not None else (None, None)
@@ -667,10 +664,9 @@ def _views(weight: Tensor | Packed | None) -> tuple[Tensor | None, Tensor | None
     return weight.data.view(torch.int32), weight.data.view(torch.float16), weight.bits, weight.block_bytes
 
 
-def dequantize(weight: Packed, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None) -> Tensor:
-    """The matrix (rows, cols) in ``dtype``: code * scale in fp32, rounded. Into ``out`` (contiguous, its type) if it is given."""
-    if out is None:
-        out = torch.empty(weight.rows, weight.cols, dtype=dtype, device=weight.data.device)
+def dequantize(weight: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The matrix (rows, cols) in ``dtype``: code * scale in fp32, rounded."""
+    out = torch.empty(weight.rows, weight.cols, dtype=dtype, device=weight.data.device)
     groups = triton.cdiv(weight.cols, GROUP)
     data = weight.data.view(torch.bfloat16 if weight.format == "bf16" else torch.int32)
     scales = weight.data.view(torch.float16)
