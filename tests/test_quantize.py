@@ -235,6 +235,29 @@ def test_interrupted_packing_leaves_nothing(command: list[str], tmp_path: Path) 
     assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name.endswith(".partial")] == []
 
 
+READING = """
+import sys, time
+from zamba2 import __main__
+from zamba2.runtime import calibrate
+calibrate.second_moments = lambda *_, **__: (print("reading", flush=True), time.sleep(60))
+sys.argv = ["zamba2", *sys.argv[1:]]
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_calibration_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C, or an end from outside, while the text is read: one line, and the model packed for that is gone."""
+    (tmp_path / "text").write_text("word " * 1000)
+    command = ["quantize", "random", str(tmp_path / "target"), "--calibrate", str(tmp_path / "text")]
+    with subprocess.Popen([sys.executable, "-c", READING, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "reading\n"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (2, "zamba2: interrupted.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
 def test_full_disk_while_packing_leaves_nothing(tmp_path: Path) -> None:
     """A disk that is full while a checkpoint is packed on first use gives one line, exit code 2, and no file."""
     code = (

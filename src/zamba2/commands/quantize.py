@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from pathlib import Path
 
 from zamba2.api import checkpoint_in, refuse_standalone
-from zamba2.commands import read_text
+from zamba2.commands import interrupts_raise, read_text
 from zamba2.commands.bars import bar
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
@@ -30,6 +31,8 @@ def main(
     if packed.is_packed(path):
         raise Zamba2Error(f"{path} is packed already; give the original checkpoint.")
     packed.check_target(target)
+    interrupts_raise()  # what is half written is deleted, also where `timeout` or a service manager ends the program
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     moments = None if calibrate is None else moments_of(path, target, packing, calibrate, calibrate_tokens)
     with bar(f"packing {format}") as progress:
         packed.quantize(path, target, packing.format, embeddings=packing.embeddings, moments=moments, progress=progress)
