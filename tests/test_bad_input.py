@@ -420,6 +420,7 @@ BAD_CALLS: dict[str, Callable[[Any], object]] = {
     "token below 0": lambda m: m.generate([1, -1]),
     "token beyond the vocabulary": lambda m: m.generate([1, 1024]),
     "token of 70 bits": lambda m: m.generate([1, 1 << 70]),
+    "tokens of 64 bits": lambda m: m.generate([1 << 63]),
     "tokens not whole": lambda m: m.generate([1.5]),
     "tokens of nothing": lambda m: m.generate([None]),
     "tokens in a square": lambda m: m.generate(torch.ones(2, 2, dtype=torch.int64).numpy()),
@@ -437,6 +438,8 @@ BAD_CALLS: dict[str, Callable[[Any], object]] = {
     "messages empty": lambda m: m.chat([]),
     "format": lambda m: zamba2.load("random", format="q3"),
     "backend": lambda m: zamba2.load("random", backend="abacus"),
+    "threads a text": lambda m: zamba2.load("random", threads="2"),
+    "threads in halves": lambda m: zamba2.load("random", threads=1.5),
 }
 
 

@@ -74,7 +74,7 @@ class Request:
         if len(self.tokens) == 0:
             raise Zamba2Error("the prompt is empty; at least one token is needed.")
         tokens = np.asarray(self.tokens)
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or int(tokens.max()) >= 1 << 63:
             raise Zamba2Error("the prompt is neither a text nor a list of token ids; whole numbers from 0 are needed.")
 
 

@@ -300,8 +300,8 @@ def chosen_threads(threads: int | None, pin: bool | None) -> tuple[int, list[int
     """
     if threads is None:
         threads = default_threads()
-    elif not 0 < threads <= MOST_THREADS:
-        raise Zamba2Error(f"threads is {threads}; a whole number from 1 to {MOST_THREADS} is needed.")
+    elif isinstance(threads, bool) or not isinstance(threads, int) or not 0 < threads <= MOST_THREADS:
+        raise Zamba2Error(f"threads is {threads!r}; a whole number from 1 to {MOST_THREADS} is needed.")
     if pin is None:
         setting = os.environ.get("ZAMBA2_PIN", "")
         if setting not in ("", "0", "1"):
