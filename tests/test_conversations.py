@@ -330,6 +330,15 @@ print(json.dumps([tokens, watched.read, conversation.cached_tokens, conversation
 """
 
 
+def test_places_may_be_texts(model: LanguageModel, watched: Watched, tmp_path: Path) -> None:
+    """A conversation is saved to and loaded from a path that is a text, as zamba2.load takes one."""
+    conversation = begin(model, watched, "Be brief.")
+    conversation.save(str(tmp_path / "talk"))
+    other = begin(model, watched, None)
+    other.load(str(tmp_path / "talk"))
+    assert other.messages == conversation.messages
+
+
 def test_saved_and_loaded_in_another_process(model: LanguageModel, watched: Watched, tmp_path: Path) -> None:
     """A conversation saved here goes on in a new process with the same tokens and reads nothing of the past again."""
     conversation = begin(model, watched, "Be brief.")

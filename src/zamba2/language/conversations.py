@@ -111,14 +111,14 @@ class Conversation:
         self._forget()
         return whole
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write messages and state to one file. Raises Zamba2Error if it cannot be written."""
         about = {"messages": self.messages, "text": self.text, "unread": self.unread, "history": self.history}
-        (self.state or self.backend.new_state()).save(path, note=json.dumps(about))
+        (self.state or self.backend.new_state()).save(Path(path), note=json.dumps(about))
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str | Path) -> None:
         """Go on with a saved conversation of the same model. Raises Zamba2Error; the present one is kept then."""
-        state = self.backend.new_state()
+        path, state = Path(path), self.backend.new_state()
         try:
             messages, text, unread, history = _read_note(path, state.load(path), self.backend.config.vocab_size)
         except OSError as error:
