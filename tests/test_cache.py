@@ -336,7 +336,7 @@ def test_memory_lets_go_what_disk_keeps(model: LanguageModel, tmp_path: Path) ->
     assert not list(tmp_path.iterdir()) and cache.disk_nbytes == 0 and len(cache) <= 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "no state", "other tokens", "no json", "another's"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "no state", "other tokens", "no json", "deep", "another's"])
 def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     """A file that is half-written, foreign or altered is never used: it is said and the prompt is read from the start."""
     ((tokens, state),) = states(model, [33])
@@ -357,7 +357,7 @@ def test_damaged_files_count_as_absent(model: LanguageModel, tmp_path: Path, cap
     elif damage == "other tokens":
         about.write_text(about.read_text().replace(str(tokens[0]), "77", 1))
     else:
-        about.write_text("{")
+        about.write_text("[" * 100_000 if damage == "deep" else "{")
     cache = cache_of(model, folder=tmp_path)
     assert cache.find([*tokens, 5]) is None and len(cache) == 0
     assert capsys.readouterr().err.startswith("zamba2: ")
@@ -370,7 +370,7 @@ def test_leftovers_of_a_killed_process(model: LanguageModel, tmp_path: Path) -> 
     """What a process was writing when it was killed is removed at the next start; files that are not ours stay."""
     key = "0123456789abcdef" * 2
     ours = [f".{key}.state.77-00ff00ff.partial", f".{key}.json.1-12345678.partial", f"{key}.state"]
-    others = ["notes.txt", "mine.state", ".mine.state.77-00ff00ff.partial", f"{key}.txt"]
+    others = ["notes.txt", "config.json", "mine.state", ".mine.state.77-00ff00ff.partial", f"{key}.txt"]
     for name in (*ours, *others):
         (tmp_path / name).write_bytes(b"x")
     assert len(cache_of(model, folder=tmp_path)) == 0

@@ -399,9 +399,11 @@ class StateCache:
             self._write_later(key, entry)
 
     def _read_folder(self, folder: Path) -> None:
-        """What an earlier process left, oldest first; files of no use to us are removed."""
+        """What an earlier process left, oldest first; files of ours that are of no use are removed."""
         found = []
         for file in folder.glob("*.json"):
+            if not _is_hex(file.stem):  # another's: the folder may hold anything
+                continue
             try:
                 about = json.loads(file.read_text(encoding="utf-8"))
                 tokens = np.asarray(about["tokens"], np.int32)
@@ -412,7 +414,7 @@ class StateCache:
                 saved = os.stat(file.with_suffix(".state"))
                 entry = Entry(tokens, adapter, text, file_bytes=saved.st_size + file.stat().st_size)
                 found.append((saved.st_mtime_ns, entry))
-            except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+            except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 notice(f"{file} is no saved state of ours and is dropped ({error}).")
                 file.unlink(missing_ok=True)
         with self._lock:
