@@ -52,6 +52,7 @@ from zamba2.serve.protocol import (  # noqa: E402
     chat_logprob,
     problem_of,
     token_counts,
+    validation_problem,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -537,6 +538,27 @@ def test_bad_requests(live: Live, path: str, change: dict[str, Any], status: int
 def test_bodies_that_are_no_objects(live: Live, path: str, content: bytes) -> None:
     """A body that is no JSON object is 400, in the layout of its API."""
     check_error(live.http.post(path, content=content, headers=JSON), 400, "JSON|is missing", path)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "sentence"),
+    [
+        (CHAT, {"messages": [1] * 5000}, r"^messages\[0\] is 1; an object is needed\.$"),
+        (MESSAGE, {"messages": [1] * 5000}, r"^messages\[0\] is 1; an object is needed\.$"),
+        (RESPONSE, {"input": [1] * 5000}, r"^input\[0\] is 1; an object is needed\.$"),
+        (CHAT, {"tools": [1] * 5000}, r"^tools\[0\] is 1; an object is needed\.$"),
+        ("/detokenize", {"tokens": [""] * 5000}, r"^tokens\[0\] is ''"),
+        (CHAT, {str(i): 1 for i in range(5000)}, r"^it holds 5000 mistakes, too many to name"),
+        (CHAT, {"messages": [{**HELLO[0], **{str(i): 1 for i in range(5000)}}]}, r"^messages\[0\]: it holds 5000 mistakes, too many"),
+        (CHAT, {"logit_bias": {str(i): "" for i in range(5000)}}, r"^it holds 5000 mistakes, too many to name"),
+    ],
+)  # fmt: skip
+def test_many_mistakes(live: Live, monkeypatch: pytest.MonkeyPatch, path: str, change: dict[str, Any], sentence: str) -> None:
+    """However many mistakes a body holds, one is told apart: each would take time in which no stream goes on."""
+    seen: list[int] = []
+    monkeypatch.setattr("zamba2.serve.app.validation_problem", lambda errors: seen.append(len(errors)) or validation_problem(errors))
+    check_error(live.http.post(path, json={**ASKED.get(path, {}), **change}), 400, sentence, path)
+    assert seen == [1]
 
 
 def test_errors_of_the_clients(live: Live) -> None:

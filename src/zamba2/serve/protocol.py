@@ -23,6 +23,8 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
     WithJsonSchema,
     model_validator,
 )  # fmt: skip
@@ -60,6 +62,7 @@ Json = dict[str, Any]
 Event = tuple["str | None", "Json | str"]  # of a stream: its name, where the API names events, and its data
 
 MOST_TOOLS = 64
+MOST_MISTAKES = 1000  # in one object; naming each of a million would keep all streams waiting
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own stand-in
 
 
@@ -128,7 +131,7 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
         message = f"{where}: {first['ctx']['error']}"
     elif kind == "string_unicode":
         message = f"{where} holds half a surrogate pair; valid Unicode text is needed."
-    elif kind == "model_type":
+    elif kind in ("model_type", "model_attributes_type"):
         message = f"{where} is {brief(repr(found))}; an object is needed."
     else:
         needed = str(first["msg"]).replace(" after validation", "")
@@ -311,6 +314,16 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _few_mistakes(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            if (count := error.error_count()) > MOST_MISTAKES:
+                raise ValueError(f"it holds {count} mistakes, too many to name; see /openapi.json.") from None
+            raise
+
 
 class Sampled(Body):
     """How to choose tokens; the fields of ``zamba2.language.sampling.Sampling`` under the same names."""
@@ -408,9 +421,9 @@ def distinct(tools: list[Any] | None) -> list[Any] | None:
     return tools
 
 
-ChatTools = Annotated[list[ChatTool] | None, AfterValidator(distinct)]
-ResponseTools = Annotated[list[ResponseTool] | None, AfterValidator(distinct)]
-AnthropicTools = Annotated[list[AnthropicTool] | None, AfterValidator(distinct)]
+ChatTools = Annotated[Annotated[list[ChatTool], Field(fail_fast=True)] | None, AfterValidator(distinct)]
+ResponseTools = Annotated[Annotated[list[ResponseTool], Field(fail_fast=True)] | None, AfterValidator(distinct)]
+AnthropicTools = Annotated[Annotated[list[AnthropicTool], Field(fail_fast=True)] | None, AfterValidator(distinct)]
 
 
 class Choice(Body):
@@ -528,7 +541,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | None = None
     name: str | None = None
-    tool_calls: list[ChatCall] | None = None
+    tool_calls: Annotated[list[ChatCall], Field(fail_fast=True)] | None = None
     function_call: OldTools = None
     tool_call_id: str | None = None
     refusal: NoName = None
@@ -584,7 +597,7 @@ class ResponseFormat(Body):
 class ChatBody(OpenAIBody):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -744,13 +757,13 @@ class ResponseBody(Sampled):
     """``/v1/responses``: text in, text out, nothing stored."""
 
     model: str = "default"
-    input: Annotated[list[Item], Field(min_length=1), BeforeValidator(one_message)] = Field(
+    input: Annotated[list[Item], Field(min_length=1, fail_fast=True), BeforeValidator(one_message)] = Field(
         description="A text, or messages, calls and their results."
     )
     instructions: str | None = None
     max_output_tokens: Count | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     metadata: dict[str, str] | None = None
@@ -839,7 +852,7 @@ class MessagesBody(Body):
 
     model: str = "default"
     max_tokens: Count
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, fail_fast=True)]
     system: Text | None = None
     stop_sequences: Stops = ()
     stream: bool | None = None
@@ -902,7 +915,7 @@ class TokenizeBody(Body):
 
     model: str = "default"
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     tools: ChatTools = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
@@ -924,7 +937,7 @@ class DetokenizeBody(Body):
     """``/detokenize``."""
 
     model: str = "default"
-    tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(fail_fast=True)]
 
 
 def sampling_options(body: Sampled | MessagesBody) -> Json:
