@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -782,6 +783,15 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_bad_calls(live: Live, path: str, change: dict[str, Any], sentence: str) -> None:
     """Calls and results that belong to nothing are 400 with a sentence."""
     check_error(live.post(path, **ASKED[path] | change), 400, sentence, path)
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSE, MESSAGE])
+def test_numbers_that_json_has_not(live: Live, path: str) -> None:
+    """NaN in a tool's schema is refused also where no call is wanted, and so the schema checked by nobody."""
+    choice = {"type": "none"} if path == MESSAGE else "none"
+    body = {**ASKED[path], "tools": tools(path, schema={"type": "object", "default": math.nan}), "tool_choice": choice}
+    response = live.http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    check_error(response, 400, "NaN or an infinite number", path)
 
 
 def test_tools_without_use(live: Live) -> None:

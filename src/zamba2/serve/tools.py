@@ -124,8 +124,10 @@ def head(name: str) -> str:
 def compact(value: Any) -> str:
     """JSON without spaces. Raises Zamba2Error where that is impossible."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    except (ValueError, RecursionError):
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise Zamba2Error("a value holds NaN or an infinite number, which JSON does not have; a finite one is needed.") from None
+    except RecursionError:
         raise Zamba2Error("a value is nested too deep to be written as JSON; a flatter one is needed.") from None
 
 
