@@ -320,6 +320,19 @@ def test_kept_on_disk(model: LanguageModel, tmp_path: Path) -> None:
     np.testing.assert_array_equal(one, two)
 
 
+def test_texts_of_another_model(model: LanguageModel, tmp_path: Path) -> None:
+    """What another model left on disk gives no text its tokens: its tokenizer may be another."""
+    ((tokens, state),) = states(model, [40])
+    more = "<|im_start|>user\nHello"
+    own, ours = [*tokens, *plain(model, more)], plain(model, CLOSING + more)
+    for name, known in (("one", own), ("another", ours), ("", ours), ("one", own)):
+        cache = StateCache(lambda adapter: model.backend.new_state(adapter=adapter), folder=tmp_path, model=name)
+        if not len(cache):
+            cache.put(tokens, state, CLOSING)
+            cache.flush()
+        assert cache.encode(CLOSING + more, lambda part: plain(model, part)) == known
+
+
 def test_memory_lets_go_what_disk_keeps(model: LanguageModel, tmp_path: Path) -> None:
     """What does not fit in memory is read from disk again; what does not fit on disk either is gone, files and all."""
     made = states(model, [20, 30, 40])

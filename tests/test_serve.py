@@ -938,6 +938,7 @@ def test_options_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         _, scheduler, cache, found = made.pop()
         assert (scheduler.most_running, scheduler.most_waiting, flushed.pop()) == (3, 4, cache)
         assert (cache.most_bytes, cache.disk_bytes, cache.folder) == (2 << 20, 3 << 20, tmp_path / "cache")
+        assert cache.model == scheduler.backend.fingerprint
         assert (found.model_name, found.max_tokens, found.seconds, found.most_body_bytes) == ("me", 7, 9.0, 5 << 20)
         assert (found.origins, found.api_keys, found.log) == (("http://a",), (keys,) if keys else (), True)
         assert ("localhost" in found.hosts, bool(found.hosts)) == (not keys, not keys)

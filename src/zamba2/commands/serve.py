@@ -71,7 +71,7 @@ def serve(
         try:
             cache = StateCache(
                 lambda adapter: backend.new_state(adapter=adapter), most_bytes=cache_mb * MEBI, folder=cache_folder,
-                disk_bytes=disk_mb * MEBI,
+                disk_bytes=disk_mb * MEBI, model=backend.fingerprint,
             )  # fmt: skip
         except OSError as error:
             raise Zamba2Error(f"{cache_folder} cannot be used for the cache ({error.strerror or error}); give another folder.") from None

@@ -84,9 +84,11 @@ class Backend(Protocol):
 
     together: tokens, of one sequence or several, that a call reads in little more time than one; 1 where there is no such thing. So many
     can be recorded. stretch: tokens of a long prompt that a call should read; between two of them others may have their turn.
+    fingerprint: of weights and number format; saved states go on where it is the same.
     """
 
     config: Config
+    fingerprint: str
     together: int
     stretch: int
 

@@ -82,16 +82,18 @@ class Found:
 class StateCache:
     """Least recently used states within a number of bytes, and, where a folder is given, on disk.
 
-    new_state: makes an empty state of an adapter, to load files into. What states share counts once, and the one that is being written is
-    held beside the others. What is dropped from memory stays on disk up to ``disk_bytes``; ``flush`` waits for the disk. A state that was
+    new_state: makes an empty state of an adapter, to load files into. model: the backend's fingerprint; what another model left gives no
+    text its tokens, as their ids may mean something else. What states share counts once, and the one that is being written is held beside
+    the others. What is dropped from memory stays on disk up to ``disk_bytes``; ``flush`` waits for the disk. A state that was
     dropped before its turn came, or that the disk had no room for, is gone and counted in ``unsaved``. Safe to use from several threads.
     A damaged or foreign file counts as absent, said once. Two processes cannot share a folder.
     """
 
     def __init__(
-        self, new_state: Callable[[str | None], State], *, most_bytes: int = 1 << 30, folder: Path | None = None, disk_bytes: int = 1 << 33
-    ) -> None:
-        self._new_state, self.most_bytes, self.folder, self.disk_bytes = new_state, most_bytes, folder, disk_bytes
+        self, new_state: Callable[[str | None], State], *, most_bytes: int = 1 << 30, folder: Path | None = None,
+        disk_bytes: int = 1 << 33, model: str = "",
+    ) -> None:  # fmt: skip
+        self._new_state, self.model, self.most_bytes, self.folder, self.disk_bytes = new_state, model, most_bytes, folder, disk_bytes
         self._entries: OrderedDict[bytes, Entry] = OrderedDict()  # least recently used first
         self._lengths: dict[tuple[str | None, int], int] = {}  # entries of so many tokens
         self._memory = Memory()
@@ -349,8 +351,9 @@ class StateCache:
         file = self._file(key)
         note = file.with_suffix(".json")
         state.save(file)
+        about = {"tokens": entry.tokens.tolist(), "adapter": entry.adapter, "text": entry.text, "model": self.model}
         with replacing(note) as place:
-            place.write_text(json.dumps({"tokens": entry.tokens.tolist(), "adapter": entry.adapter, "text": entry.text}), encoding="utf-8")
+            place.write_text(json.dumps(about), encoding="utf-8")
         return file.stat().st_size + note.stat().st_size
 
     def _refuse(self, error: BaseException) -> None:
@@ -412,6 +415,7 @@ class StateCache:
                 if not usable or _key(tokens, adapter).hex() != file.stem:
                     raise ValueError("it is not what its name says")
                 saved = os.stat(file.with_suffix(".state"))
+                text = text if about.get("model") == self.model else None
                 entry = Entry(tokens, adapter, text, file_bytes=saved.st_size + file.stat().st_size)
                 found.append((saved.st_mtime_ns, entry))
             except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
