@@ -945,12 +945,14 @@ def test_options_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_command_stops_on_a_signal(tmp_path: Path) -> None:
-    """The command serves at the address it prints, and on SIGTERM drops what is left, says so, and ends well."""
+@pytest.mark.parametrize(("signals", "grace"), [((signal.SIGTERM,), 0.2), ((signal.SIGINT, signal.SIGINT), 60.0)], ids=["once", "twice"])
+def test_command_stops_on_a_signal(tmp_path: Path, signals: tuple[signal.Signals, ...], grace: float) -> None:
+    """The command serves at the address it prints, and on a signal drops what is left in time, on a second one at once, says so to those
+    who wait, to one whose body is on its way, too, and ends well."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"from zamba2.commands.serve import main; main('demo', dict(threads=1, revision=None, offline=True), port={port}, grace=0.2)"
+    code = f"from zamba2.commands.serve import main; main('demo', dict(threads=1, revision=None, offline=True), port={port}, grace={grace})"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ.copy()) as process:
         assert process.stderr is not None
         try:
@@ -960,11 +962,17 @@ def test_command_stops_on_a_signal(tmp_path: Path) -> None:
             with httpx.Client(base_url=url, timeout=60) as http, http.stream("POST", TEXT, json=LONG | {"stream": True}) as response:
                 first = next(lines := response.iter_lines())
                 assert json.loads(first.removeprefix("data: "))["object"] == "text_completion"
-                process.send_signal(signal.SIGTERM)
-                sent = time.monotonic()
-                last = [line for line in lines if line][-1]
+                with socket.create_connection(("127.0.0.1", port), timeout=30) as half:
+                    half.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{{".encode() * (len(signals) - 1))
+                    sent = time.monotonic()
+                    for number in signals:
+                        process.send_signal(number)
+                        time.sleep(0.1)
+                    last = [line for line in lines if line][-1]
+                    assert b" 503 " in half.recv(100) or len(signals) == 1
             assert "the server was shut down" in last and time.monotonic() - sent > 0.19
             rest = process.stderr.read()
+            assert time.monotonic() - sent < 30
             assert process.wait(timeout=30) == 0
             assert rest.splitlines()[-1] == "zamba2: stopped; 1 requests were dropped." and "Traceback" not in rest
         finally:

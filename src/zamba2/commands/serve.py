@@ -87,13 +87,15 @@ def serve(
     app = create_app(loaded, scheduler, cache, settings)
 
     class Server(uvicorn.Server):
-        """Ends a reply that is on its way, or drops it when its time is up or a second signal comes."""
+        """Ends a reply that is on its way, or drops it, and tells its client, when its time is up or a second signal comes. Nobody is told
+        anything at a third, nor at one that comes when all is told."""
 
         dropped: int | None = None
+        hurried = False
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            self.force_exit = self.should_exit  # the second one
-            self.should_exit = True
+            self.force_exit = self.hurried or self.dropped is not None
+            self.should_exit, self.hurried = True, self.should_exit
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -104,12 +106,14 @@ def serve(
                 server.close()
 
             def close() -> None:
-                self.dropped = scheduler.close(grace)
+                self.dropped = scheduler.close(grace, lambda: self.hurried)
 
             closing = threading.Thread(target=close, daemon=True)
             closing.start()
             while closing.is_alive() and not self.force_exit:
                 await asyncio.sleep(0.02)
+            if self.hurried:
+                self.config.timeout_graceful_shutdown = 1  # for those who are slow to hear it
             await super().shutdown(sockets)
 
     server = Server(uvicorn.Config(
@@ -120,7 +124,7 @@ def serve(
     try:
         server.run(sockets=[bound])
     finally:
-        dropped = scheduler.close(0) if server.dropped is None else server.dropped  # None after a second signal
+        dropped = scheduler.close(0) if server.dropped is None else server.dropped  # None after a third signal
         if cache is not None:
             cache.flush()
         print("zamba2: stopped" + (f"; {dropped} requests were dropped." if dropped else "."), file=sys.stderr, flush=True)

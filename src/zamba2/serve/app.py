@@ -531,6 +531,8 @@ class Gate:
                 await self.app(scope, replayed(body, receive), noting)
             except ClientDisconnect:
                 pass
+            except asyncio.CancelledError:  # such as a body that was on its way when the server stopped; this task is over in any case
+                problem = Problem("the server was shut down before the request was answered.", status=503, kind="server_error")
             except Problem as found:
                 problem = found
             except Exception as error:

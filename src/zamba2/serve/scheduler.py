@@ -152,12 +152,13 @@ class Scheduler:
             waiting, decoding = len(self._waiting) + len(self._beginning) + len(self._fetching), len(self._decoding) + len(self._closing)
             return {"waiting": waiting, "reading": len(self._reading), "decoding": decoding}
 
-    def close(self, seconds: float = 0.0) -> int:
-        """Take no more requests, give those that are there so many seconds, then drop the rest. Returns how many were dropped."""
+    def close(self, seconds: float = 0.0, hurried: Callable[[], bool] = lambda: False) -> int:
+        """Take no more requests, give those that are there so many seconds, or until ``hurried``, then drop the rest. Returns how many were
+        dropped."""
         end = time.monotonic() + seconds
         with self._condition:
             self._draining = True
-            while self._jobs() and time.monotonic() < end and self._thread.is_alive():
+            while self._jobs() and time.monotonic() < end and self._thread.is_alive() and not hurried():
                 self._condition.wait(0.05)
             left = self._jobs()
             for job in left:
