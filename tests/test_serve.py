@@ -561,6 +561,14 @@ def test_many_mistakes(live: Live, monkeypatch: pytest.MonkeyPatch, path: str, c
     assert seen == [1]
 
 
+def test_the_field_that_is_too_long(model: LanguageModel) -> None:
+    """What does not fit the context is said of the field that holds it, whatever the server's own limit of a reply is."""
+    with Live(model, allow={"max_tokens": 16}) as live:
+        for path in (CHAT, TEXT):
+            error = check_error(live.post(path, **ASKED[path], max_tokens=5000), 400, "the model's context has 4096 tokens", path)
+            assert (error["param"], error["code"]) == ({CHAT: "messages", TEXT: "prompt"}[path], "context_length_exceeded")
+
+
 def test_errors_of_the_clients(live: Live) -> None:
     """The clients raise their own errors, with the sentence and the code."""
     with pytest.raises(openai.BadRequestError, match="the model's context has 4096 tokens") as error:

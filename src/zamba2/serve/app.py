@@ -263,8 +263,8 @@ class Server:
         closing = self.encode(closing_text)
         return (closing, closing_text) if closing and closing[0] in self.tokenizer.eos_token_ids else (None, "")
 
-    def most_tokens(self, prompt: int, wanted: int | None, default: int) -> int:
-        """Raises Problem where prompt and reply do not fit the context."""
+    def most_tokens(self, prompt: int, wanted: int | None, default: int, param: str) -> int:
+        """Raises Problem where prompt and reply do not fit the context. param: the prompt's field."""
         limit = self.config.max_position_embeddings
         most = max(1, min(default, limit - prompt)) if wanted is None else wanted
         if prompt + most > limit:
@@ -272,7 +272,7 @@ class Server:
                 f"the model's context has {limit} tokens, but {prompt + most} are needed ({prompt} in the prompt, {most} for the reply); "
                 f"shorten the prompt, or ask for fewer."
             )
-            raise Problem(message, code="context_length_exceeded", param="messages" if default != COMPLETION_TOKENS else "prompt")
+            raise Problem(message, code="context_length_exceeded", param=param)
         return most
 
     def check_ids(self, tokens: Sequence[int], what: str, param: str) -> None:
@@ -307,7 +307,7 @@ class Server:
         with asked():
             self.check_ids(list(options.get("logit_bias", ())), "logit_bias:", "logit_bias")
             ids, prompt, text = self.read_turns(turns, box, goes_on=goes_on)
-            options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens)}
+            options = options | {"max_tokens": self.most_tokens(len(ids), wanted, self.settings.max_tokens, "messages")}
             made = self.constraint(form, box, field)
             calls: Calls = "none" if box is None else box.calls(formatted=form is not None)
             constraints = [None if made is None else made() for _ in range(n)]
@@ -330,7 +330,7 @@ class Server:
                 else:
                     self.check_ids(given, "prompt:", "prompt")
                     ids, text, added = given, self.tokenizer.decode(given, skip_special_tokens=False), False
-                most = self.most_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS)
+                most = self.most_tokens(len(ids), body.max_tokens, COMPLETION_TOKENS, "prompt")
                 scores += (len(ids) if body.echo else 0) * (body.logprobs or 0) * (body.n or 1)
                 if scores > MOST_SCORES:
                     message = f"logprobs: more than {MOST_SCORES} of them for all prompts; ask for fewer, or for fewer prompts at a time."
