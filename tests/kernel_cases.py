@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -429,6 +429,7 @@ def convolve(rng: np.random.Generator) -> Iterator[Case]:
         (3, 8, 5),
         (2, 5, 33),
         (1, 4, 19),
+        (4, 2, 600),
     ]:
         for first, last in {(0, n), (0, (n + 1) // 2), (n // 3, n)}:
             for size in (1.0, 30.0):
@@ -522,6 +523,7 @@ def to_q8(rng: np.random.Generator) -> Iterator[Case]:
     for d in (1, 5, 15, 16, 17, 33, 80, 160):
         rows = {"normal": normal(rng, d), "large": normal(rng, d, size=1e37), "small": normal(rng, d, size=1e-30), "zeros": np.zeros(d)}
         rows |= {"ties": (np.arange(d) - d // 2) / 2, "not finite": np.where(np.arange(d) == d // 2, np.inf, normal(rng, d))}
+        rows |= {"largest last": np.arange(d) - 1.5}
         for name, row in rows.items():
             x = row.astype(np.float32)
             codes, scale = q8_of(x) if np.isfinite(x).all() else (np.ma.masked_all(d, np.int8), np.float32(np.nan))
@@ -533,7 +535,7 @@ def q8_of(x: Array) -> tuple[Array, Array]:
     """Codes (..., d) and scales (...) of head vectors, every step in fp32."""
     peak = np.abs(x).max(-1)
     inverse = np.divide(np.float32(127), peak, out=np.zeros_like(peak), where=peak > 0)
-    return np.rint(x * inverse[..., None]).astype(np.int8), peak / np.float32(127)
+    return np.rint(np.where(np.isfinite(x), x, 0) * inverse[..., None]).astype(np.int8), peak / np.float32(127)
 
 
 PAGE = 64  # tokens
@@ -573,7 +575,7 @@ def softmax_of(q: Array, k: Array, v: Array, lengths: Array, scale: float, *, st
     """
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     factor = float(np.float32(scale)) / math.log(2)
-    size = np.maximum(np.abs(q), np.sqrt((q**2).mean()))
+    size = np.maximum(np.abs(q), np.sqrt(np.nanmean(q**2)))
     doubt = np.zeros_like(q)
     if steps is not None:
         low, q, high = (wide(bf16_of((q + sign * unsure * size).astype(np.float32))).astype(np.float64) for sign in (-1, 0, 1))
@@ -601,30 +603,51 @@ def attention(rng: np.random.Generator, kernel: str, lengths: list[tuple[int, in
                 for size in (0.0, 1.0, 30.0):
                     seen = past + 1 + np.arange(count) // (2 if count % 2 == 0 else 1)  # two heads share keys and values
                     L = int(seen[-1])
+                    seen = seen[::-1].copy() if past in (60, 62) else seen  # in any order
                     q, k, v = normal(rng, count, d, size=size), normal(rng, L, d), normal(rng, L, d)
                     k[:: L // 3 + 1] *= 3  # for int8: rows of several sizes
-                    pages, keys, values, steps = pages_of(kv, k, v)
-                    scale = float(np.float32((d / 2) ** -0.5))
-                    arguments = {"q": q, "y": poison(count, d), "lengths": seen, "count": count, **pages, "d": d, "scale": scale}
-                    label = f"{kv}, {count} after {past}, heads of {d}, of {size}"
-                    expected = {"y": softmax_of(q, keys, values, seen, scale)}
-                    if kernel == "attend":
-                        yield Case(kernel, label, arguments, expected)
-                        continue
-                    arguments["scratch"] = poison(512 * (-(-d // 32) * 32) + 128 * 64 + -(-d // 32) * 32 + 2 * (128 + 64 + 128))
-                    yield Case(
-                        kernel, label, arguments, expected, {"y": softmax_of(q, keys, values, seen, scale, steps=steps)}, True, ("scratch",)
-                    )
+                    yield attention_case(f"{kv}, {count} after {past}, heads of {d}, of {size}", kernel, kv, q, k, v, seen)
+
+
+def awkward_attention(rng: np.random.Generator, kernel: str) -> Iterator[Case]:
+    for kv in KV_FORMATS:
+        for name, bad in (("query", 0), ("key", 1)):  # what is not a number shows
+            q, k, v = (normal(rng, n, 33) for n in (8, 70, 70))
+            (q, k)[bad][3, 32] = np.nan
+            yield attention_case(f"{kv}, NaN in a {name}", kernel, kv, q, k, v, np.full(8, 70))
+        # Only the last key is hidden, from some; of two panels only the second sees a second block of keys.
+        for lengths in ([31, 31, 32, 32], [128] * 64 + [129] * 3):
+            q, k, v = (normal(rng, n, 16) for n in (len(lengths), lengths[-1], lengths[-1]))
+            if kernel == "attend_many" or len(lengths) <= 8:
+                yield attention_case(f"{kv}, {len(lengths)} to {lengths[-1]} keys", kernel, kv, q, k, v, np.array(lengths))
+        # Two keys, of scores 0 and x from -1 to 1 / 2: nearly 2^x / (1 + 2^x), with little else that rounds.
+        q, k, v = (np.array(x, dtype=np.float32)[:, None] for x in (np.linspace(-1, 0.5, 7) * math.log(2), (0, 1), (1e-3, 1)))
+        case = attention_case(f"{kv}, powers of two", kernel, kv, q, k, v, np.full(7, 2), scale=1.0)
+        yield replace(case, expected={"y": near(case.expected["y"].values, case.expected["y"].values / 2)})
+
+
+def attention_case(label: str, kernel: str, kv: str, q: Array, k: Array, v: Array, seen: Array, scale: float | None = None) -> Case:
+    """Queries (T, d), of which each sees so many of the keys and values (L, d)."""
+    (count, d), (pages, keys, values, steps) = q.shape, pages_of(kv, k, v)
+    scale = float(np.float32((d / 2) ** -0.5)) if scale is None else scale
+    arguments = {"q": q, "y": poison(count, d), "lengths": seen, "count": count, **pages, "d": d, "scale": scale}
+    expected = {"y": softmax_of(q, keys, values, seen, scale)}
+    if kernel == "attend":
+        return Case(kernel, label, arguments, expected)
+    arguments["scratch"] = poison(512 * (-(-d // 32) * 32) + 128 * 64 + -(-d // 32) * 32 + 2 * (128 + 64 + 128))
+    return Case(kernel, label, arguments, expected, {"y": softmax_of(q, keys, values, seen, scale, steps=steps)}, True, ("scratch",))
 
 
 def attend(rng: np.random.Generator) -> Iterator[Case]:
-    yield from attention(rng, "attend", [(1, 0), (1, 1), (3, 62), (8, 60), (1, 128), (34, 200)], (1, 15, 16, 33, 80, 160))
+    yield from attention(rng, "attend", [(1, 0), (1, 1), (3, 62), (8, 60), (1, 128), (8, 200)], (1, 15, 16, 33, 80, 160))
     yield from attention(rng, "attend", [(2, 700)], (160, 224))
+    yield from awkward_attention(rng, "attend")
 
 
 def attend_many(rng: np.random.Generator) -> Iterator[Case]:
     yield from attention(rng, "attend_many", [(1, 0), (9, 0), (17, 60), (64, 64), (66, 127), (128, 0)], (1, 15, 16, 33, 80, 160))
     yield from attention(rng, "attend_many", [(40, 700)], (160, 224))
+    yield from awkward_attention(rng, "attend_many")
 
 
 MAKERS = {
