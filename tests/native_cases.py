@@ -50,7 +50,8 @@ CONFIGS: dict[str, Config] = {
     "gqa": miniature(num_attention_heads=4, num_key_value_heads=2, hidden_size=40, n_mamba_heads=5, use_mem_rope=True, num_mem_blocks=1),
     "odd": miniature(
         hidden_size=33, n_mamba_heads=3, num_attention_heads=3, num_key_value_heads=1, intermediate_size=37, adapter_rank=1,
-        mamba_d_state=5, vocab_size=17, mamba_d_conv=3, num_mem_blocks=3, tie_word_embeddings=False, rms_norm_eps=1e-3, chunk_size=5,
+        mamba_d_state=5, vocab_size=17, mamba_d_conv=3, num_mem_blocks=3, hybrid_layer_ids=(0, 1, 2, 4), tie_word_embeddings=False,
+        rms_norm_eps=1e-3, chunk_size=5,
     ),
     "aligned": miniature(
         hidden_size=64, n_mamba_heads=8, num_attention_heads=4, intermediate_size=96, adapter_rank=32, mamba_d_state=32, vocab_size=128,
@@ -63,12 +64,13 @@ BACKBONE = miniature(hybrid_layer_ids=(), num_hidden_layers=3, mamba_ngroups=2, 
 _folders: list[tempfile.TemporaryDirectory[str]] = []  # kept until the end: the engine maps the files
 
 
-def packed_from(model: Zamba2, format: str) -> Path:
-    """A packed checkpoint of a model."""
+def packed_from(model: Zamba2, format: str, embeddings: str | None = None) -> Path:
+    """A packed checkpoint of a model; embeddings: the format of its table, by default the one that goes with the others'."""
     folder = tempfile.TemporaryDirectory(prefix="zamba2-native-")
     _folders.append(folder)
     save_checkpoint(model, Path(folder.name) / "hub")
-    packed.quantize(Path(folder.name) / "hub", Path(folder.name) / "packed", FORMATS[format])
+    own = packed.Packing.named(format, embeddings).embeddings
+    packed.quantize(Path(folder.name) / "hub", Path(folder.name) / "packed", FORMATS[format], embeddings=own)
     return Path(folder.name) / "packed"
 
 

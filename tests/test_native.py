@@ -20,6 +20,7 @@ from native_cases import (
     EXACT,
     ISAS,
     Check,
+    Twin,
     compare,
     divergence,
     error,
@@ -127,21 +128,40 @@ def test_inputs_of_products(isa: str, format: str) -> None:
     assert linear is not None
     assert error(seen["layers.1.linear"], product(torch.from_numpy(dict(inputs)["layers.1.linear.weight"]), linear.weight)) <= EXACT
     assert same(logits_of(backend, tokens), logits)
+    tokens = ids(config, 129)  # the MLP takes some rows at a time where nobody observes
+    with observing(backend, lambda *_: None, lambda *_: None):
+        logits = logits_of(backend, tokens)
+    assert same(logits_of(backend, tokens), logits)
 
 
-def test_the_smallest_embeddings() -> None:
+@every
+def test_the_smallest_embeddings(format: str) -> None:
     """A token's row of the table is what its packed bytes stand for, also where all its scales are denormal numbers of 16 bits."""
     config, tokens = CONFIGS["2.7b"], ids(CONFIGS["2.7b"], 20)
     model = random_model(config, 1)
     model.embed_tokens.weight.mul_(1e-4)
-    backend = NativeBackend(packed_from(model, "q8"), config, threads=1)
+    backend = NativeBackend(packed_from(model, "q8", format), config, threads=1)
     table = np.frombuffer(backend.file.map("embed_tokens.weight"), np.uint8)
-    expected = unpack(table, config.vocab_size, config.hidden_size, FORMATS["q8"])[tokens]
+    expected = unpack(table, config.vocab_size, config.hidden_size, FORMATS[format])[tokens]
     seen: dict[str, np.ndarray] = {}
     with observing(backend, seen.__setitem__, lambda *_: None):
         logits_of(backend, tokens)
     assert 0 < np.abs(expected).max() < 127 * 2.0**-14
     assert np.abs(seen["layers.0"] - seen["layers.0.mamba"] - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+@every
+def test_steps_of_any_length(format: str) -> None:
+    """Block by block the twin's outputs and states where softplus gives nearly nothing, and where it gives nearly its argument."""
+    config, tokens = CONFIGS["2.7b"], ids(CONFIGS["2.7b"], 23)
+    model = random_model(config, 1)
+    for layer, bias in zip(model.layers, (-12.0, 8.0, 18.0, 25.0), strict=False):
+        layer.mamba.dt_bias.fill_(bias)
+    folder = packed_from(model, format)
+    steps = Twin(folder, config)
+    steps.load()
+    for length in (3, 20):
+        hold(compare(NativeBackend(folder, config, threads=1), steps, tokens[:length], past=tokens[20:]))
 
 
 # ---- the numbers: end to end ----------------------------------------------------------------------------------------------
@@ -431,8 +451,8 @@ def test_keep_is_having_read_less(name: str, isa: str, format: str, kv: str) -> 
         goes_on = one_by_one(backend, tokens[3:5], read.copy())
         for n in {0, 1, length // 2, length}:
             recorded, expected = start.copy(), start.copy()
-            rows = [Row(tokens[before : before + length], recorded, length, True), Row(tokens[:2], company, 0)]
-            assert same(backend.forward(rows)[0].numpy(), full)
+            rows = [Row(tokens[:2], company, 0), Row(tokens[before : before + length], recorded, length, True)]
+            assert same(backend.forward(rows)[1].numpy(), full)
             copy, saved = recorded.copy(), recorded.copy()
             if n:
                 logits_of(backend, tokens[before : before + n], expected)
