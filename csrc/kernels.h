@@ -118,7 +118,7 @@ struct Kernels {
   void (*chunk_scores)(int Q, const float* B, const float* C, size_t bc_stride, int N, float* scores);
   // int8 codes of one head vector: scale = largest / 127, ties to even. A value that is not finite gives a NaN scale.
   void (*to_q8)(const float* x, int d, int8_t* codes, float* scale);
-  // Attention of some queries over the keys and values of one head, online softmax in fp32: y = softmax(scale q k^T) v.
+  // Attention of up to kMostRows queries over the keys and values of one head, online softmax in fp32: y = softmax(scale q k^T) v.
   // Each query's arithmetic is its own, whatever comes with it. For calls of few tokens: reads keys and values once per query.
   void (*attend)(const Query* queries, int count, const KeysValues& kv, int d, float scale);
   // The same for up to kMostQueries queries at once, through matrix products. scratch: attend_scratch(d) floats, aligned to 64.

@@ -105,11 +105,8 @@ struct F16 {  // 16 floats
 
 struct I16 {  // 16 int32
   __m512i v;
-  static I16 zero() { return {_mm512_setzero_si512()}; }
-  static I16 set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
-  static I16 begin(int32_t x) { return set1(x); }
+  static I16 begin(int32_t x) { return {_mm512_set1_epi32(x)}; }
   I16 end() const { return *this; }
-  friend I16 operator-(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   F16 to_float() const { return {_mm512_cvtepi32_ps(v)}; }
 };
 
@@ -209,11 +206,8 @@ struct F16 {
 
 struct I16 {
   __m256i v[2];
-  static I16 zero() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-  static I16 set1(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
-  static I16 begin(int32_t x) { return set1(x); }
+  static I16 begin(int32_t x) { return {{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
   I16 end() const { return *this; }
-  friend I16 operator-(I16 a, I16 b) { return {{_mm256_sub_epi32(a.v[0], b.v[0]), _mm256_sub_epi32(a.v[1], b.v[1])}}; }
   F16 to_float() const { return {{_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])}}; }
 };
 
@@ -353,11 +347,8 @@ struct F16 {
 
 struct I16 {
   int32x4_t v[4];
-  static I16 zero() { return set1(0); }
-  static I16 set1(int32_t x) { const int32x4_t r = vdupq_n_s32(x); return {{r, r, r, r}}; }
-  static I16 begin(int32_t x) { return set1(x); }
+  static I16 begin(int32_t x) { const int32x4_t r = vdupq_n_s32(x); return {{r, r, r, r}}; }
   I16 end() const { return *this; }
-  friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 4; ++i) a.v[i] = vsubq_s32(a.v[i], b.v[i]); return a; }
   F16 to_float() const { F16 r; for (int i = 0; i < 4; ++i) r.v[i] = vcvtq_f32_s32(v[i]); return r; }
 };
 
@@ -595,11 +586,8 @@ struct F16 {
 
 struct I16 {
   FourInts v[4];
-  static I16 zero() { return {}; }
-  static I16 set1(int32_t x) { I16 r; for (FourInts& four : r.v) four = FourInts{x, x, x, x}; return r; }
-  static I16 begin(int32_t x) { return set1(x); }
+  static I16 begin(int32_t x) { I16 r; for (FourInts& four : r.v) four = FourInts{x, x, x, x}; return r; }
   I16 end() const { return *this; }
-  friend I16 operator-(I16 a, I16 b) { for (int i = 0; i < 4; ++i) a.v[i] -= b.v[i]; return a; }
   F16 to_float() const { F16 r; for (int i = 0; i < 4; ++i) r.v[i] = __builtin_convertvector(v[i], Four); return r; }
 };
 
