@@ -601,6 +601,19 @@ def test_values_that_are_not_finite(tmp_path: Path, format: str) -> None:
 
 
 @every
+def test_a_failed_call_spoils_no_other(format: str) -> None:
+    """Behind a call whose values were not finite, other states' calls give the bits that they gave before it."""
+    model = random_model(BACKBONE, 1)
+    model.embed_tokens.weight[1].fill_(3.4e38)  # in bf16 infinite
+    backend = NativeBackend(packed_from(model, format, "bf16"), BACKBONE, threads=1)
+    for length in (2, 20):
+        expected = logits_of(backend, [2] * length)
+        with pytest.raises(Zamba2Error, match="not finite"):
+            logits_of(backend, [1] * length)
+        assert same(logits_of(backend, [2] * length), expected)
+
+
+@every
 def test_backend_keeps_the_waist(format: str) -> None:
     """NativeBackend is a Backend, with as many float32 logits as wanted, a state's bytes, and the best instruction set by default."""
     config = CONFIGS["2.7b"]
