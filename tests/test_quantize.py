@@ -210,6 +210,14 @@ __main__.main()
 """
 
 
+def test_folders_beside_the_tokenizer(tmp_path: Path) -> None:
+    """A folder in the checkpoint whose name begins like a tokenizer's file is left where it is, and packing goes on."""
+    shutil.copytree(RANDOM, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer_old").mkdir()
+    quantize(tmp_path / "model", tmp_path / "packed", FORMATS["q8"])
+    assert {file.name for file in RANDOM.iterdir()} == {file.name for file in (tmp_path / "packed").iterdir()}
+
+
 def test_no_place_for_temporary_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On a machine where nothing can be written the sentence about it names TMPDIR, and not standard output."""
     monkeypatch.setattr(tempfile, "tempdir", None)

@@ -255,7 +255,7 @@ def save_checkpoint(
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for pattern in SMALL_FILES if small_files_from is not None else ():
             assert small_files_from is not None
-            for file in small_files_from.glob(pattern):
+            for file in filter(Path.is_file, small_files_from.glob(pattern)):
                 shutil.copyfile(file, temporary / file.name)
 
 

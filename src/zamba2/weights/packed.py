@@ -239,7 +239,7 @@ def quantize(
                 if progress is not None:
                     progress(done, total)
 
-    small = [file for pattern in SMALL_FILES for file in source.glob(pattern)]
+    small = [file for pattern in SMALL_FILES for file in source.glob(pattern) if file.is_file()]
     pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
     try:
         mark = {"zamba2_random": "true"} if is_random(source) else {}
