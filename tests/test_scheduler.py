@@ -86,6 +86,18 @@ class Replies:
         return "".join(piece.text for piece in self.pieces[number])
 
 
+def test_those_who_wait_are_looked_at_under_the_condition(
+    scheduler: Scheduler, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks through the queue holds the condition under which others join it: a deque that grows meanwhile is an error."""
+    look, held = Scheduler._jobs, list[bool]()
+    monkeypatch.setattr(Scheduler, "_jobs", lambda self: held.append(self._condition._is_owned()) or look(self))
+    replies = Replies(scheduler)
+    replies.submit(0, prompts[0], max_tokens=4)
+    replies.wait(0)
+    assert scheduler.close(5) == 0 and all(held) and len(held) > 4
+
+
 # ---- company ---------------------------------------------------------------------------------------------------------
 
 

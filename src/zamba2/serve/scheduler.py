@@ -180,6 +180,7 @@ class Scheduler:
         return self._waiting, self._beginning, self._fetching, self._reading, self._decoding, self._closing
 
     def _jobs(self) -> list[Job]:
+        """Under the condition: a request that came meanwhile would end the look at those that wait, and the model's thread with it."""
         return [*(job for jobs in self._places()[:-1] for job in jobs), *(job for job, _ in self._closing)]
 
     def _at_rest(self) -> bool:
@@ -263,7 +264,9 @@ class Scheduler:
     def _leave(self) -> None:
         """Let go of requests whose caller has gone or whose time is up."""
         now = time.monotonic()
-        for job in self._jobs():
+        with self._condition:
+            jobs = self._jobs()
+        for job in jobs:
             if job.last is not None:
                 continue
             if job.cancelled:
