@@ -83,12 +83,12 @@ def main(
     }  # fmt: skip
     if startup:
         result["startup"] = start_to_first_token(path, threads, repeats)
-    if out is not None:
-        with replacing(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not as_json:
         print_tables(result)
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    if out is not None:  # last: where it cannot be written, minutes of measuring are not lost
+        with replacing(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def config_of(shape: str) -> Config:
