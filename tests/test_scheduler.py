@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import queue
 import threading
@@ -20,6 +21,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece
 from zamba2.language.model import LanguageModel, make_request
 from zamba2.runtime.backend import Row, State
+from zamba2.runtime.native import NativeState
 from zamba2.serve.cache import StateCache
 from zamba2.serve.scheduler import ALIGNED, SHORT, Busy, Job, Prompt, Scheduler, TimeIsUp, next_cut
 from zamba2.train.instructions import tasks
@@ -484,6 +486,36 @@ def test_the_disk_stalls_nobody(model: LanguageModel, left: Left, alone: list[Ge
     replies.wait(0)
     assert replies.tokens(0) == reply and waits.cached_tokens > len(tokens) // 2
     assert scheduler.close(10) == 0
+
+
+def states() -> set[int]:
+    """Those that there are, by where they lie."""
+    gc.collect()
+    return {id(thing) for thing in gc.get_objects() if isinstance(thing, NativeState)}
+
+
+@pytest.mark.parametrize("how", ["alone", "kept", "from disk", "time"])
+def test_a_job_that_is_over_holds_no_state(model: LanguageModel, left: Left, how: str) -> None:
+    """A client that reads its reply slowly has its job held for as long, but no state: of those there would be as many as such clients."""
+    folder, tokens, _ = left
+    others = states()
+    cache = None if how in ("alone", "time") else StateCache(
+        lambda adapter: model.backend.new_state(adapter=adapter), folder=folder if how == "from disk" else None
+    )  # fmt: skip
+    scheduler = Scheduler(model.backend, model.tokenizer, cache=cache)
+    over = threading.Event()
+
+    def receive(piece: Piece | Zamba2Error) -> None:
+        if isinstance(piece, Zamba2Error) or piece.finish_reason is not None:
+            over.set()
+
+    options = {"max_tokens": 3500 if how == "time" else 4, "ignore_eos": True}
+    prompt = Prompt(closing=plain(model, "<|im_end|>\n")) if how == "kept" else Prompt()
+    job = scheduler.submit(make_request(tokens, options), prompt, receive, seconds=0.05 if how == "time" else 60.0)
+    assert over.wait(60) and scheduler.close(5) == 0
+    assert (job.cached_tokens > 0) == (how == "from disk") and (cache is None or len(cache) > 0)
+    cache = scheduler = None  # type: ignore[assignment]
+    assert states() <= others
 
 
 @pytest.mark.parametrize("how", ["cancelled", "time", "shut down", "broken"])

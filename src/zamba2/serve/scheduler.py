@@ -283,8 +283,11 @@ class Scheduler:
                     jobs.remove(job)
 
     def _tell(self, job: Job, item: Piece | Zamba2Error) -> None:
-        if not job.cancelled:
-            job.receive(item)
+        if job.cancelled:
+            return
+        job.receive(item)
+        if isinstance(item, Zamba2Error) or item.finish_reason is not None:  # whoever reads slowly holds the job, and shall hold no state
+            job.running, job.last, job.fetched = None, None, Future()
 
     def _round(self) -> None:
         """One call of the backend."""
