@@ -845,6 +845,7 @@ def test_metrics_and_health(live: Live) -> None:
     live.post(CHAT, messages=HELLO, max_tokens=50, ignore_eos=True)
     assert 0 < seconds("zamba2_time_per_token_seconds") - before < time.monotonic() - begun
     assert live.http.get("/health").json()["status"] == "ok"
+    assert [(found.status_code, found.content) for found in (live.http.head("/health"), live.http.head("/"))] == [(200, b"")] * 2
     response = live.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     values: dict[str, float] = {}
@@ -931,7 +932,7 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_options_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes are in mebibytes; the names by which a server of this machine alone may be called matter where there are no keys; what the
-    cache holds is on the disk when the command ends."""
+    cache holds is on the disk when the command ends, in a folder that is its user's alone; one that would hold nothing is refused."""
     made: list[tuple[Any, ...]] = []
     flushed: list[StateCache] = []
     monkeypatch.setattr("zamba2.serve.app.create_app", lambda *parts: made.append(parts))
@@ -946,6 +947,9 @@ def test_options_reach_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         _, scheduler, cache, found = made.pop()
         assert (scheduler.most_running, scheduler.most_waiting, flushed.pop()) == (3, 4, cache)
         assert (cache.most_bytes, cache.disk_bytes, cache.folder) == (2 << 20, 3 << 20, tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o077 == 0
+    with pytest.raises(Zamba2Error, match="--cache-folder"):
+        main("random", where, **options | {"cache_mb": 0})
         assert cache.model == scheduler.backend.fingerprint
         assert (found.model_name, found.max_tokens, found.seconds, found.most_body_bytes) == ("me", 7, 9.0, 5 << 20)
         assert (found.origins, found.api_keys, found.log) == (("http://a",), (keys,) if keys else (), True)

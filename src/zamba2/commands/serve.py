@@ -39,6 +39,8 @@ def main(
     for option, value in (("--timeout", seconds), ("--grace", grace)):
         if not math.isfinite(value):
             raise Zamba2Error(f"{option} is {value}; a number of seconds is needed.")
+    if cache_folder is not None and cache_mb == 0:
+        raise Zamba2Error("--cache-folder keeps what --cache-mb holds, which is 0; leave one of them out.")
     keys, folders = read_keys(api_keys), read_adapters(adapters, name or model)
     bound = bind(host, port, protected=bool(keys) or open_to_all)
     try:

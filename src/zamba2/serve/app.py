@@ -769,6 +769,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         server.check_ids(body.tokens, "tokens:", "tokens")
         return answer({"prompt": await asyncio.to_thread(server.tokenizer.decode, body.tokens, skip_special_tokens=False)})
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=documented(schema(status=TEXT)), response_class=Response)
     async def health() -> Response:
         """Whether the model can be asked."""
@@ -782,6 +783,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         text = await asyncio.to_thread(server.metrics.text, scheduler, cache)  # the cache may be busy with a file
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         file = files("zamba2.serve").joinpath("page.html")

@@ -106,7 +106,7 @@ class StateCache:
         self.disk_nbytes = 0
         self.hits = self.misses = self.cached_tokens = self.dropped = self.unsaved = 0
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # conversations are nobody else's to read
             self._read_folder(folder)
 
     def __len__(self) -> int:
