@@ -78,9 +78,10 @@ const Config& checked(const Config& c) {
 }  // namespace
 
 struct Engine::Buffers {
-  std::vector<float> conv, x, x0, square0, u, left, right, hoisted[2], o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale, lora_low, lora_out;
+  std::vector<float> conv, x, x0, square0, u, left, right, o, m, projected, adapted, low, f, t, xbc, dt, scores, final, scale, lora_low, lora_out;
   std::vector<float> wide;   // q, k and v; then in_proj's output
   std::vector<float> mixed;  // attention's output; then the scan's, gated in place
+  std::vector<std::vector<float>> hoisted;  // of each block, once its first position has been there
   std::vector<bool> ready;
   std::vector<float> cosines, sines;
 };
@@ -533,6 +534,7 @@ void Engine::run(const std::vector<Segment>& segments, const int32_t* tokens, in
   for (int r = 0; r < rows; ++r) read_row(embeddings_, tokens[r], b.x.data() + static_cast<size_t>(r) * hidden);
   b.x0 = b.x;
   for (int r = 0; r < rows; ++r) b.square0[static_cast<size_t>(r)] = kernels.sum_of_squares(b.x0.data() + static_cast<size_t>(r) * hidden, c.hidden_size);
+  b.hoisted.resize(blocks_.size());
   b.ready.assign(blocks_.size(), false);
   if (c.use_mem_rope) {
     const size_t half = static_cast<size_t>(c.attention_head_dim) / 2;
@@ -590,10 +592,9 @@ void Engine::shared_block(const Layer& layer, const std::vector<Segment>& segmen
     b.scale[r] = 1.0f / std::sqrt(square / static_cast<float>(2 * hidden) + c.rms_norm_eps);
     kernels.scale_by(x, block.norm.data(), b.scale[r], hidden, b.left.data() + r * h);
   });
-  std::vector<float>& hoisted = b.hoisted[layer.block % 2];
   const size_t which = static_cast<size_t>(layer.block);
+  std::vector<float>& hoisted = b.hoisted[which];
   if (!b.ready[which]) {
-    if (blocks_.size() > 2) std::fill(b.ready.begin(), b.ready.end(), false);  // two are kept
     b.right.resize(n * h);
     hoisted.resize(n * width);
     each_row(rows, [&](size_t r) { kernels.scale_by(b.x0.data() + r * h, block.norm.data() + hidden, 1.0f, hidden, b.right.data() + r * h); });
