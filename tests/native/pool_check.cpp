@@ -20,7 +20,7 @@ void need(bool holds, const char* law, int threads, int count, int grain) {
 struct Taken {
   Taken(int threads, int count) : times(new std::atomic<int>[static_cast<size_t>(count) + 1]()), whose(static_cast<size_t>(count)), inside(new std::atomic<int>[static_cast<size_t>(threads)]()) {}
   void take(int first, int last, int thread) {
-    alone = alone && inside[static_cast<size_t>(thread)].fetch_add(1) == 0;
+    if (inside[static_cast<size_t>(thread)].fetch_add(1) != 0) alone = false;
     for (int i = first; i < last; ++i) {
       times[static_cast<size_t>(i)].fetch_add(1, std::memory_order_relaxed);
       whose[static_cast<size_t>(i)] = thread;  // a plain write, which a sanitizer would see twice

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zamba2.errors import Zamba2Error, notice
+from zamba2.errors import Zamba2Error, install, notice
 
 if TYPE_CHECKING:
     from zamba2.runtime.backend import Backend
@@ -35,7 +35,7 @@ def main(
     """Load a model and serve it until a signal comes. Raises Zamba2Error before the first request only."""
     missing = [module for module in ("fastapi", "uvicorn") if find_spec(module) is None]
     if missing:
-        raise Zamba2Error(f"the server needs {' and '.join(missing)}; install with `pip install 'zamba2[serve]'`.")
+        raise Zamba2Error(f"the server needs {' and '.join(missing)}; {install('serve')}.")
     for option, value in (("--timeout", seconds), ("--grace", grace)):
         if not math.isfinite(value):
             raise Zamba2Error(f"{option} is {value}; a number of seconds is needed.")
