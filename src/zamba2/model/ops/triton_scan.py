@@ -422,7 +422,7 @@ def _gated(
     _output[plan.heads, plan.segments, plan.rows](
         x, sums, B, C, D, states, decays, gate, weight, y, squares, final,
         *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *of_gate, *plan.sizes, **plan.constants,
-        num_warps=plan.warps, num_stages=2, maxnreg=168 if plan.small else None,  # three programs on a multiprocessor
+        num_warps=plan.warps, num_stages=2, **(registers(x, 168) if plan.small else {}),  # three programs on a multiprocessor
     )  # fmt: skip
     return y, squares, final
 
