@@ -314,7 +314,7 @@ def _gradients(
 
         a, f, end = _sums(sums_ptr, row, h, chunk, rows, tl.num_programs(2), heads, chunks, Q)
         dt = tl.load(dt_ptr + h * dt_h + rows * dt_t, mask=start + rows < length, other=0.0)
-        past = tl.sum(tl.sum(S.to(tl.float32) * G, 1), 0) * _power(end)
+        past = tl.sum(S.to(tl.float32) * G) * _power(end)
         G = G.to(DOT)
         x = _tile(x_ptr + h * x_h, start, rows, p, x_t, length, P).to(DOT)
         dy = _tile(dy_ptr + h * dy_h, start, rows, p, dy_t, length, P).to(DOT)
@@ -342,8 +342,8 @@ def _gradients(
         dlog = tl.sum(passing, 1).to(tl.float32) + past
         tl.store(ddt_ptr + at + rows * heads, direct + A * dlog, mask=start + rows < length)
         at = (row * chunks + chunk) * heads + h
-        tl.store(dAD_ptr + at, tl.sum(dt * dlog, 0))
-        dD = tl.sum(tl.sum(dy.to(tl.float32) * x.to(tl.float32), 1), 0)
+        tl.store(dAD_ptr + at, tl.sum(tl.reshape(dt * dlog, (Q,), can_reorder=True), 0))  # reordered, or Triton 3.7 fails on Blackwell
+        dD = tl.sum(dy.to(tl.float32) * x.to(tl.float32))
         tl.store(dAD_ptr + tl.num_programs(2) * chunks * heads + at, dD)
 
     stored = (n < N)[:, None] & (start + rows < length)[None, :]
