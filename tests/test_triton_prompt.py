@@ -5,6 +5,9 @@ The truth is the reference in fp64, and the model in fp64.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 import triton_interpreter  # noqa: F401
@@ -19,6 +22,7 @@ from zamba2.model.ops import reference
 from zamba2.model.ops.triton_prompt import add_norm, geglu_adapted, place_heads
 from zamba2.model.ops.triton_scan import gated_scan
 from zamba2.model.state import ModelState
+from zamba2.runtime import prompts as prompts_module
 from zamba2.runtime.prompts import Prompts
 from zamba2.weights.checkpoint import FP32_PARTS
 
@@ -175,3 +179,32 @@ def test_padded_prompt_is_the_text_alone(name: str, dtype: torch.dtype, count: i
 def tensors(state: ModelState) -> list[Tensor]:
     """All of a state, keys and values without the room behind them."""
     return [tensor for tensor in (*state.conv, *state.ssm, *(cache.tensor() for cache in state.kv)) if tensor is not None]
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+def test_what_cannot_be_captured_is_computed(
+    kind: type[RuntimeError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt whose graph cannot be made is read without, when what the attempt had computed is gone; where memory was short alone, the
+    next one tries again."""
+    prompts, computed = Prompts(random_model(MINIATURES["2.7b"], 3)), list[weakref.ref[Tensor]]()
+    prompts.eager = False
+
+    def compute(length: int) -> Tensor:
+        assert all(tensor() is None for tensor in computed)
+        tensor = torch.zeros(length)
+        computed.append(weakref.ref(tensor))
+        return tensor
+
+    def captured(compute: Callable[[], Tensor], *_: object, **__: object) -> None:
+        outputs = compute()
+        raise kind(f"no graph of {len(outputs)} tokens")
+
+    monkeypatch.setattr(prompts, "_compute", compute)
+    monkeypatch.setattr(prompts_module, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    for _ in range(2):
+        assert len(prompts._outputs(64)) == 64
+    short = kind is torch.OutOfMemoryError
+    assert (len(computed), prompts.eager) == ((4, False) if short else (3, True))
+    assert ("without CUDA graphs" in capsys.readouterr().err) is not short

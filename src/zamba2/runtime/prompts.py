@@ -99,25 +99,29 @@ class Prompts:
         return state, scores
 
     def _outputs(self, length: int) -> Outputs:
-        if self.eager:
+        if not (length in self.graphs or self._capture(length)):
             return self._compute(length)
-        if length not in self.graphs:
-            try:
-                if len(self.graphs) == MOST_GRAPHS:
-                    del self.graphs[next(iter(self.graphs))]  # the one that was used longest ago
-                self.graphs[length] = captured(partial(self._compute, length), self.device, memory=self.memory)
-            except torch.OutOfMemoryError:
-                self.graphs.clear()
-                return self._compute(length)
-            except RuntimeError as error:  # what a driver or a version of PyTorch cannot capture, it can still compute
-                notice(f"prompts are read without CUDA graphs, which is slower ({str(error).splitlines()[0]}).")
-                torch.cuda.synchronize(self.device)
-                self.eager = True
-                self.graphs.clear()
-                return self._compute(length)
         self.graphs[length] = graph, outputs = self.graphs.pop(length)
         graph.replay()
         return outputs
+
+    def _capture(self, length: int) -> bool:
+        """Make the graph of a length, and say whether it is there. What a failed one computed lives until its exception is handled, which
+        it is when this returns."""
+        if self.eager:
+            return False
+        if len(self.graphs) == MOST_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]  # the one that was used longest ago
+        try:
+            self.graphs[length] = captured(partial(self._compute, length), self.device, memory=self.memory)
+        except torch.OutOfMemoryError:
+            self.graphs.clear()
+        except RuntimeError as error:  # what a driver or a version of PyTorch cannot capture, it can still compute
+            notice(f"prompts are read without CUDA graphs, which is slower ({str(error).splitlines()[0]}).")
+            torch.cuda.synchronize(self.device)
+            self.eager = True
+            self.graphs.clear()
+        return length in self.graphs
 
     def _compute(self, length: int) -> Outputs:
         """The forward pass of the first ``length`` ids. T tokens, all in rows: (T, ...)."""
