@@ -6,6 +6,8 @@ On a machine with a GPU the kernels run there, as CUDA graphs; elsewhere in Trit
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -33,6 +35,7 @@ from zamba2.model.ops import triton_linear
 from zamba2.runtime import decoder as decoder_module
 from zamba2.runtime import torch as torch_runtime
 from zamba2.runtime.backend import Row
+from zamba2.runtime.graphs import captured
 from zamba2.runtime.torch import TorchBackend, TorchState, check_room, device_of
 from zamba2.train.graph import GraphedStep
 from zamba2.train.instructions import tasks
@@ -308,6 +311,35 @@ def test_graphed_steps_have_the_gradients() -> None:
         if not kept:
             for model in models:
                 model.zero_grad(set_to_none=True)
+
+
+def test_failed_capture_leaves_the_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a capture that failed runs on the stream from before, where other threads wait for it; torch leaves another."""
+    current = ["first"]
+
+    @contextmanager
+    def stream(name: str) -> Iterator[None]:
+        before, current[0] = current[0], name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextmanager
+    def graph(*_: object, **__: object) -> Iterator[None]:
+        current[0] = "capturing"
+        yield
+        raise RuntimeError("not permitted when stream is capturing")
+
+    stand_in = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: stand_in)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stand_in)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        captured(lambda: current[0], torch.device("cuda"))
+    assert current == ["first"]
 
 
 @pytest.mark.parametrize("format", [pytest.param("q8", marks=interpreted_slowly), "q4", "bf16"])

@@ -33,6 +33,7 @@ def captured(
     if before is not None:
         before()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # other threads fetch saved states meanwhile
+    here = torch.cuda.stream(torch.cuda.current_stream(device))  # a capture that fails leaves its own stream the current one
+    with here, torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):  # other threads fetch saved states meanwhile
         outputs = compute()
     return graph, outputs
