@@ -1141,7 +1141,8 @@ class Child:
                 process.stdin.write("begin\n")
                 process.stdin.close()
             for line in process.stdout:
-                found |= json.loads(line)
+                with suppress(json.JSONDecodeError):  # cut off, where it was ended
+                    found |= json.loads(line)
                 keep(found)
             code = process.wait()
         finally:
@@ -1149,6 +1150,8 @@ class Child:
             self.end()
         self.log.seek(0)
         said = self.log.read()[-4000:]
+        if notices := [line for line in said.splitlines() if line.startswith("zamba2: ")]:
+            found["failures"] = found.get("failures", []) + notices  # something ran in another way than the one to be measured
         if ended.is_set():
             found["error"] = f"{said}\nended after {limit:.0f} seconds"
         elif code:
@@ -1209,7 +1212,13 @@ class Run:
     def keep(self, name: str, found: Result) -> None:
         with self.lock:
             self.results[name] = dict(found)
-            self.target.write_text(json.dumps(self.results, indent=1) + "\n")
+            self.write()
+
+    def write(self) -> None:
+        """The results so far, whole at any moment: whoever ends this run asks nothing before."""
+        beside = self.target.with_suffix(".part")
+        beside.write_text(json.dumps(self.results, indent=1) + "\n")
+        beside.replace(self.target)
 
     def ready(self, name: str) -> Child:
         self.children.append(Child(name, self.setting, self.kernels))
@@ -1259,7 +1268,7 @@ class Run:
         """Prints what came of it; returns the exit code."""
         results, seconds = self.results, time.perf_counter() - self.start
         results |= {"duration_seconds": seconds, "table": [line._asdict() for line in lines(results)]}
-        self.target.write_text(json.dumps(results, indent=1) + "\n")
+        self.write()
         bad = failures(results)
         print("\n".join([*(f"FAILED {one[:300]}" for one in bad[:20]), table(results)]))
         print(f"{len(bad)} failures, {seconds:.0f} s", flush=True)
