@@ -418,6 +418,7 @@ def as_views(arguments: dict[str, Any]) -> dict[str, Any]:
 
 # ---- tests ------------------------------------------------------------------------------------------------------------------
 
+TESTS_SECONDS = 200  # after which those that are left are not run
 TESTS = ("test_triton_linear.py", "test_triton_step.py", "test_triton_prompt.py", "test_gpu.py")
 
 
@@ -427,19 +428,22 @@ def tests(setting: Setting) -> Iterator[Result]:
     if not files:
         raise NotThereError(", ".join(TESTS))
     command = [sys.executable, "-m", "pytest", "-q", *files, "-p", "no:cacheprovider", "-o", "addopts=", "-W", "default"]
-    command += ["-o", "timeout=60"]
+    command += ["-o", "timeout=60", "-o", "timeout_method=thread", "--tb=short"]  # a thread's ends what waits for a GPU, too
     if setting.cuda and importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(WORKERS)]
     if setting.tiny:
         command.append("--collect-only")
     environment = os.environ | {"OMP_NUM_THREADS": "2"}  # of each worker
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    lines = done.stdout.splitlines()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    timer = threading.Timer(TESTS_SECONDS, process.send_signal, [signal.SIGINT])  # then it says what it has found
+    timer.start()
+    lines = process.communicate()[0].splitlines()
+    timer.cancel()
     counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|errors?|skipped)", "".join(lines[-1:]))}
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if done.returncode and not failures:
-        failures = [f"pytest ended with code {done.returncode}"]
-    yield {"files": files, "counts": counts, "failures": failures, "output": lines[-60:] if failures else lines[-3:]}
+    if process.returncode > 1 or len(failures) < process.returncode:  # 1: tests failed
+        failures.append(f"pytest ended with code {process.returncode}")
+    yield {"files": files, "counts": counts, "failures": failures, "output": lines[-300:] if failures else lines[-3:]}
 
 
 # ---- scan: beside mamba-ssm's kernels ---------------------------------------------------------------------------------------
