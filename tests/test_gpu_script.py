@@ -56,3 +56,9 @@ def test_file_is_whole_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         run.keep("machine", {"name": "other"})
     assert json.loads((tmp_path / "gpu.json").read_text())["machine"] == {"name": "one"}
+
+
+def test_the_prompt_beside_its_rival_comes_first() -> None:
+    """Of what is measured the figure that the script was written for is there before the rest may use the time up."""
+    measured = [name for name, one in gpu.SECTIONS.items() if not one.check]
+    assert measured[:3] == ["machine", "generate", "rival_kernels"]
