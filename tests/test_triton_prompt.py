@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,3 +209,22 @@ def test_what_cannot_be_captured_is_computed(
     short = kind is torch.OutOfMemoryError
     assert (len(computed), prompts.eager) == ((4, False) if short else (3, True))
     assert ("without CUDA graphs" in capsys.readouterr().err) is not short
+
+
+def test_graphs_share_the_memory_of_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new graph shares the memory of those before it; PyTorch refuses that of graphs which are all gone, as after memory ran short."""
+    prompts, asked = Prompts(random_model(MINIATURES["2.7b"], 3)), list[object]()
+    prompts.eager = False
+    monkeypatch.setattr(prompts, "_compute", lambda length: length)
+
+    def captured(compute: Callable[[], int], device: torch.device, *, memory: object) -> tuple[SimpleNamespace, int]:
+        asked.append(memory)
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("full")
+        number = memory or len(asked)
+        return SimpleNamespace(pool=lambda: number, replay=lambda: None), compute()
+
+    monkeypatch.setattr(prompts_module, "captured", captured)
+    lengths = [64, 128, 256, 64, 128, 64]
+    assert [prompts._outputs(length) for length in lengths] == lengths
+    assert asked == [None, 1, 1, None, 4]

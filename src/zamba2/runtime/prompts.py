@@ -77,7 +77,6 @@ class Prompts:
         self.ids = torch.zeros(self.longest, dtype=torch.int64, device=self.device)
         self.count = torch.ones(1, dtype=torch.int64, device=self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Outputs]] = {}
-        self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None  # of all graphs: one runs at a time
         self.eager = self.device.type != "cuda"
 
     def read(self, tokens: npt.NDArray[np.int32], wanted: int, checked: Callable[[Tensor], T]) -> tuple[ModelState, T]:
@@ -112,8 +111,9 @@ class Prompts:
             return False
         if len(self.graphs) == MOST_GRAPHS:
             del self.graphs[next(iter(self.graphs))]  # the one that was used longest ago
+        memory = next((graph.pool() for graph, _ in self.graphs.values()), None)  # of all, as one runs at a time; of none, new
         try:
-            self.graphs[length] = captured(partial(self._compute, length), self.device, memory=self.memory)
+            self.graphs[length] = captured(partial(self._compute, length), self.device, memory=memory)
         except torch.OutOfMemoryError:
             self.graphs.clear()
         except RuntimeError as error:  # what a driver or a version of PyTorch cannot capture, it can still compute
