@@ -19,7 +19,7 @@ import pytest
 import torch
 import triton_interpreter  # noqa: F401
 from op_cases import MODEL, logits_error
-from strategies import MINIATURES, random_model, random_tokens
+from strategies import MINIATURES, fill, random_model, random_tokens
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -311,6 +311,37 @@ def test_graphed_steps_have_the_gradients() -> None:
         if not kept:
             for model in models:
                 model.zero_grad(set_to_none=True)
+
+
+def test_loss_without_logits_is_the_loss() -> None:
+    """In zamba2.hf the loss of packed rows as training takes it, from hidden states and in one graph, has the value and the gradients of
+    logits' cross-entropy, with positions that count nowhere."""
+    pytest.importorskip("transformers")
+    from transformers import Zamba2Config
+
+    from zamba2.hf import Zamba2ForCausalLM
+
+    model = Zamba2ForCausalLM(Zamba2Config.from_dict(MINIATURES["2.7b"].to_dict()))
+    fill(model.model, 3)
+    model.to(DEVICE).train()
+    ids, labels = (random_tokens(MINIATURES["2.7b"], 5 + number, 2, 30) for number in range(2))
+    labels[:, 7:12] = -100
+    seq_idx, items = (torch.arange(30) // 11).expand(2, -1), torch.tensor(31)
+    tensors = {"input_ids": ids, "labels": labels, "seq_idx": seq_idx, "num_items_in_batch": items}
+    batch = {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+    model(**batch).loss.backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    loss = model(**batch).loss.detach()
+    for graphed in (False, True):
+        model.zero_grad(set_to_none=True)
+        step = GraphedStep(model.packed_loss, model.parameters()) if graphed else None
+        found = model.packed_loss(**batch) if step is None else step(**batch)
+        if step is None:
+            found.backward()
+        assert logits_error(found.detach()[None], loss[None]) <= MODEL[torch.float32].output
+        for one, other in zip(model.parameters(), expected, strict=True):
+            assert one.grad is not None and other is not None
+            assert float((one.grad - other).norm()) <= MODEL[torch.float32].gradient * float(other.norm()) + 1e-9
 
 
 def test_failed_capture_leaves_the_stream_alone(monkeypatch: pytest.MonkeyPatch) -> None:
