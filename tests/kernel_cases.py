@@ -288,7 +288,7 @@ def multiply(rng: np.random.Generator) -> Iterator[Case]:
 
 def multiply_many(rng: np.random.Generator) -> Iterator[Case]:
     small = [(9, 1, 1), (9, 16, 32), (16, 17, 33), (17, 33, 64), (32, 48, 31), (33, 70, 100), (70, 40, 200)]
-    shapes = [*small, (20, 36, 1100), (45, 36, 1100), (9, 1024, 40)]
+    shapes = [*small, (20, 36, 1100), (40, 36, 1100), (45, 36, 1100), (9, 1024, 40)]
     for format, label, p in products(rng, shapes):
         rows, groups, blocks = p.matrix["w.rows"], -(-p.matrix["w.cols"] // 32), -(-p.matrix["w.rows"] // 16)
         for first, last in sorted({(0, blocks), (0, (blocks + 1) // 2), (blocks // 2, blocks)}):
