@@ -292,6 +292,7 @@ NB_MODULE(_engine, m) {
       .def("set_vector", [](Engine& e, const std::string& name, Floats data) { e.set_vector(name, data.data(), data.size()); })
       .def("add_adapter", &Engine::add_adapter)
       .def("add_part", [](Engine& e, int adapter, const std::string& name, int column, int rank, int outputs, int inputs, Bytes down, Bytes up, float scale) {
+        nb::gil_scoped_release release;  // it waits for a running call, whose observer may need Python
         e.add_part(adapter, name, column, rank, outputs, inputs, down.data(), down.size(), up.data(), up.size(), scale);
       }, nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
       .def("check_complete", &Engine::check_complete)

@@ -212,7 +212,7 @@ void Engine::check_complete() const {
 }
 
 int Engine::add_adapter() {
-  const std::lock_guard<std::mutex> alone(one_at_a_time_);
+  const std::lock_guard<std::mutex> alone(loras_mutex_);
   loras_.push_back(std::make_shared<Lora>());
   return static_cast<int>(loras_.size()) - 1;
 }
@@ -220,7 +220,7 @@ int Engine::add_adapter() {
 void Engine::add_part(int adapter, const std::string& name, int column, int rank, int outputs, int inputs, const uint8_t* down, size_t down_bytes, const uint8_t* up,
                       size_t up_bytes, float scale) {
   const std::lock_guard<std::mutex> alone(one_at_a_time_);
-  if (adapter < 0 || adapter >= static_cast<int>(loras_.size())) throw std::invalid_argument("there is no such adapter");
+  const std::shared_ptr<Lora> lora = adapter_of(adapter);
   const auto found = matrices_.find(name);
   if (found == matrices_.end()) throw std::invalid_argument("the model has no matrix " + name);
   const Matrix& w = *found->second;
@@ -237,12 +237,18 @@ void Engine::add_part(int adapter, const std::string& name, int column, int rank
   }
   part.column = column;
   part.scale = scale;
-  loras_[static_cast<size_t>(adapter)]->parts[&w].push_back(part);
+  lora->parts[&w].push_back(part);
+}
+
+std::shared_ptr<Lora> Engine::adapter_of(int number) const {
+  const std::lock_guard<std::mutex> alone(loras_mutex_);
+  if (number < 0 || number >= static_cast<int>(loras_.size())) throw std::invalid_argument("there is no such adapter");
+  return loras_[static_cast<size_t>(number)];
 }
 
 State Engine::new_state(int adapter) const {
   State state;
-  if (adapter >= 0) state.lora = loras_.at(static_cast<size_t>(adapter));
+  if (adapter != -1) state.lora = adapter_of(adapter);
   state.caches.resize(config.hybrid_layer_ids.size());
   return state;
 }
@@ -311,6 +317,7 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
     outputs.push_back(logits);
     logits += static_cast<size_t>(call.logits) * config.vocab_size;
     if (call.state->broken) throw std::invalid_argument("an earlier call on this state failed midway; start a new one or load a saved one");
+    const std::lock_guard<std::mutex> alone(loras_mutex_);
     if (call.state->lora && std::find(loras_.begin(), loras_.end(), call.state->lora) == loras_.end()) throw std::invalid_argument("the state's adapter belongs to another model");
   }
   const float* const all = outputs.empty() ? logits : outputs.front();

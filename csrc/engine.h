@@ -249,11 +249,13 @@ class Engine {
   void go_on(State& state, int n);
   void step(const Mixer& m, int h, const float* xbc, float dt, float* S, float* y) const;
   uint16_t* panel(int thread, size_t values);
+  std::shared_ptr<Lora> adapter_of(int number) const;  // throws std::invalid_argument if there is none
 
   Matrix embeddings_, head_;
   std::vector<float> final_norm_;
   std::vector<Layer> layers_;
   std::vector<Block> blocks_;
+  mutable std::mutex loras_mutex_;  // a new state does not wait for a call on others
   std::vector<std::shared_ptr<Lora>> loras_;
   std::unordered_map<std::string, Matrix*> matrices_;
   std::unordered_map<std::string, std::pair<std::vector<float>*, size_t>> vectors_;

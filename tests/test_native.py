@@ -46,7 +46,7 @@ from zamba2.runtime.backend import Backend, Row
 from zamba2.runtime.native import PREFILL_CHUNK, SHORT, NativeBackend, NativeState
 from zamba2.runtime.processors import default_threads
 from zamba2.weights import packed
-from zamba2.weights.formats import FORMATS, KV_FORMATS, unpack
+from zamba2.weights.formats import FORMATS, KV_FORMATS, pack, unpack
 from zamba2.weights.synthetic import write_synthetic
 
 FORMAT_NAMES = list(FORMATS)
@@ -551,6 +551,35 @@ def test_errors_leave_states_alone() -> None:
     assert backend.forward([]) == []
     with pytest.raises(Zamba2Error, match="no adapter"):
         backend.new_state(adapter="x")
+
+
+MISFITS: dict[str, list[dict[str, Any]]] = {
+    "no such adapter": [{"adapter": 1}, {"adapter": -1}],
+    "no matrix": [{"name": "layers.0.mamba.norm.weight"}],
+    "does not fit": [
+        {"column": -1}, {"column": 3}, {"column": 2**31 - 1}, {"rank": 0}, {"rank": (1 << 21) + 1}, {"outputs": 0},
+        {"outputs": -1}, {"inputs": 1}, {"outputs": 2**31 - 1}, {"name": "layers.0.mamba.in_proj.weight"},
+        {"name": "shared_blocks.0.self_attn.qkv_proj.left.weight", "inputs": CONFIGS["2.7b"].hidden_size},
+    ],
+    "wrong number of bytes": [{"down": np.zeros(64, np.uint8)}, {"up": np.zeros(64, np.uint8)}, {"rank": 17}],
+}  # fmt: skip
+
+
+def test_parts_of_adapters_that_do_not_fit() -> None:
+    """The engine itself takes a part of an adapter that fits its product, and refuses any other, before anything reads past an end."""
+    config, bf16 = CONFIGS["2.7b"], FORMATS["bf16"]
+    engine = NativeBackend(make_packed(config, "q8"), config, threads=1).engine
+    outputs, inputs = config.hidden_size - 2, config.d_inner
+    down, up = pack(np.zeros((2, inputs), np.float32), bf16).reshape(-1), pack(np.zeros((outputs, 2), np.float32), bf16).reshape(-1)
+    fits = {
+        "adapter": engine.add_adapter(), "name": "layers.0.mamba.out_proj.weight", "column": 2, "rank": 2, "outputs": outputs,
+        "inputs": inputs, "down": down, "up": up, "scale": 1.0,
+    }  # fmt: skip
+    for message, changes in MISFITS.items():
+        for change in changes:
+            with pytest.raises(ValueError, match=message):
+                engine.add_part(*(fits | change).values())
+    engine.add_part(*fits.values())
 
 
 def test_an_interrupted_prompt_is_not_half_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,34 @@ def test_other_bus_errors_are_not_ours(packed: Path, tmp_path: Path) -> None:
         assert code == -signal.SIGBUS and err[0] == "Fatal Python error: Bus error", err
 
 
+# ---- threads of Python's ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_added_beside_a_call(packed: Path) -> None:
+    """What waits for a running call leaves Python to that call's observer, and a state made meanwhile is used behind it."""
+    code = """
+import signal, threading, time
+from zamba2.runtime import native
+from zamba2.weights.lora import LoraPart
+signal.alarm(60)
+backend, tokens, began, found = zamba2.load(sys.argv[1]).backend, np.arange(30, dtype=np.int32), threading.Event(), []
+size = backend.config.hidden_size, backend.config.d_inner
+part = LoraPart("layers.0.mamba.out_proj", np.ones((1, size[1]), np.float32), np.ones((size[0], 1), np.float32), 0.5)
+native.read_lora = lambda folder, config: [part]
+read = lambda **adapter: found.append(backend.forward([Row(tokens, backend.new_state(**adapter))])[0].numpy())
+backend.engine.observe(lambda name, data: (began.set(), time.sleep(0.01)))
+call = threading.Thread(target=read)
+call.start()
+began.wait()
+backend.load_adapter(None, "a")
+read(adapter="a")
+call.join()
+read()
+print(np.array_equal(found[0], found[2]), np.array_equal(found[0], found[1]))
+"""
+    assert child(code, packed) == (0, "True False\n", [])
+
+
 # ---- memory and threads that run out ----------------------------------------------------------------------------------------
 
 
