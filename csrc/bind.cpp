@@ -99,6 +99,7 @@ void without_the_interpreter(F&& f) {
 // Tensors of a state: conv (layers, taps - 1, conv_dim) and ssm (layers, heads * P, N), fp32; and, as bytes, per position every part of
 // PageLayout, (heads, length) rows.
 nb::dict export_state(const State& state, const Engine& engine) {
+  if (!engine.made(state)) throw std::invalid_argument("the state belongs to another model");
   if (state.broken) throw std::invalid_argument("an earlier call on this state failed midway; there is nothing to save");
   nb::dict d;
   auto floats = [](const Values& v) {
@@ -311,7 +312,6 @@ NB_MODULE(_engine, m) {
         for (size_t i = 0; i < states.size(); ++i) {
           const int length = static_cast<int>(std::min<size_t>(tokens[i].size(), INT_MAX));  // which forward refuses
           if (!states[i] || length < 1 || wanted[i] < 0 || wanted[i] > length) throw std::invalid_argument("a call needs a state, tokens and 0 to all of their logits");
-          if (states[i]->caches.size() != e.config.hybrid_layer_ids.size()) throw std::invalid_argument("the state belongs to another model");
           for (int t = 0; t < length; ++t)
             if (tokens[i].data()[t] < 0 || tokens[i].data()[t] >= e.config.vocab_size) throw std::invalid_argument("a token id is out of range");
           calls.push_back({states[i], tokens[i].data(), length, wanted[i], !record.empty() && record[i]});
@@ -326,7 +326,6 @@ NB_MODULE(_engine, m) {
         return owned(std::move(logits), rows, static_cast<size_t>(e.config.vocab_size));
       }, nb::arg("states"), nb::arg("tokens"), nb::arg("wanted"), nb::arg("record") = std::vector<bool>())
       .def("keep", [](Engine& e, State& s, int n) {
-        if (s.caches.size() != e.config.hybrid_layer_ids.size()) throw std::invalid_argument("the state belongs to another model");
         nb::gil_scoped_release release;
         e.keep(s, n);
       }, "Of a recorded call's tokens only the first n stay read; -1: all.")

@@ -253,6 +253,12 @@ State Engine::new_state(int adapter) const {
   return state;
 }
 
+bool Engine::made(const State& state) const {
+  const std::lock_guard<std::mutex> alone(loras_mutex_);
+  return state.caches.size() == config.hybrid_layer_ids.size() && (!state.conv || state.conv->blocks == convs) &&
+         (!state.lora || std::find(loras_.begin(), loras_.end(), state.lora) != loras_.end());
+}
+
 void Engine::own(State& state) {
   auto make = [](std::shared_ptr<Values>& p, const std::shared_ptr<Blocks>& blocks) {
     if (p && p.use_count() == 1) return std::atomic_thread_fence(std::memory_order_acquire);  // another thread may have read it until just now, to save it
@@ -295,6 +301,7 @@ void Engine::forward(const std::vector<Call>& calls, float* logits) {
   const std::lock_guard<std::mutex> alone(one_at_a_time_);
   const int widest = std::max({config.vocab_size, config.in_proj_dim, config.q_rows() + 2 * config.kv_rows(), 2 * config.intermediate_size, 2 * config.hidden_size});
   for (const Call& call : calls) {
+    if (!made(*call.state)) throw std::invalid_argument("the state belongs to another model");
     if (call.record && call.length > kMostRows) throw std::invalid_argument("at most " + std::to_string(kMostRows) + " tokens can be recorded");
     if (call.length > INT_MAX / widest) throw std::invalid_argument("a call of " + std::to_string(call.length) + " tokens is too long for this model; read them in parts");
     if (call.length > kMostTokens - call.state->position) throw std::invalid_argument("a state holds at most " + std::to_string(kMostTokens) + " tokens");
@@ -317,8 +324,6 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
     outputs.push_back(logits);
     logits += static_cast<size_t>(call.logits) * config.vocab_size;
     if (call.state->broken) throw std::invalid_argument("an earlier call on this state failed midway; start a new one or load a saved one");
-    const std::lock_guard<std::mutex> alone(loras_mutex_);
-    if (call.state->lora && std::find(loras_.begin(), loras_.end(), call.state->lora) == loras_.end()) throw std::invalid_argument("the state's adapter belongs to another model");
   }
   const float* const all = outputs.empty() ? logits : outputs.front();
   for (const Call& call : calls) call.state->broken = true;
@@ -380,6 +385,7 @@ void Engine::read(const std::vector<Call>& calls, float* logits) {
 void Engine::keep(State& state, int n) {
   if (n < 0 && !state.record) return;  // without waiting for a call on other states
   const std::lock_guard<std::mutex> alone(one_at_a_time_);
+  if (!made(state)) throw std::invalid_argument("the state belongs to another model");
   if (state.broken) throw std::invalid_argument("an earlier call on this state failed midway; start a new one or load a saved one");
   if (!state.record) throw std::invalid_argument("cannot keep " + std::to_string(n) + " tokens: nothing was recorded");
   if (n < 0) n = state.record->length;

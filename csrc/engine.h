@@ -179,10 +179,11 @@ class Engine {
                 float scale);
 
   State new_state(int adapter = -1) const;
+  bool made(const State& state) const;  // whether this engine, and no other, may read and change it
   // Reads every call's tokens; writes its logits, (call.logits, vocab), one behind the other. States are updated in place:
   // an exception leaves those of the call broken. Throws std::domain_error if a logit is not finite, std::invalid_argument
-  // for calls that are too long, OutOfMemory. One thread at a time, others wait. A recorded call of at most kMostRows tokens leaves
-  // convolution and scan where they were, until `keep`, or the next call, which keeps all of its tokens.
+  // for calls that are too long and states of another engine, OutOfMemory. One thread at a time, others wait. A recorded call of at
+  // most kMostRows tokens leaves convolution and scan where they were, until `keep`, or the next call, which keeps all of its tokens.
   void forward(const std::vector<Call>& calls, float* logits);
   // Of a recorded call's tokens only the first n stay read: the same bits as reading those alone. -1: all, if there are any. Throws
   // std::invalid_argument, OutOfMemory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -551,6 +552,29 @@ def test_errors_leave_states_alone() -> None:
     assert backend.forward([]) == []
     with pytest.raises(Zamba2Error, match="no adapter"):
         backend.new_state(adapter="x")
+
+
+def test_states_of_another_engine() -> None:
+    """The engine itself refuses what another one has read into, or gave an adapter, and the state stays as it was."""
+    config = CONFIGS["2.7b"]
+    backend, tokens = native(config, "q8"), ids(config, 3)
+    own, other = backend.engine, NativeBackend(make_packed(config, "q8"), config, threads=1).engine
+    state = backend.new_state()
+    logits_of(backend, tokens, state, record=True)
+    expected = logits_of(backend, tokens, state.copy())
+    calls: list[Callable[[], Any]] = [
+        lambda: other.forward([state.inner], [tokens], [1]),
+        lambda: other.keep(state.inner, 1),
+        lambda: other.export_state(state.inner),
+        lambda: own.forward([other.new_state(other.add_adapter())], [tokens], [1]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="belongs to another model"):
+            call()
+    assert same(logits_of(backend, tokens, state), expected)
+    for number in (0, -2):
+        with pytest.raises(ValueError, match="no such adapter"):
+            own.new_state(number)
 
 
 MISFITS: dict[str, list[dict[str, Any]]] = {
