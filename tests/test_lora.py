@@ -117,6 +117,17 @@ def test_adapters_keep_the_laws(folder, name):
             assert np.array_equal(found.numpy(), alone[adapter][start : start + 6])
 
 
+def test_an_observer_sees_the_models_own_products(folder):
+    """Observed inputs are those of the model's matrices, in the same order with an adapter on all of them as without one."""
+    place = folder("2.7b")
+    engine, seen = backend(place, adapter=place / "adapter"), {None: [], "a": []}
+    for adapter, names in seen.items():
+        engine.engine.observe_inputs(lambda name, data, names=names: names.append(name))
+        logits(engine, adapter, TOKENS[:5])
+    engine.engine.observe_inputs(None)
+    assert seen["a"] == seen[None] and "layers.0.mamba.in_proj.weight" in seen["a"]
+
+
 def test_states_know_their_adapter(folder, tmp_path):
     """A copy keeps the adapter; a saved state continues under the same adapter with the same bits, and under no other."""
     place = folder("2.7b")

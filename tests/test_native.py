@@ -555,7 +555,7 @@ def test_errors_leave_states_alone() -> None:
 
 
 def test_states_of_another_engine() -> None:
-    """The engine itself refuses what another one has read into, or gave an adapter, and the state stays as it was."""
+    """The engine itself refuses what another one has read into, gave an adapter or made for other layers, and the state stays as it was."""
     config = CONFIGS["2.7b"]
     backend, tokens = native(config, "q8"), ids(config, 3)
     own, other = backend.engine, NativeBackend(make_packed(config, "q8"), config, threads=1).engine
@@ -567,6 +567,7 @@ def test_states_of_another_engine() -> None:
         lambda: other.keep(state.inner, 1),
         lambda: other.export_state(state.inner),
         lambda: own.forward([other.new_state(other.add_adapter())], [tokens], [1]),
+        lambda: own.forward([native(BACKBONE, "q8").engine.new_state()], [tokens], [1]),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="belongs to another model"):
