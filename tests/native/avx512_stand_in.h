@@ -12,6 +12,7 @@
 #define __AVX512DQ__ 1
 #define __AVX512VNNI__ 1
 #define ZAMBA2_REGISTER "m"  // no register holds 64 bytes
+#define __m512bh __m512i      // where no register holds bf16, clang takes such a vector through fp32 and calls what older libgcc lacks
 
 namespace software_avx512 {
 
