@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
@@ -110,7 +110,7 @@ def pretend() -> Device:
     driver.set_active(device)
     idle = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
     for name, value in {
-        "is_available": lambda: True, "is_bf16_supported": lambda *_: True, "Event": lambda **_: idle, "graph_pool_handle": lambda: None,
+        "is_available": lambda: True, "is_bf16_supported": lambda *_: True, "Event": lambda **_: idle, "device": lambda *_: nullcontext(),
         "get_device_capability": lambda *_: tuple(map(int, device.arch.split("."))),
         "get_device_properties": lambda *_: SimpleNamespace(shared_memory_per_multiprocessor=1024 * (SHARED[device.arch] + 1)),
     }.items():  # fmt: skip
@@ -236,7 +236,8 @@ def compiled(names: list[str] | None, arch: str, model: str, work: str, kind: st
         if names is not None and kernel.fn.__name__ not in names:
             continue
         try:
-            made = kernel.warmup(*given, grid=(1,), **options)
+            with quiet():
+                made = kernel.warmup(*given, grid=(1,), **options)
         except Exception as error:  # whatever the compiler says
             found[kernel.fn.__name__, str(error)] = {"kernel": kernel.fn.__name__, "error": str(error).splitlines()[0]}
             continue
@@ -250,6 +251,20 @@ def compiled(names: list[str] | None, arch: str, model: str, work: str, kind: st
                 "variant": {"model": model, "work": work, "kind": kind} | variant,
             }  # fmt: skip
     return list(found.values())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without standard error, where the compiler writes a kernel of many thousand lines that it fails on."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nowhere:
+        before = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
 
 
 def usage(cubin: bytes) -> tuple[int, int]:

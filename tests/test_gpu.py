@@ -467,3 +467,38 @@ def test_packed_model_reads_each_part_once() -> None:
 
     packed_model(config, Packing.named("q8"), read_part)
     assert len(asked) == len(set(asked)) > 20
+
+
+def test_kernels_are_launched_on_the_models_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the thread's current GPU: every way into a model makes the model's own the current one, on cuda:1 as well."""
+    entered: list[torch.device] = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    second = torch.device("cuda", 1)
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "device", Current)
+        with ops.launching_on(second), ops.launching_on(torch.device("cpu")):
+            assert entered == [second]
+    for module in (ops, torch_runtime, decoder_module):
+        monkeypatch.setattr(module, "launching_on", Current)
+    backend = backend_of("little")
+    tokens = random_tokens(backend.config, 3, 1, 4)
+    hidden = torch.zeros(1, 1, backend.config.hidden_size, device=DEVICE)
+    state = backend.new_state()
+    steps: list[Any] = [
+        lambda: backend.model.hidden_states(tokens.to(DEVICE)), lambda: backend.model.logits(hidden),
+        lambda: read(backend, state, tokens[0]), lambda: read(backend, state, tokens[0, :1]), lambda: state.inner,
+    ]  # fmt: skip
+    for step in steps:
+        entered.clear()
+        step()
+        assert entered and all(device.type == DEVICE for device in entered)

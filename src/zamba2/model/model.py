@@ -350,31 +350,34 @@ class Zamba2(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Head over hidden states. (b, T, H) -> (b, T, V)."""
-        return matmul(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        with _ops.launching_on(x.device):
+            return matmul(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     def hidden_states(
         self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, state: ModelState | None = None,
         attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, record: bool = False,
     ) -> Tensor:  # fmt: skip
         """Everything but the head; arguments as in ``forward``. Returns the normalized hidden states (b, T, H)."""
-        if (input_ids is None) == (inputs_embeds is None):
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
-        x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.shape[1] == 0:
+        if given.shape[1] == 0:
             raise ValueError("there are no tokens to read; at least one is needed")
         if state is not None and seq_idx is not None:
             raise ValueError("a state holds one document per row; seq_idx cannot be used with it")
         if record and state is None:
             raise ValueError("record needs a state")
-        context = self.context(x, state, attention_mask, seq_idx, record)
-        for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            shared = self.shared_blocks[layer.layer.block] if layer.layer.block is not None else None
-            x = layer(x, shared, context, self.ops)
-        if state is not None:
-            state.position += x.shape[1]
-            state.records = context.records
-        return self.ops.rms_norm(x, self.final_layernorm.weight, self.config.rms_norm_eps)
+        with _ops.launching_on(given.device):
+            x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            context = self.context(x, state, attention_mask, seq_idx, record)
+            for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
+                shared = self.shared_blocks[layer.layer.block] if layer.layer.block is not None else None
+                x = layer(x, shared, context, self.ops)
+            if state is not None:
+                state.position += x.shape[1]
+                state.records = context.records
+            return self.ops.rms_norm(x, self.final_layernorm.weight, self.config.rms_norm_eps)
 
     def context(
         self, x0: Tensor, state: ModelState | None, attention_mask: Tensor | None, seq_idx: Tensor | None, record: bool
@@ -420,10 +423,11 @@ class Zamba2(nn.Module):
         records = state.records
         if records is None or not 0 <= n <= records[0].xBC.shape[1]:
             raise ValueError(f"cannot keep {n} tokens: {'nothing was recorded' if records is None else 'more than were recorded'}")
-        for layer, record in zip(self.layers, records, strict=True):
-            assert isinstance(layer, DecoderLayer)
-            _, conv, S = layer.mamba.recur(*record.first(n), self.ops) if n else (None, record.conv, record.ssm)
-            state.conv[layer.layer.index], state.ssm[layer.layer.index] = conv, S
+        with _ops.launching_on(records[0].xBC.device):
+            for layer, record in zip(self.layers, records, strict=True):
+                assert isinstance(layer, DecoderLayer)
+                _, conv, S = layer.mamba.recur(*record.first(n), self.ops) if n else (None, record.conv, record.ssm)
+                state.conv[layer.layer.index], state.ssm[layer.layer.index] = conv, S
         state.position -= records[0].xBC.shape[1] - n
         for kv in state.kv:
             kv.truncate(state.position)

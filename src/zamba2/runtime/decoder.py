@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from zamba2.config import Layer
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import GATED_EPS, DecoderLayer, Mamba2, SharedBlock, Zamba2, adapter_of
+from zamba2.model.ops import launching_on
 from zamba2.model.ops.triton_linear import embedding, linear
 from zamba2.model.ops.triton_step import PAGE, attend, choose, mixer_step, read_conv, read_pages, write_conv, write_pages
 from zamba2.model.packed import Packed
@@ -234,7 +235,8 @@ class Decoder:
         slots = step.slots()
         if step is not self.last or self.ahead is not None or self.right < PATIENCE or slots is None:
             return
-        with torch.inference_mode(), suppress(Zamba2Error, torch.OutOfMemoryError):  # who asks for the token hears of it
+        # who asks for the token hears of an error
+        with launching_on(self.device), torch.inference_mode(), suppress(Zamba2Error, torch.OutOfMemoryError):
             for slot in slots:
                 self._room(slot, slot.position)
             self.ahead = self._begin(slots)

@@ -22,7 +22,7 @@ from torch import Tensor
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Attention, Zamba2
-from zamba2.model.ops import has_triton
+from zamba2.model.ops import has_triton, launching_on
 from zamba2.model.packed import PackedEmbedding, PackedLinear
 from zamba2.model.state import KVCache, ModelState
 from zamba2.runtime.backend import Logits, Row, State, check_row, checked_best
@@ -106,7 +106,7 @@ class TorchState:
     def leave(self) -> None:
         """Give the slot up, if there is one."""
         if self.slot is not None:
-            with torch.inference_mode():
+            with launching_on(self.backend.device), torch.inference_mode():
                 self._inner = self.slot.decoder.export(self.slot)
             self.slot = None
 
@@ -215,7 +215,8 @@ class TorchBackend:
         check_room(chosen, file_bytes if packed or dtype is None else config.num_parameters * getattr(torch, dtype).itemsize)
         try:
             if packed:
-                return cls(load_packed(path, config, device=chosen))
+                with launching_on(chosen):
+                    return cls(load_packed(path, config, device=chosen))
             wanted = None if dtype is None else getattr(torch, dtype)
             return cls(load_model(path, config=config, device=chosen, dtype=wanted, unmapped=SPLIT))
         except torch.OutOfMemoryError as error:
@@ -252,7 +253,7 @@ class TorchBackend:
         single = [i for i, row in enumerate(rows) if self.decoder is not None and len(row.tokens) == 1 and not row.record]
         found: dict[int, Logits] = {}
         try:
-            with torch.inference_mode():
+            with launching_on(self.device), torch.inference_mode():
                 # all rows first, then all states: an interrupted call leaves every state as it was
                 done = {i: self._read(row, states[i]) for i, row in enumerate(rows) if i not in single}
                 for start in range(0, len(single), MOST_TOGETHER):

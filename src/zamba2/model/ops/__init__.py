@@ -13,6 +13,7 @@ implementation passes the cases of ``tests/op_cases.py``. The model asks ``selec
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from zamba2.errors import notice
 
-__all__ = ["Ops", "has_triton", "select"]
+__all__ = ["Ops", "has_triton", "launching_on", "select"]
 
 
 class Ops(Protocol):
@@ -91,6 +92,11 @@ def select(name: str = "auto") -> Ops:
 def has_triton() -> bool:
     """Whether Triton is there, as it is beside PyTorch for NVIDIA GPUs. Its kernels here are written for those alone."""
     return torch.version.hip is None and find_spec("triton") is not None
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[Any]:
+    """Where Triton's kernels may be launched: they go to the thread's current GPU, wherever their tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _for(x: Tensor) -> Ops:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from zamba2.model.ops import launching_on
 from zamba2.model.ops.reference import wide
 
 try:
@@ -70,7 +71,8 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     recording = torch.is_grad_enabled()
     gradients = (recording and hidden.requires_grad, recording and weight.requires_grad)
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, chunk, gradients)
+    with launching_on(hidden.device):
+        total: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, ignore_index, chunk, gradients)
     return total, (labels != ignore_index).sum()
 
 
