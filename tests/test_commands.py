@@ -131,6 +131,13 @@ def test_usage_errors_name_the_commands_own_help(arguments: str, said: str, zamb
     assert (code, out) == (2, "") and len(err) == 1 and err[0].endswith(said)
 
 
+@pytest.mark.parametrize("width", ["x", "", "-3"])
+def test_a_width_that_is_no_number(width: str) -> None:
+    """Typer's own variable for the width of help, set to anything, takes no help away."""
+    code, out, err = program("--help", TERMINAL_WIDTH=width)
+    assert (code, err) == (0, "") and "quantize" in out
+
+
 @pytest.mark.parametrize(("arguments", "times"), [(["--help"], 1.6), *[([*command.split(), "--help"], 7) for command in COMMANDS]])
 def test_help_is_instant(arguments: list[str], times: float) -> None:
     """Help is there at once: within so many times what typer itself takes to start on this machine. The best of several runs counts, and

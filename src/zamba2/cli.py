@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -704,6 +705,8 @@ INTERRUPTED = 130  # what newer versions of typer return instead of raising Keyb
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code. Everything that goes wrong is one line on standard error."""
+    if not os.environ.get("TERMINAL_WIDTH", "80").isdecimal():  # typer reads it as a number, whatever it is
+        del os.environ["TERMINAL_WIDTH"]
     try:
         code = app(args=list(arguments) or ["--help"], prog_name="zamba2", standalone_mode=False)
         if code != INTERRUPTED:
