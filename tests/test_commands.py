@@ -351,9 +351,9 @@ def test_where_the_users_own_files_are(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def chat(zamba: Any, *lines: str, options: tuple[str, ...] = ("-n", "4")) -> tuple[str, list[str]]:
-    """Standard output, and standard error without the line after each reply."""
+    """Standard output, and standard error without the line after each reply; the exit code tells of complaints."""
     code, out, err = zamba("chat", *options, stdin="\n".join(lines).encode())
-    assert code == 0
+    assert code == (2 if any(line.startswith("zamba2: ") for line in err) else 0)
     return out, [line for line in err if "first after" not in line]
 
 
@@ -391,9 +391,9 @@ def test_save_and_load_inside(zamba: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_lines_that_are_no_text(zamba: Any) -> None:
-    """A line that is not UTF-8 is left out with one line; the chat goes on."""
+    """A line that is not UTF-8 is left out with one line; the chat goes on, and the exit code tells of it."""
     code, out, err = zamba("chat", "-n", "4", stdin=b"\xff\xfe\nhello\n")
-    assert code == 0 and out == chat(zamba, "hello")[0]
+    assert code == 2 and out == chat(zamba, "hello")[0]
     assert err[0] == "zamba2: a line was left out: it is not UTF-8 text." and len(err) == 2
 
 

@@ -157,7 +157,7 @@ def chat(
         "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
         "revision": revision, "offline": offline,
     }  # fmt: skip
-    main(model, where, system, options)
+    raise typer.Exit(main(model, where, system, options))
 
 
 @app.command()

@@ -31,15 +31,17 @@ Ctrl-C stops a reply. Several lines: end a line with \\, or press Escape then En
 """
 
 
-def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapping[str, Any]) -> None:
-    """Load a model and talk until the user leaves. Raises Zamba2Error before the first turn only."""
+def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapping[str, Any]) -> int:
+    """Load a model and talk until the user leaves. Returns the exit code: 2 where a line out of a pipe was refused.
+
+    Raises Zamba2Error before the first turn only."""
     make_request([0], options)  # complain about options before the model is loaded
     loaded = load_with_status(model, where)
     conversation = loaded.conversation(system)
     ask = line_reader()
     import_the_rest()
     interrupts_raise()  # Ctrl-C stops a reply, and /save tidies up
-    interactive = sys.stdin.isatty()
+    interactive, code = sys.stdin.isatty(), 0
     if interactive:
         print(f"{model}: type a message, or /help.", file=sys.stderr)
     while True:
@@ -47,6 +49,7 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
             text = ask()
         except Zamba2Error as error:
             complain(error)
+            code = 2
             continue
         except KeyboardInterrupt:
             if not interactive:
@@ -54,9 +57,9 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
             print("(Ctrl-D or /exit leaves)", file=sys.stderr)
             continue
         except EOFError:
-            return
+            break
         if text.strip() in ("/exit", "/quit"):
-            return
+            break
         try:
             if text.startswith("/"):
                 command(conversation, text)
@@ -64,10 +67,12 @@ def main(model: str, where: Mapping[str, Any], system: str | None, options: Mapp
                 reply(conversation, text, options)
         except Zamba2Error as error:
             complain(error)
+            code = 2
         except KeyboardInterrupt:
             if not interactive:
                 raise
             print("\n(stopped)", file=sys.stderr)
+    return 0 if interactive else code
 
 
 def import_the_rest() -> None:
