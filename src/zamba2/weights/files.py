@@ -181,7 +181,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place if the block succeeds and vanishes if it does not.
 
     Works for a file and for a folder (created here, when the target is missing or an empty folder). A link stays one: what it names is
-    written. In the main thread Ctrl-C raises KeyboardInterrupt meanwhile, whatever it does elsewhere, so that nothing is left behind.
+    written. In the main thread Ctrl-C raises KeyboardInterrupt meanwhile, whatever it does elsewhere, so that nothing is left; signals
+    that end programs (of `timeout`, of a terminal that is closed) do so once all is tidied up.
     Raises Zamba2Error when the system refuses to write (disk full, no permission), and for devices.
     """
     import shutil
@@ -194,10 +195,19 @@ def replacing(path: Path) -> Iterator[Path]:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a device's place would be taken by a file
         raise Zamba2Error(f"{path} is neither a file nor a folder; choose another place.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")  # containers that share a folder share numbers
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    ours = callable(on_interrupt) and threading.current_thread() is threading.main_thread()  # not where it is ignored
-    if ours:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before: dict[signal.Signals, Any] = {}  # handlers
+    ended: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        ended.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        if callable(signal.getsignal(signal.SIGINT)):  # not where it is ignored
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -210,8 +220,10 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             with suppress(OSError):
                 temporary.unlink()
-        if ours:
-            signal.signal(signal.SIGINT, on_interrupt)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if ended:
+            signal.raise_signal(ended[0])
 
 
 def forget_leftovers(folder: Path) -> None:
