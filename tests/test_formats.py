@@ -163,10 +163,11 @@ def test_the_largest_weights(format: Format) -> None:
     assert abs(stored[1, 0] / values[1, 0] - 1) <= 1e-3
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
-@pytest.mark.parametrize("format", INTEGERS, ids=["q8", "q4"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.3961775e38, -3.3961775e38])
+@pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 def test_what_cannot_be_packed_is_refused(format: Format, value: float) -> None:
-    """NaN, infinities and weights beyond an fp16 scale raise Zamba2Error, wherever they stand and without a warning."""
+    """NaN, infinities and weights beyond an fp16 scale, or that bf16 rounds to an infinity, raise Zamba2Error, wherever they stand and
+    without a warning."""
     for at in ((0, 0), (16, 32), (7, 5)):
         values = normal(17, 33)
         values[at] = value

@@ -399,8 +399,7 @@ def test_spoiled_checkpoint(name: str, packed: Path, tmp_path: Path, capsys: pyt
     assert message in err[0]
 
 
-def spoil_source(tmp_path: Path, value: bytes) -> Path:
-    source = tmp_path / "source"
+def spoil_source(source: Path, value: bytes) -> Path:
     shutil.copytree(RANDOM, source)
     stored = stored_tensors(source / "model.safetensors")
     name = next(name for name in stored if name.endswith("in_proj.weight"))
@@ -411,12 +410,13 @@ def spoil_source(tmp_path: Path, value: bytes) -> Path:
 
 
 def test_command_refuses(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``quantize`` refuses NaN, a target in use, an unknown format, a packed source and none at all, in one sentence; nothing is left."""
+    """``quantize`` refuses NaN and what its format cannot hold, by name, a target in use, an unknown format, a packed source and none at
+    all, in one sentence; nothing is left."""
     full, file, target = tmp_path / "full", tmp_path / "file", tmp_path / "target"
     full.mkdir()
     (full / "mine").write_text("x")
     file.write_text("x")
-    source = spoil_source(tmp_path, b"\xc0\x7f")
+    source, large = spoil_source(tmp_path / "source", b"\xc0\x7f"), spoil_source(tmp_path / "large", b"\x7f\x7f")
     standalone = tmp_path / "old"
     standalone.mkdir()
     shutil.copy(RANDOM / "config.json", standalone)
@@ -424,6 +424,7 @@ def test_command_refuses(packed: Path, tmp_path: Path, capsys: pytest.CaptureFix
     before = sorted(tmp_path.rglob("*"))
     for message, arguments in {
         "NaN": [str(source), str(target)],
+        "large: tensor model.layers.0.mamba.in_proj.weight: a weight is not finite or too large for format q4; ": [str(large), str(target)],
         "not an empty folder": [str(RANDOM), str(full)],
         "not an empty folder;": [str(RANDOM), str(file)],
         "there is no format 'q5'": [str(RANDOM), str(target), "--format", "q5"],

@@ -26,6 +26,7 @@ __all__ = ["BLOCK", "FORMATS", "GROUP", "KV_FORMATS", "Format", "KVFormat", "for
 
 BLOCK = 16  # rows side by side
 GROUP = 32  # inputs that share a scale
+BF16_END = np.float32(2.0**128 - 2.0**119)  # from here on bf16 rounds to infinity
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int32]
@@ -111,6 +112,8 @@ def pack(weights: Floats, format: Format, rounding: Rounding | None = None) -> n
     padded[:rows, :cols] = weights
     grouped = padded.reshape(blocks, BLOCK, groups, GROUP)
     if format.number == 0:
+        if not (np.abs(weights) < BF16_END).all():
+            raise _too_large(format)
         pairs = round_bf16(grouped).reshape(blocks, BLOCK, groups, GROUP // 2, 2)
         return np.ascontiguousarray(pairs.transpose(0, 2, 3, 1, 4)).view(np.uint8).reshape(-1)
     codes, scales = (rounding or quantize)(grouped, format)
@@ -215,5 +218,10 @@ def rounded(columns: Floats, inverse: Floats, format: Format) -> Floats:
 
 def _stored(scales: Floats, format: Format) -> npt.NDArray[np.float16]:
     if not (np.abs(scales) <= 65504).all():
-        raise Zamba2Error(f"a weight is not finite or too large for format {format.name}; the checkpoint is damaged, or use bf16.")
+        raise _too_large(format)
     return scales.astype(np.float16)
+
+
+def _too_large(format: Format) -> Zamba2Error:
+    instead = ", or use bf16" if format.number else ""
+    return Zamba2Error(f"a weight is not finite or too large for format {format.name}; the checkpoint is damaged{instead}.")

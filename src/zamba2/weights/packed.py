@@ -233,11 +233,14 @@ def quantize(
             whole = len(rows) if parameter == part.sources[-1] else len(rows) // BLOCK * BLOCK
             carried = rows[whole:]
             some = [rows[start : min(whole, start + ROWS_AT_ONCE)] for start in range(0, whole, ROWS_AT_ONCE)]
-            for values, packed in zip(some, pool.map(lambda values: pack(values, own, rounding), some), strict=True):
-                yield packed.data
-                done += values.size
-                if progress is not None:
-                    progress(done, total)
+            try:
+                for values, packed in zip(some, pool.map(lambda values: pack(values, own, rounding), some), strict=True):
+                    yield packed.data
+                    done += values.size
+                    if progress is not None:
+                        progress(done, total)
+            except Zamba2Error as error:
+                raise Zamba2Error(f"{files.folder}: tensor {files.stored[parameter]}: {error}") from None
 
     small = [file for pattern in SMALL_FILES for file in source.glob(pattern) if file.is_file()]
     pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
