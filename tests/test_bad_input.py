@@ -301,7 +301,7 @@ TEXT = [
     Case("input not UTF-8", command("generate", "-"), "standard input is not UTF-8", stdin=b"\xff"),
     Case("file beside a prompt", lambda m: m.file(b"hi", "text", "--file"), "give one of them"),
     Case("messages beside a prompt", lambda m: m.file(b"[]", "text", "--messages"), "give one of them"),
-    Case("messages missing", command("generate", "--messages", "/nowhere"), "/nowhere cannot be read"),
+    Case("messages missing", command("generate", "--messages", "/nowhere"), "zamba2: /nowhere cannot be read"),
     Case("messages not JSON", lambda m: m.file(b"[", "--messages"), "a list of {role, content} objects is needed"),
     Case("messages nested", lambda m: m.file(b"[" * 90_000, "--messages"), "is not valid JSON"),
     Case("messages empty", lambda m: m.file(b"[]", "--messages"), "messages is empty"),

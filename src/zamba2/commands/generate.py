@@ -54,8 +54,9 @@ def read_messages(messages: Path | None, prompt: str | None, file: Path | None) 
         return None
     if prompt is not None or file is not None:
         raise Zamba2Error("--messages was given beside a prompt; give one of them.")
+    text = read_text(messages)
     try:
-        data = json.loads(read_text(messages))
+        data = json.loads(text)
         check_messages(data)
     except (ValueError, RecursionError) as error:
         raise Zamba2Error(f"{messages} is not valid JSON ({error}); a list of {{role, content}} objects is needed.") from None
