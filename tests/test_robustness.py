@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 from zamba2.errors import Zamba2Error
 from zamba2.runtime import processors
 from zamba2.runtime.native import chosen_threads
-from zamba2.runtime.processors import cores, default_threads, processors_for, quota
+from zamba2.runtime.processors import cores, default_threads, free_memory, processors_for, quota
 from zamba2.weights.formats import FORMATS
 from zamba2.weights.hub import RANDOM
 from zamba2.weights.packed import quantize
@@ -301,6 +302,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("ZAMBA2_THREADS", raising=False)
     monkeypatch.setattr(processors, "SYSTEM", tmp_path / "sys")
     monkeypatch.setattr(processors, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(processors, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(7)), raising=False)
     for i in range(8):
         folder = tmp_path / f"sys/devices/system/cpu/cpu{i}/topology"
@@ -369,6 +371,20 @@ def test_quota_of_cgroup_1(machine: Path, folder: str) -> None:
     assert default_threads() == 1
     group(machine, folder, cpu_cfs_quota_us="-1")
     assert default_threads() == 4
+
+
+def test_free_memory_within_the_groups(machine: Path) -> None:
+    """What the system has to give, less where a control group of either version allows less; pages of files count as free."""
+    assert free_memory() == math.inf
+    (machine / "meminfo").write_text("MemTotal:       99 kB\nMemAvailable:   90 kB\n")
+    (machine / "cgroup").write_text("4:memory:/docker/1f\n0::/a/b\n")
+    group(machine, "a/b", memory_max="max", memory_current="5")
+    assert free_memory() == 90 * 1024
+    group(machine, "a", memory_max="70000", memory_current="50000", memory_stat="anon 1\nactive_file 1000\ninactive_file 200")
+    assert free_memory() == 21_200
+    stat = "active_file 1\ninactive_file 1\ntotal_active_file 30\ntotal_inactive_file 4"
+    group(machine, "memory", memory_limit_in_bytes="9000", memory_usage_in_bytes="8000", memory_stat=stat)
+    assert free_memory() == 1034
 
 
 def test_thread_and_pin_options(monkeypatch: pytest.MonkeyPatch) -> None:

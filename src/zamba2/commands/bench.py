@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from zamba2.commands import interrupts_raise
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.runtime.processors import default_threads, machine
+from zamba2.runtime.processors import default_threads, free_memory, machine
 from zamba2.weights.files import replacing
 from zamba2.weights.formats import format_named, kv_format_named
 from zamba2.weights.hub import RANDOM, cache_folder, resolve
@@ -127,13 +126,6 @@ def check_format(path: Path, format: str) -> None:
     _, found, _ = open_packed(path, read_config(path))
     if found.format.name != format_named(format).name:
         raise Zamba2Error(f"{path} is packed as {found.format.name}, not {format}; leave --format out, or give the original checkpoint.")
-
-
-def free_memory() -> float:
-    """Bytes that the system says are free; infinite where it says nothing."""
-    info = Path("/proc/meminfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")), math.inf)
 
 
 def need_memory(nbytes: float) -> None:

@@ -15,9 +15,9 @@ from zamba2.bench.peers import llama_cpp_python
 from zamba2.bench.rivals import RIVALS
 from zamba2.commands import interrupts_raise
 from zamba2.commands.bars import bar
-from zamba2.commands.bench import ROOM, free_memory, synthetic
+from zamba2.commands.bench import ROOM, synthetic
 from zamba2.errors import Zamba2Error, notice
-from zamba2.runtime.processors import default_threads
+from zamba2.runtime.processors import default_threads, free_memory
 from zamba2.weights.formats import format_named
 from zamba2.weights.packed import Packing
 

@@ -1,7 +1,8 @@
-"""This machine: its processors, how many threads a computation should have and on which of them, and what is installed."""
+"""This machine: its processors, how many threads a computation should have and on which of them, free memory, and what is installed."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from zamba2.errors import Zamba2Error
 
-__all__ = ["MOST_THREADS", "cores", "default_threads", "machine", "processors_for", "quota", "versions"]
+__all__ = ["MOST_THREADS", "cores", "default_threads", "free_memory", "machine", "processors_for", "quota", "versions"]
 
 MOST_THREADS = 1024
 SYSTEM = Path("/sys")
 CGROUPS = Path("/proc/self/cgroup")
+MEMORY = Path("/proc/meminfo")
 
 
 def machine() -> str:
@@ -82,16 +84,39 @@ def quota() -> float | None:
     return min(found, default=None)
 
 
+def free_memory() -> float:
+    """Bytes that the system and every control group around this process still have, or hold as files' pages; infinite where none says."""
+    lines = _text(MEMORY).splitlines()
+    found = [int(line.split()[1]) * 1024.0 for line in lines if line.startswith("MemAvailable")]
+    for folder in _groups("memory"):
+        limit = _text(folder / "memory.max") or _text(folder / "memory.limit_in_bytes")
+        used = _text(folder / "memory.current") or _text(folder / "memory.usage_in_bytes")
+        if limit.isdecimal() and used.isdecimal():
+            kinds = {name: int(value) for name, value in map(str.split, _text(folder / "memory.stat").splitlines())}
+            pages = sum(kinds.get(f"total_{kind}", kinds.get(kind, 0)) for kind in ("active_file", "inactive_file"))
+            found.append(float(int(limit) - int(used) + pages))
+    return min(found, default=math.inf)
+
+
 def _limits() -> Iterator[tuple[int, int]]:
-    """(quota, period) in microseconds of every group that holds this process and can be seen from inside its container."""
+    """(quota, period) in microseconds of every group of this process."""
+    for folder in _groups("cpu"):
+        text = _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
+        numbers = text.split()
+        if len(numbers) == 2 and all(number.isdecimal() for number in numbers):  # not "max", not -1: no limit
+            yield int(numbers[0]), int(numbers[1])
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Folders of every group that holds this process and can be seen from inside its container."""
     mounted = SYSTEM / "fs" / "cgroup"
     for line in _text(CGROUPS).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
             root = mounted
-        elif "cpu" in controllers.split(","):
-            root = next((root for root in (mounted / controllers, mounted / "cpu") if root.is_dir()), mounted)
+        elif controller in controllers.split(","):
+            root = next((root for root in (mounted / controllers, mounted / controller) if root.is_dir()), mounted)
         else:
             continue
         inner = root / group.strip("/")
@@ -99,10 +124,7 @@ def _limits() -> Iterator[tuple[int, int]]:
         for folder in (inner, *inner.parents):
             if not folder.is_relative_to(root):
                 break
-            text = _text(folder / "cpu.max") or f"{_text(folder / 'cpu.cfs_quota_us')} {_text(folder / 'cpu.cfs_period_us')}"
-            numbers = text.split()
-            if len(numbers) == 2 and all(number.isdecimal() for number in numbers):  # not "max", not -1: no limit
-                yield int(numbers[0]), int(numbers[1])
+            yield folder
 
 
 def _text(path: Path) -> str:
