@@ -174,6 +174,25 @@ def test_settings_of_the_library(call: Caller) -> None:
         assert "HF_...) cannot be used (invalid literal for int()" in call.error(MODEL, {name: "soon"})
 
 
+RETRIES = """
+from huggingface_hub.utils import http_backoff
+from zamba2.weights.hub import quiet_retries
+for _ in range(2):
+    quiet_retries()
+    try:
+        http_backoff("GET", "http://127.0.0.1:1", max_retries=2, base_wait_time=0)
+    except Exception as error:
+        print(type(error).__name__)
+"""
+
+
+def test_retries_are_told_of_once(call: Caller) -> None:
+    """Of requests that are made again and again for half a minute one line tells as soon as the first has failed, and no other."""
+    done = subprocess.run([sys.executable, "-c", RETRIES], env=call.env, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "ConnectError\n" * 2
+    assert done.stderr == "zamba2: the Hub does not answer as it should; it is asked again, for up to a minute.\n"
+
+
 def test_not_there(call: Caller) -> None:
     """A repository, or a file in it, that is missing, and an id that cannot be one, are one sentence each."""
     for env in ({}, {"HF_TOKEN": "hf_test"}):

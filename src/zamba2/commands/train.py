@@ -19,7 +19,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, mix
 from zamba2.train.masks import Masked
-from zamba2.weights.hub import quiet_retries, resolve
+from zamba2.weights.hub import resolve
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,10 +42,8 @@ def preview(
     parts = [Part.parse(written) for written in sets]
     kind = check_parts(parts)
     for part in parts:
-        if part.path is None:
-            if offline:
-                raise Zamba2Error(f"{part.label} is read from the Hub; leave out --offline, or give its files as {part.label}:PATH.")
-            quiet_retries()
+        if part.path is None and offline:
+            raise Zamba2Error(f"{part.label} is read from the Hub; leave out --offline, or give its files as {part.label}:PATH.")
     path = resolve(model, revision=revision, offline=offline, weights=False)
     if path.is_file():
         raise Zamba2Error(f"{path} is a standalone file; a checkpoint folder with a tokenizer.json is needed.")

@@ -23,6 +23,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.masks import Masked, MaskedPair, mask_conversation, mask_pair, mask_text
+from zamba2.weights.hub import quiet_retries
 
 __all__ = [
     "SOURCES", "Example", "Filters", "Part", "Prompts", "Reader", "Source", "Tally", "Unusable", "check_parts", "evaluation_prompts",
@@ -413,6 +414,7 @@ def _hub_rows(source: Source) -> Iterator[tuple[str, Any]]:
         import datasets
     except ImportError:
         raise _missing() from None
+    quiet_retries()
     datasets.disable_progress_bars()
     number = 0
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from logging import WARNING, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,20 @@ def check_settings() -> None:
 
 
 def quiet_retries() -> None:
-    """Data sets' library tells of each of its tries and of the wait behind it; here the end of them is one sentence."""
+    """Data sets' library tells of each of its tries and of the wait behind it; here the first is one line, and their end one sentence."""
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    requests = getLogger("huggingface_hub.utils._http")
+    requests.setLevel(WARNING)
+    requests.addFilter(tell_of_retries)
+
+
+def tell_of_retries(record: LogRecord) -> bool:
+    """A filter of the library's log: of all the library says of a request, the first time that it waits is told."""
+    if "Retry" in record.getMessage():
+        notice("the Hub does not answer as it should; it is asked again, for up to a minute.")
+    return False
 
 
 def upload(folder: Path, repository: str, *, private: bool = True) -> str:
