@@ -1137,6 +1137,15 @@ def test_several_processes_print_one_folder(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == printed
 
 
+@pytest.mark.parametrize("arguments", [["sft", "sft-2.7b"], ["demo"]])
+def test_libraries_of_other_versions_are_one_sentence(monkeypatch, capsys, arguments):
+    """Where transformers or trl cannot be imported together, the end is one line that says what to install."""
+    monkeypatch.setitem(sys.modules, "zamba2.train.run", None)
+    assert command(["train", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "do not fit together (" in error and "install with `pip install 'zamba2[train]'`." in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("change", "said"), [("out=x", "out cannot be changed"), ("stepz=1", "there is no field stepz"), ("steps=many", "be a valid integer")]
 )

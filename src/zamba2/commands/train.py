@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from zamba2.commands import interrupts_raise, need
 from zamba2.config import Config
-from zamba2.errors import Zamba2Error
+from zamba2.errors import Zamba2Error, install
+from zamba2.language.messages import brief
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.train.data import Example, Filters, Part, Prompts, Reader, check_parts, evaluation_prompts, mix
 from zamba2.train.masks import Masked
@@ -96,11 +97,15 @@ def demonstration(out: Path, changes: Sequence[str], *, small: float, processes:
 
 
 def prepare_libraries() -> None:
-    """Before trl and transformers are imported: they tell each other, and us, what is deprecated."""
+    """Import trl and transformers, without what they tell each other, and us, of what is deprecated. Raises Zamba2Error."""
     need("training", "train", "torch", "trl", "peft", "datasets")
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        import zamba2.train.run  # noqa: F401
+    except (AttributeError, ImportError) as error:  # other versions than pip would have chosen
+        raise Zamba2Error(f"the installed libraries do not fit together ({brief(error)}); {install('train')}.") from None
 
 
 def opener(examples: Sequence[Example]) -> Callable[[int], Iterable[Example]]:
