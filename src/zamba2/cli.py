@@ -25,12 +25,14 @@ app = typer.Typer(
 
 # Options that several commands share. Typer evaluates these on Python 3.10 too, hence Optional.
 # ruff: noqa: UP045
-Model = Annotated[str, typer.Option("--model", "-m", help="Alias (2.7b-instruct, 1.2b, 7b, ...), Hub id, folder or .pt file.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Short name (2.7b-instruct, 1.2b, 7b, ...), Hub id, folder or .pt file.")]
 Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already downloaded.")]
 Device = Annotated[Optional[str], typer.Option(help="Run with PyTorch on cpu, cuda, cuda:1 or mps; without: a GPU or the native engine.")]
 Dtype = Annotated[Optional[str], typer.Option(help="Run with PyTorch in float32, bfloat16 or float16.")]
-FormatName = Annotated[Optional[str], typer.Option("--format", help="q4 (the default on CPUs), q8 or bf16: packed weights, on the CPU.")]
+FormatName = Annotated[
+    Optional[str], typer.Option("--format", help="Packed weights: q4 (the default on CPUs), q8 or bf16; on a GPU with --device cuda.")
+]
 KVFormatName = Annotated[Optional[str], typer.Option("--kv-format", help="Keys and values of packed models: bf16, or q8, half as large.")]
 Threads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads of the native engine; one per core if not given.")]
 AllThreads = Annotated[Optional[int], typer.Option(min=1, max=1024, help="Threads; one per core if not given.")]
@@ -162,7 +164,7 @@ def chat(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="Shape (1.2b, 2.7b, 7b), alias, Hub id, folder or .pt file.")] = "demo",
+    model: Annotated[str, typer.Argument(help="Shape (1.2b, 2.7b, 7b), short name, Hub id, folder or .pt file.")] = "demo",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     revision: Revision = None,
     offline: Offline = False,
@@ -182,7 +184,7 @@ def info(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(help="Alias (2.7b-instruct, ...) or Hub id.")],
+    model: Annotated[str, typer.Argument(help="Short name (2.7b-instruct, ...) or Hub id.")],
     revision: Revision = None,
 ) -> None:
     """Download a checkpoint into the Hub cache, resuming where an earlier try stopped, and print its folder.
@@ -200,7 +202,7 @@ def download(
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="Alias, Hub id or folder of the checkpoint to pack.")],
+    source: Annotated[str, typer.Argument(help="Short name, Hub id or folder of the checkpoint to pack.")],
     target: Annotated[Path, typer.Argument(help="New folder for the packed checkpoint.")],
     format: Annotated[str, typer.Option("--format", help="q4 (4.5 bits a weight), q8 (8.5) or bf16 (16).")] = "q4",
     embeddings: Annotated[Optional[str], typer.Option(help="Format of the embeddings and lm_head; q8 beside q4 if not given.")] = None,
@@ -235,7 +237,7 @@ def bench(
     shape: Annotated[
         Optional[str], typer.Option(help="Random weights of 1.2b, 2.7b (the default), 7b, or a folder with a config.json.")
     ] = None,
-    model: Annotated[Optional[str], typer.Option("--model", "-m", help="Measure a real checkpoint: alias, Hub id or folder.")] = None,
+    model: Annotated[Optional[str], typer.Option("--model", "-m", help="Measure a real checkpoint: short name, Hub id or folder.")] = None,
     format: Annotated[
         Optional[str], typer.Option("--format", help="q4, q8 or bf16; q4 (on a GPU bf16), or what the checkpoint is packed in.")
     ] = None,
@@ -386,7 +388,7 @@ app.add_typer(train, name="train")
 def preview(
     sets: Annotated[list[str], typer.Argument(metavar="NAME[:PATH][=WEIGHT]...", help=f"Data sets of one stage: {DATA_SETS}.")],
     model: Annotated[
-        str, typer.Option("--model", "--tokenizer", "-m", help="Whose tokenizer and chat template: alias, Hub id or folder.")
+        str, typer.Option("--model", "--tokenizer", "-m", help="Whose tokenizer and chat template: short name, Hub id or folder.")
     ] = "demo",
     count: Annotated[int, typer.Option("--count", "-c", min=0, help="Examples to show, drawn by weight.")] = 3,
     rows: Annotated[int, typer.Option(min=0, help="Most rows of each set to read; 0 reads all.")] = 1000,
@@ -535,7 +537,7 @@ def perplexity(
 @evaluate.command()
 def divergence(
     text: TextFile,
-    reference: Annotated[str, typer.Option("--reference", "-r", help="The model to be near to: alias, Hub id or folder.")],
+    reference: Annotated[str, typer.Option("--reference", "-r", help="The model to be near to: short name, Hub id or folder.")],
     reference_format: Annotated[Optional[str], typer.Option(help="Its packed format: bf16, q8 or q4.")] = None,
     reference_dtype: Annotated[Optional[str], typer.Option(help="Or run it with PyTorch, in float32, bfloat16 or float16.")] = None,
     model: Model = "demo", context: Context = 2048, out: Out = None, as_json: AsJson = False,
@@ -560,7 +562,7 @@ def divergence(
 
 
 Answerer = Annotated[
-    str, typer.Option("--model", "-m", help="Alias, Hub id or folder; hf:ID runs in transformers, openai:URL#MODEL at an endpoint.")
+    str, typer.Option("--model", "-m", help="Short name, Hub id or folder; hf:ID runs in transformers, openai:URL#MODEL at an endpoint.")
 ]
 Results = Annotated[Path, typer.Option(help="Folder for answers and results; what an interrupted run left there is not done again.")]
 Limit = Annotated[Optional[int], typer.Option(min=1, help="Take the first so many alone: a look at how it goes, no score to quote.")]
@@ -569,7 +571,7 @@ Limit = Annotated[Optional[int], typer.Option(min=1, help="Take the first so man
 @evaluate.command()
 def tasks(
     names: Annotated[list[str], typer.Argument(metavar="TASK...", help="Names, patterns or YAML files of lm-eval's tasks.")],
-    model: Annotated[str, typer.Option("--model", "-m", help="Alias, Hub id or folder; hf:ID; openai:URL#MODEL.")] = "demo",
+    model: Annotated[str, typer.Option("--model", "-m", help="Short name, Hub id or folder; hf:ID; openai:URL#MODEL.")] = "demo",
     few_shot: Annotated[Optional[int], typer.Option(min=0, help="Examples before each question; the task's own number without.")] = None,
     limit: Limit = None,
     batch: Annotated[int, typer.Option(min=1, max=64, help="Requests in a call.")] = 8,
