@@ -369,9 +369,9 @@ def test_one_line_and_exit_code_2(
     arguments = case.prepare(spoiled)
     before = files_under(spoiled.home)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(case.stdin)))
-    started = time.perf_counter()
+    started = time.process_time()  # which stands still while others have the processor
     assert run(arguments) == 2
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     out, err = capsys.readouterr()
     lines = complaints(err)
     assert len(lines) == 1, err
