@@ -738,15 +738,20 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], *, feed: str | None = None) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(feed, timeout=30)
-    finally:
-        process.kill()
+    with process:  # whose pipes would trouble a later test
+        try:
+            out, err = process.communicate(feed, timeout=30)
+        finally:
+            process.kill()
     return process.returncode, out, err
 
 
 def check_interrupted(process: subprocess.Popen[str], *, may_be_done: bool = False) -> str:
-    code, _, err = finish(process)
+    try:
+        code, _, err = finish(process)
+    except subprocess.TimeoutExpired as error:  # Python drops what is raised in a callback of its imports' locks, until we handle Ctrl-C
+        assert b"Exception ignored in: <function _get_module_lock" in (error.stderr or b""), error.stderr
+        return "early"
     if "Traceback" in err or code in (-signal.SIGINT, 1):  # the interpreter was still starting: nothing of ours could catch it
         assert 'zamba2/__main__.py", line' not in err, err  # a frame; an editable install's own lines name every file
         return "early"
