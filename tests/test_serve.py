@@ -494,7 +494,7 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "too long": (CHAT, {"max_tokens": 4096}, 400, "the model's context has 4096 tokens"),
     "top_logprobs": (CHAT, {"top_logprobs": 1}, 400, "top_logprobs was given without logprobs"),
     "stream_options": (CHAT, {"stream_options": {"include_usage": True}}, 400, "without stream: true"),
-    "many messages": (CHAT, {"messages": HELLO * 2049}, 400, "messages: 2049 were asked for; at most 2048"),
+    "many messages": (CHAT, {"messages": HELLO * 2049}, 400, "messages: 2049 were given; at most 2048"),
     "no prompt": (TEXT, {"prompt": []}, 400, "prompt: a text, a list of texts"),
     "an empty list": (TEXT, {"prompt": [[]]}, 400, "the prompt is empty"),
     "a token": (TEXT, {"prompt": [5, 4096]}, 400, "prompt: 4096 is no token; ids from 0 to 4095"),
@@ -507,8 +507,8 @@ BAD: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "no limit": (MESSAGE, {"max_tokens": None}, 400, "max_tokens is None"),
     "thinking": (MESSAGE, {"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "does not reason apart"),
     "an answer alone": (MESSAGE, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "no message before the beginning"),
-    "many messages of the newer API": (RESPONSE, {"input": HELLO * 2049}, 400, "messages: 2049 were asked for; at most 2048"),
-    "many messages of Anthropic's": (MESSAGE, {"messages": HELLO * 2049}, 400, "messages: 2049 were asked for; at most 2048"),
+    "many messages of the newer API": (RESPONSE, {"input": HELLO * 2049}, 400, "input: 2049 were given; at most 2048"),
+    "many messages of Anthropic's": (MESSAGE, {"messages": HELLO * 2049}, 400, "messages: 2049 were given; at most 2048"),
     "stops of Anthropic's": (MESSAGE, {"stop_sequences": ["a"] * 17}, 400, "stop: 17 were asked for; at most 16"),
     "a bias of a text": (TEXT, {"logit_bias": {"4096": 1}}, 400, "logit_bias: 4096 is no token"),
     "another model of Anthropic's": (MESSAGE, {"model": "claude"}, 404, "there is no model 'claude'"),
@@ -606,6 +606,7 @@ def test_keys(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
         for key in ("third", "firs", "first1", "ä"):
             headers = {"Authorization": b"Bearer " + key.encode()}
             check_error(live.http.get("/v1/models", headers=headers), 401, "is not one of this server's", "")
+        assert live.http.get("/v1/models", headers={"Authorization": "Bearer second", "x-api-key": "none"}).status_code == 200
         with pytest.raises(anthropic.AuthenticationError):
             live.anthropic.messages.create(model="demo", max_tokens=5, messages=HELLO)
         with openai.OpenAI(base_url=f"{live.url}/v1", api_key="second") as client:

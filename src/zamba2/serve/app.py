@@ -95,7 +95,6 @@ class Settings:
     origins: tuple[str, ...] = ()
     max_tokens: int = 1024  # of a chat's reply where none is asked for
     most_body_bytes: int = 4 << 20
-    most_messages: int = 2048
     most_n: int = 8
     most_stops: int = 16
     seconds: float = 600.0
@@ -211,12 +210,12 @@ class Server:
             raise Problem(message, status=404, code="model_not_found", param="model")
         return self.settings.model_name, None  # the backend may have one for all
 
-    def check_sizes(self, *, messages: int = 0, n: int | None = None, stops: int = 0, prompts: int = 1) -> None:
+    def check_sizes(self, *, n: int | None = None, stops: int = 0, prompts: int = 1) -> None:
         """Raises Problem for more than is allowed."""
         replies = (n or 1) * prompts
         for name, count, most in (
-            ("messages", messages, self.settings.most_messages), ("n", n or 1, self.settings.most_n),
-            ("stop", stops, self.settings.most_stops), ("prompt", replies, self.scheduler.most_waiting + self.scheduler.most_running),
+            ("n", n or 1, self.settings.most_n), ("stop", stops, self.settings.most_stops),
+            ("prompt", replies, self.scheduler.most_waiting + self.scheduler.most_running),
         ):  # fmt: skip
             if count > most:
                 name = "n" if name == "prompt" and prompts == 1 else name
@@ -552,8 +551,8 @@ class Gate:
         if not self.keys or scope["path"] in OPEN_PATHS:
             return
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")
-        if not any([hmac.compare_digest(given, key) for key in self.keys]):  # a list: all are compared
+        given = [one for one in (headers.get(b"x-api-key"), token.strip() if scheme.lower() == b"bearer" else b"") if one]
+        if not any([hmac.compare_digest(one, key) for one in given for key in self.keys]):  # a list: all are compared
             what = "is not one of this server's" if given else "is missing; send it as Authorization: Bearer KEY, or as x-api-key"
             raise Problem(f"the API key {what}.", status=401, kind="authentication_error", code="invalid_api_key")
 
@@ -661,7 +660,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     async def chat_completions(body: ChatBody, http: HTTPRequest) -> Response:
         """A reply to a conversation."""
         name, adapter = server.chosen(body.model)
-        server.check_sizes(messages=len(body.messages), n=body.n, stops=len(body.stop))
+        server.check_sizes(n=body.n, stops=len(body.stop))
         options = sampling_options(body) | {"stop": body.stop, "ignore_eos": body.ignore_eos, "adapter": adapter}
         options["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         form = None if body.response_format is None else body.response_format.form
@@ -687,7 +686,6 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     async def responses(body: ResponseBody, http: HTTPRequest) -> Response:
         """A reply to a text or a conversation, in the layout of OpenAI's newer API; nothing is stored."""
         name, adapter = server.chosen(body.model)
-        server.check_sizes(messages=len(body.input))
         options = sampling_options(body) | {"logprobs": body.alternatives, "adapter": adapter}
         asks = await asyncio.to_thread(
             server.chat_asks, body.turns, options, body.max_output_tokens, box=body.toolbox(), form=body.form, field="text.format"
@@ -701,7 +699,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     async def messages(body: MessagesBody, http: HTTPRequest) -> Response:
         """A reply to a conversation, in the layout of Anthropic's API."""
         name, adapter = server.chosen(body.model)
-        server.check_sizes(messages=len(body.messages), stops=len(body.stop_sequences))
+        server.check_sizes(stops=len(body.stop_sequences))
         options = sampling_options(body) | {"stop": body.stop_sequences, "adapter": adapter}
         goes_on = body.messages[-1].role == "assistant"
         asks = await asyncio.to_thread(
@@ -717,7 +715,6 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
     async def count_tokens(body: CountTokensBody) -> Response:
         """How many tokens a conversation has for the model, the mark of its reply included, in the layout of Anthropic's API."""
         server.chosen(body.model)
-        server.check_sizes(messages=len(body.messages))
 
         def work() -> int:
             with asked():
@@ -752,15 +749,15 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         """Token ids of a text, or of a conversation as the model reads it."""
         server.chosen(body.model)
 
-        def work() -> list[int]:
+        def work() -> Response:
             with asked():
                 if body.messages is None:
-                    return server.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-                server.check_sizes(messages=len(body.messages))
-                return server.tokenizer.encode_chat(body.conversation, add_generation_prompt=body.add_generation_prompt)
+                    tokens = server.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+                else:
+                    tokens = server.tokenizer.encode_chat(body.conversation, add_generation_prompt=body.add_generation_prompt)
+            return answer({"tokens": tokens, "count": len(tokens), "max_model_len": server.config.max_position_embeddings})
 
-        tokens = await asyncio.to_thread(work)
-        return answer({"tokens": tokens, "count": len(tokens), "max_model_len": server.config.max_position_embeddings})
+        return await asyncio.to_thread(work)
 
     @app.post("/detokenize", responses=documented(schema(prompt=TEXT)), response_class=Response)
     async def detokenize(body: DetokenizeBody) -> Response:

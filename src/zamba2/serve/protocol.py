@@ -131,6 +131,8 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
         message = f"{where}: {first['ctx']['error']}"
     elif kind == "string_unicode":
         message = f"{where} holds half a surrogate pair; valid Unicode text is needed."
+    elif kind == "too_long" and isinstance(found, list):
+        message = f"{where}: {len(found)} were given; at most {first['ctx']['max_length']} are possible in one request."
     elif kind in ("model_type", "model_attributes_type"):
         message = f"{where} is {brief(repr(found))}; an object is needed."
     else:
@@ -142,6 +144,8 @@ def validation_problem(errors: Sequence[Mapping[str, Any]]) -> Problem:
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
+MOST_MESSAGES = 2048  # of a conversation; those behind them are not looked at
+Messages = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
 TAG = "#"  # at the end of the name of one of several models, which is no field's
 
 
@@ -597,7 +601,7 @@ class ResponseFormat(Body):
 class ChatBody(OpenAIBody):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Messages]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -757,7 +761,7 @@ class ResponseBody(Sampled):
     """``/v1/responses``: text in, text out, nothing stored."""
 
     model: str = "default"
-    input: Annotated[list[Item], Field(min_length=1, fail_fast=True), BeforeValidator(one_message)] = Field(
+    input: Annotated[list[Item], Messages, BeforeValidator(one_message)] = Field(
         description="A text, or messages, calls and their results."
     )
     instructions: str | None = None
@@ -852,7 +856,7 @@ class MessagesBody(Body):
 
     model: str = "default"
     max_tokens: Count
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[AnthropicMessage], Messages]
     system: Text | None = None
     stop_sequences: Stops = ()
     stream: bool | None = None
@@ -915,7 +919,7 @@ class TokenizeBody(Body):
 
     model: str = "default"
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[ChatMessage], Messages] | None = None
     tools: ChatTools = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
