@@ -26,8 +26,9 @@ import pytest
 from fake_hub import FakeHub
 
 import zamba2
+import zamba2.commands
 from zamba2.cli import app, run, sampling_options
-from zamba2.commands import complain, need
+from zamba2.commands import complain, need, read_text
 from zamba2.commands.chat import reply, user_folder
 from zamba2.commands.generate import load_with_status
 from zamba2.errors import Zamba2Error, install
@@ -735,3 +736,16 @@ def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys:
     exec(compile(source, "README.md", "exec"), {})
     answer = zamba2.load("2.7b-instruct").generate("Why is the sky blue?", max_tokens=150).text
     assert answer and capsys.readouterr().out == answer + "\n"
+
+
+def test_a_text_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of as many bytes as may be is read whole; one byte more, or a device that gives bytes for ever, is one sentence."""
+    monkeypatch.setattr(zamba2.commands, "MOST_BYTES", 3 << 20)
+    file = tmp_path / "text"
+    file.write_bytes(b"\xef\xbb\xbf" + b"a\r\n" * (1 << 20))
+    with pytest.raises(Zamba2Error, match="text has more than 3 MiB"):
+        read_text(file)
+    file.write_bytes(b"a\r\n" * (1 << 20))
+    assert read_text(file) == "a\n" * (1 << 20)
+    with pytest.raises(Zamba2Error, match="/dev/zero has more than 3 MiB, or no end"):
+        read_text(Path("/dev/zero"))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from zamba2.errors import Zamba2Error, install
 
 __all__ = ["complain", "interrupts_raise", "need", "read_text"]
+
+
+MOST_BYTES = 1 << 30  # of a text; some files that are devices have no end
 
 
 def complain(message: object) -> None:
@@ -39,7 +42,13 @@ def read_text(file: Path | None) -> str:
     any text that Python reads. Raises Zamba2Error."""
     name = file or "standard input"
     try:
-        text = (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode("utf-8-sig")
+        with nullcontext(sys.stdin.buffer) if file is None else file.open("rb") as stream:
+            data = bytearray()
+            while chunk := stream.read(1 << 20):
+                data += chunk
+                if len(data) > MOST_BYTES:
+                    raise Zamba2Error(f"{name} has more than {MOST_BYTES >> 20} MiB, or no end; give a part of it.")
+        text = data.decode("utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise Zamba2Error(f"{name} cannot be read ({error.strerror}); a text file is needed.") from None
