@@ -54,7 +54,7 @@ from zamba2.weights.checkpoint import FP32_PARTS, packed_model  # noqa: E402
 from zamba2.weights.packed import Packing, Part  # noqa: E402
 
 # Shared memory of one program in KiB, by compute capability (CUDA's programming guide, "Technical Specifications per Compute Capability").
-SHARED = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}
+SHARED = {"8.0": 163, "8.6": 99, "8.9": 99, "9.0": 227, "10.0": 227, "12.0": 99}  # A100, RTX 30 and 40, H100 and H200, B200, RTX 50
 DEVICE = torch.device("cuda", 0)
 TOKENS = 2048  # of a prompt, and of a training step
 PLAIN, PACKED = ("bfloat16", "float32", "float16"), ("q4", "q8")
@@ -220,6 +220,7 @@ WORK: dict[str, tuple[Callable[[Config, str], None], tuple[str, ...]]] = {
 
 
 def launches_of(arch: str, model: str, work: str, kind: str) -> list[Launch]:
+    """What a model would launch. kind: a dtype or a packed format."""
     pretend().arch = arch
     with FakeTensorMode(), torch.inference_mode(work != "training"), noted() as launches:
         WORK[work][0](PRESETS[model], kind)
