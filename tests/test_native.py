@@ -658,7 +658,9 @@ def test_values_that_are_not_finite(tmp_path: Path, format: str) -> None:
 def test_a_failed_call_spoils_no_other(format: str) -> None:
     """Behind a call whose values were not finite, other states' calls give the bits that they gave before it."""
     model = random_model(BACKBONE, 1)
-    model.embed_tokens.weight[1].fill_(3.4e38)  # in bf16 infinite
+    model.embed_tokens.weight[:, 0] = 0.0
+    model.embed_tokens.weight[1, 0] = 1.0
+    model.layers[0].input_layernorm.weight[0] = 3e38  # what comes of token 1 alone is infinite
     backend = NativeBackend(packed_from(model, format, "bf16"), BACKBONE, threads=1)
     for length in (2, 20):
         expected = logits_of(backend, [2] * length)
