@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles the GPU's kernels where there is no GPU, as each architecture would, at the models' true shapes.
 
-    python scripts/gpu_compile.py                                                   # everything: hours on two cores
+    python scripts/gpu_compile.py                                                   # everything: 40 minutes on two cores
     python scripts/gpu_compile.py --arch 8.9 --model 2.7b --kind q4                 # a card, a model and a format: minutes
     python scripts/gpu_compile.py --arch 8.9 --model 2.7b --kernel _output --every  # one kernel, each variant
 

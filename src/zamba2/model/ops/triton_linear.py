@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from zamba2.model.packed import Packed
 from zamba2.weights.formats import BLOCK, GROUP
 
-__all__ = ["dequantize", "embedding", "linear"]
+__all__ = ["dequantize", "embedding", "linear", "stages_for"]
 
 MOST = 64  # rows of x
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -638,23 +638,23 @@ def linear(
     if isinstance(weight, Packed):
         blocks, groups, warps = n // BLOCK // (1 + geglu), 8 if few else 4, 8 if few else 4
         of_group = n * (4 * weight.bits + 2) + GROUP * N * 2  # codes and scales of n rows, and inputs
-        stages = _stages(4 if M > 32 else 6, groups * of_group, x.device)
+        stages = stages_for(4 if M > 32 else 6, groups * of_group, x.device)
         around |= {"BLOCKS": blocks, "G": groups, "STAGES": stages}
         _matmul_packed[triton.cdiv(columns, blocks * BLOCK), parts](**around, **packed, exponent=EXPONENT, num_warps=warps, **launch)
     else:
         block = (256 if few else 128) if rounded else 32
-        stages = _stages(4 if few or M <= 32 else 3, block * (n + N) * dtype.itemsize, x.device)
+        stages = stages_for(4 if few or M <= 32 else 3, block * (n + N) * dtype.itemsize, x.device)
         around |= {"ROWS": n // (1 + geglu), "BLOCK_K": block, "STAGES": stages, "DTYPE": tl.bfloat16 if rounded else tl.float32}
         _matmul[triton.cdiv(columns, around["ROWS"]), parts](**around, w_ptr=weight, num_warps=4, **launch)
     return out
 
 
-def _stages(most: int, size: int, device: torch.device) -> int:
+def stages_for(most: int, size: int, device: torch.device) -> int:
     """How many stages of ``size`` bytes a loop has: ``most``, or as many as there is shared memory for (on most cards 99 KiB a program)."""
     if device.type != "cuda":
         return most
     there = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024  # which the driver keeps
-    return min(most, there // size)
+    return max(1, min(most, there // size))
 
 
 def _stride(t: Tensor | None) -> int:

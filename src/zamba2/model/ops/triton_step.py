@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from zamba2.model.ops.triton_linear import stages_for
 from zamba2.model.ops.triton_scan import softplus
 
 __all__ = ["PAGE", "attend", "choose", "mixer_step", "read_conv", "read_pages", "write_conv", "write_pages"]
@@ -201,7 +202,7 @@ def _rotate(qkv, positions, frequencies, rotated, qkv_stride, HEAD_DIM: tl.const
 def _attend(
     q, k, v, pages, table, positions, slots, out, weighted, sums, q_stride, v_stride, table_stride, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_T: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One head of one row over every SPLITS-th block of BLOCK_T old tokens; split 0 also over the new token.
 
@@ -226,8 +227,8 @@ def _attend(
         weighted_values += (tl.zeros((BLOCK_T, WIDTH), tl.float32),)  # type: ignore[assignment]
     maximum = tl.full((BLOCK_T,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
-    # In stages: two blocks are on their way to shared memory while one is used. Loads to registers would be made one by one.
-    for block in tl.range(split, tl.cdiv(position, BLOCK_T), SPLITS, num_stages=3):
+    # In stages: two blocks, if there is room, are on their way to shared memory while one is used. Registers would be loaded one by one.
+    for block in tl.range(split, tl.cdiv(position, BLOCK_T), SPLITS, num_stages=STAGES):
         page = tl.load(table + block * BLOCK_T // PAGE).to(tl.int64)
         at = pages + page * (2 * HALF_PAGE) + (kv_head * PAGE + block * BLOCK_T % PAGE) * HEAD_DIM
         at += lines[:, None] * HEAD_DIM + columns[None, :]
@@ -318,6 +319,7 @@ def attend(
         qk, qk[:, heads * head_dim :], v, pages[layer], table, positions, slots, out, weighted, sums,
         qk.stride(0), v.stride(0), table.stride(0), scale * math.log2(math.e),
         heads, kv_heads, head_dim, PAGE, splits, BLOCK_T=32, WIDTH=min(32, head_dim & -head_dim),
+        STAGES=stages_for(3, 32 * 2 * head_dim * pages.element_size(), device),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows * heads,)](
