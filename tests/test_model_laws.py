@@ -643,3 +643,11 @@ def test_one_token_takes_the_vector_product() -> None:
         x = torch.randn(shape)
         assert relative_error(layer(x), nn.functional.linear(x, layer.weight)) < MODEL[FP32].output
         assert layer(x).shape == (*shape[:-1], 5)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 0)])
+def test_tokens_without_rows_are_refused(shape: tuple[int, ...]) -> None:
+    """Ids that are not rows of at least one token are a ValueError that says so."""
+    model = random_model(MINIATURES["2.7b"], 3)
+    with pytest.raises(ValueError, match="tokens"):
+        model(torch.zeros(shape, dtype=torch.int64))

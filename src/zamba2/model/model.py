@@ -361,6 +361,8 @@ class Zamba2(nn.Module):
         given = inputs_embeds if input_ids is None else input_ids
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if given.dim() < 2:
+            raise ValueError(f"the tokens have shape {tuple(given.shape)}; (rows, tokens) is needed")
         if given.shape[1] == 0:
             raise ValueError("there are no tokens to read; at least one is needed")
         if state is not None and seq_idx is not None:
