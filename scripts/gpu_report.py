@@ -26,23 +26,13 @@ class Kind(NamedTuple):
     seconds: float | None
 
 
-def lines_table(results: Mapping[str, Any], *, scans: bool = True) -> str:
-    """Measured figures beside limits, rivals and goals, and what they were measured on. scans: those of the scan alone too, in full."""
+def lines_table(results: Mapping[str, Any]) -> str:
+    """Measured figures beside limits, rivals and goals, and what they were measured on."""
     rows = ["| one NVIDIA GPU, 2.7B shape | measured | beside | ratio | goal | reached |", "|---|---|---|---|---|---|"]
     for line in results["table"]:
-        if line["what"].startswith("scan") and not scans:
-            continue
         goal = "" if line["goal"] is None else f"{line['goal']:g}"
         reached = "" if line["goal"] is None else "yes" if line["ratio"] >= line["goal"] else "no"
         rows.append(f"| {line['what']} | {line['measured']} | {line['beside']} | {line['ratio']:.2f} | {goal} | {reached} |")
-    if not scans:
-        ratios = {kind: [line["ratio"] for line in results["table"] if line["what"].startswith("scan") and line["what"].endswith(kind)]
-                  for kind in ("forward", "forward + backward", "memory")}  # fmt: skip
-        spread = [f"{min(some):.1f} to {max(some):.1f} times" for some in ratios.values()]
-        rows.append(
-            f"\nThe scan alone, at the 1.2B and the 2.7B shape and 512 to 16,384 tokens: {spread[0]} as fast as mamba-ssm's kernels "
-            f"forward, {spread[1]} with backward; its memory is {spread[2]} ours."
-        )
     machine, versions = results["machine"], results["machine"]["versions"]
     rows.append(
         f"\n{machine['name']}: {machine['copy_bytes_per_second'] / 1e12:.2f} TB/s copied (bytes read and written), "

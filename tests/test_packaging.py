@@ -101,10 +101,11 @@ def test_readme_names_real_targets() -> None:
     assert {"run", "test"} <= named <= targets
 
 
-def test_readme_names_existing_files() -> None:
-    """Every file that the README links to exists."""
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", readme()):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_documentation_names_existing_files(page: str) -> None:
+    """Every file that a page links to exists."""
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def readme() -> str:
