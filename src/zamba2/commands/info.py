@@ -116,7 +116,7 @@ def print_tables(model: str, config: Config, data: dict[str, Any]) -> None:
         ("trained context", f"{config.max_position_embeddings} tokens"),
         ("", ""),
         ("parameters", f"{config.num_parameters:,}"),
-        ("weights per decoded token", f"{config.weights_per_token() / 1e9:.4g} G ({data['weights_per_token'] / 1e9:.4g} G unhoisted)"),
+        ("weights per decoded token", f"{config.weights_per_token() / 1e9:.4g} G ({data['weights_per_token'] / 1e9:.4g} G without reuse)"),
         ("weights in bfloat16", f"{2 * config.num_parameters / 1e9:.3g} GB"),
         ("read per token in bfloat16", f"{data['weight_bytes_per_token_bfloat16'] / 1e9:.3g} GB"),
         ("SSM state", f"{config.ssm_state_bytes / MIB:.3g} MiB per sequence"),
