@@ -9,7 +9,9 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +167,22 @@ def test_no_time_is_said(tmp_path: Path) -> None:
         (tmp_path / "figures.json").write_text(json.dumps(results | other))
         with pytest.raises(Zamba2Error, match=r"or another machine \(another\)"):
             measured(SMALL, tmp_path, nothing, budget=60.0)
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", ["warm", "repeat"]), ("cuda", ["repeat", "repeat"])])
+def test_nothing_of_a_warm_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: list[str]) -> None:
+    """A GPU's kernels are compiled and captured for a length of prompt: its warm-up is one of the length that is measured."""
+    said: list[str] = []
+
+    def ask(line: str) -> dict[str, float]:
+        said.append(line)
+        return {"ttft_seconds": 1.0 / len(said), "decode_tokens_per_second": 1.0, "peak_rss_bytes": 1}
+
+    monkeypatch.setattr(figures, "gpu_name", lambda _: "a GPU")
+    monkeypatch.setattr(figures, "Worker", lambda *_, **__: SimpleNamespace(ask=ask, close=lambda: None, ready={"load_seconds": 1.0}))
+    settings = replace(SMALL, device=device, lengths=(9,))
+    results, _ = measured(settings, tmp_path, lambda *_: tmp_path)
+    assert said == asked and [run["ttft_seconds"] for run in results["points"][0]["runs"]] == [0.5]
 
 
 def test_limits_of_a_process() -> None:

@@ -235,7 +235,8 @@ def measure_once(
             request = json.dumps(request_of(series, point, settings, synthetic))
             worker = Worker(series.name, [*command, request], {"ZAMBA2_THREADS": str(settings.threads)}, limits=limits, quiet=True)
             try:
-                worker.ask("warm")
+                # kernels of a GPU are compiled, and their graphs captured, for a length and a number of sequences
+                worker.ask("warm" if settings.device == "cpu" else "repeat")
                 found = worker.ask("repeat")
             finally:
                 worker.close()

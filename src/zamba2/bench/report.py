@@ -171,6 +171,7 @@ def page_of(results: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     rounds = max((len(entry["runs"]) for entry in results["points"]), default=0)
     made = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     held = "what PyTorch held on the GPU" if results.get("gpu") else "resident, mapped weights included"
+    warm = "by doing all of it once" if results.get("gpu") else "with 16 tokens"
     small = "<p><b>Shapes shrunk to next to nothing: only a trial of the command.</b></p>" if settings["small"] else ""
     plots = "".join(f'<figure role="img" aria-label="{esc(name)}">{svg[svg.index("<svg") :]}</figure>' for name, svg in pictures.items())
     return f"""<!DOCTYPE html>
@@ -187,7 +188,7 @@ and the machine are not stated where the claims were made.</p>
 {"".join(tables(results))}
 {missing_table(results)}
 <h2>How it was measured</h2>
-<p>Every measurement is a process of its own: it loads the model, warms up with 16 tokens, reads random prompts and decodes
+<p>Every measurement is a process of its own: it loads the model, warms up {warm}, reads random prompts and decodes
 {settings["new_tokens"]} tokens greedily behind the first. Rounds go over all points and, at each, over all models in turn; shown are
 the medians of up to {rounds} rounds, and the peak of memory ({held}).
 Shapes are those published, weights are random: they take as long as real ones, and say nothing of quality.
