@@ -169,6 +169,17 @@ def test_no_time_is_said(tmp_path: Path) -> None:
             measured(SMALL, tmp_path, nothing, budget=60.0)
 
 
+def test_versions_are_not_mixed(tmp_path: Path) -> None:
+    """Figures of another version of what is measured are not gone on with; what has been installed since is named from then on."""
+    results, _ = measured(SMALL, tmp_path, nothing, budget=0.0)
+    file, version = tmp_path / "figures.json", results["versions"].pop("torch")
+    file.write_text(json.dumps(results))
+    assert measured(SMALL, tmp_path, nothing, budget=0.0)[0]["versions"]["torch"] == version
+    file.write_text(json.dumps(results | {"versions": {"torch": "1.0"}}))
+    with pytest.raises(Zamba2Error, match=r"holds figures of other versions \(torch 1\.0\)"):
+        measured(SMALL, tmp_path, nothing, budget=0.0)
+
+
 @pytest.mark.parametrize(("device", "asked"), [("cpu", ["warm", "repeat"]), ("cuda", ["repeat", "repeat"])])
 def test_nothing_of_a_warm_up_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, asked: list[str]) -> None:
     """A GPU's kernels are compiled and captured for a length of prompt: its warm-up is one of the length that is measured."""
@@ -358,7 +369,7 @@ def test_bad_documents(tmp_path: Path, text: str) -> None:
         lambda d: d["points"][0]["runs"][0].update(decode_tokens_per_second=0), lambda d: d["series"][0].update(model="gpt-4"),
         lambda d: d["points"][0]["runs"][0].update(ttft_seconds=float("nan")), lambda d: d["series"][0].pop("bits"),
         lambda d: d["points"][0].update(series="nobody's"), lambda d: d["settings"].pop("lengths"), lambda d: d.update(seconds="long"),
-        lambda d: d["points"].append(7),
+        lambda d: d["points"].append(7), lambda d: d.update(versions=[]), lambda d: d["versions"].update(torch=2),
     ],
 )  # fmt: skip
 def test_damaged_documents(tmp_path: Path, damage: Callable[[dict[str, Any]], Any]) -> None:

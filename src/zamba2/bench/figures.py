@@ -268,20 +268,25 @@ def expected(results: Mapping[str, Any], series: Series, point: Point) -> float:
 
 def start_results(file: Path, settings: Settings, series: Sequence[Series]) -> dict[str, Any]:
     """The document to go on with: an earlier try's, or a new one. Raises Zamba2Error."""
-    wanted, gpu = json.loads(json.dumps(asdict(settings))), gpu_name(settings.device)
+    wanted, gpu, now = json.loads(json.dumps(asdict(settings))), gpu_name(settings.device), versions(settings)
     if file.exists():
         found = read_results(file)
-        here = (found["settings"], found["machine"], found.get("gpu"))
         points = [(one.name, *point) for point in settings.points for one in series]
-        if here == (wanted, machine(), gpu) and [(e["series"], e["prompt_tokens"], e["batch"]) for e in found["points"]] == points:
-            return found
-        other = [key for key in wanted if found["settings"].get(key) != wanted[key]]
-        where = found.get("gpu") or found["machine"]
-        what = f"other settings ({', '.join(other)})" if other else f"other points, or another machine ({where})"
+        known = [(entry["series"], entry["prompt_tokens"], entry["batch"]) for entry in found["points"]]
+        other = [key for key in wanted | found["settings"] if found["settings"].get(key) != wanted.get(key)]
+        older = [f"{name} {number}" for name, number in found["versions"].items() if now.get(name, number) != number]
+        if other:
+            what = f"other settings ({', '.join(other)})"
+        elif (found["machine"], found.get("gpu"), known) != (machine(), gpu, points):
+            what = f"other points, or another machine ({found.get('gpu') or found['machine']})"
+        elif older:
+            what = f"other versions ({', '.join(older)})"
+        else:
+            return found | {"versions": found["versions"] | now}
         raise Zamba2Error(f"{file} holds figures of {what}; give another --out, or delete it.")
     file.parent.mkdir(parents=True, exist_ok=True)
     return {
-        "version": VERSION, "machine": machine(), "gpu": gpu, "versions": versions(settings), "settings": wanted,
+        "version": VERSION, "machine": machine(), "gpu": gpu, "versions": now, "settings": wanted,
         "seconds": 0.0, "series": [asdict(one) | {"name": one.name, "bits": one.bits} for one in series],
         "points": [
             {"series": one.name, **point._asdict(), "status": "not measured", "reason": "not begun", "runs": []}
@@ -332,6 +337,7 @@ def read_results(file: Path) -> dict[str, Any]:
         whole = all(model in (OURS, *RIVALS) and engine in ENGINES and bits in (4, 16) for model, engine, _, bits in known.values())
         whole &= all(entry["series"] in known and {"status", "reason", "prompt_tokens"} <= entry.keys() for entry in found["points"])
         whole &= {"lengths", "batches", "batch_length", "threads", "small"} <= found["settings"].keys() and found["seconds"] >= 0
+        whole &= all(isinstance(number, str) for number in found["versions"].values())
         whole &= all(value > 0 for some in numbers if some is not None for value in some.values())
         whole &= all(ratio > 0 for some in ratios for ratio in some.values())
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
