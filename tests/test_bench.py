@@ -170,6 +170,26 @@ def test_what_a_gpu_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert best["read_bandwidth"] == 4 * 2**20 and best["product_rates"] == {measure.GPU_PRODUCTS: 4 * 256**3}  # read and written; twice
 
 
+def test_probes_are_no_part_of_a_gpus_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held to measure the limits of a GPU is not counted as the model's memory; its state is counted in the model's dtype."""
+    import torch
+
+    import zamba2
+
+    load, held = zamba2.load, {"now": 5, "most": 7}
+    monkeypatch.setattr(zamba2, "load", lambda path, **_: load(path, backend="torch", device="cpu", dtype="bfloat16"))
+    monkeypatch.setattr(measure, "device_name", lambda _: "a GPU")
+    monkeypatch.setattr(measure, "gpu_limits", lambda _: held.update(most=99) or {})
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: held["most"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: held.update(most=held["now"]))
+    monkeypatch.setattr(sys, "stdin", iter(["repeat\n", "limits\n", "repeat\n"]))
+    request = {"path": str(RANDOM), "device": "cuda", "prompt_tokens": 9, "new_tokens": 2, "batch": 1}
+    ready, first, _, second = measure.serve_torch(request)
+    assert (first["peak_gpu_bytes"], second["peak_gpu_bytes"]) == (7, 5)
+    config = Config.from_file(RANDOM / "config.json")
+    assert ready["decode_bytes"]["state"] == 2 * (config.ssm_state_bytes + config.conv_state_bytes(2))
+
+
 def test_prompts_are_the_same_each_time() -> None:
     """Random prompts differ from each other, and not from run to run; special tokens are not among them."""
     first, second = measure.random_ids(10, 2, 200)

@@ -47,17 +47,17 @@ def gpu_memory(device: str) -> dict[str, int]:
     return {"peak_gpu_bytes": torch.cuda.max_memory_allocated(device)}
 
 
-def decode_bytes(file: TensorFile, config: Config, context: float, kv: KVFormat) -> dict[str, float]:
+def decode_bytes(file: TensorFile, config: Config, context: float, kv: KVFormat, conv_element: int = 4) -> dict[str, float]:
     """Bytes that one decode step moves: weights read (once for the whole batch); per sequence, the state read and written, and the
-    keys and values of ``context`` tokens read."""
+    keys and values of ``context`` tokens read. conv_element: bytes of one value of the convolution's state."""
     sizes = {part.name: file.entries[part.name].nbytes for part in parts(config)}
-    return {"weights": bytes_per_token(config, sizes)} | state_bytes(config, context, kv)
+    return {"weights": bytes_per_token(config, sizes)} | state_bytes(config, context, kv, conv_element)
 
 
-def state_bytes(config: Config, context: float, kv: KVFormat) -> dict[str, float]:
+def state_bytes(config: Config, context: float, kv: KVFormat, conv_element: int) -> dict[str, float]:
     """Those of ``decode_bytes`` that are a sequence's own."""
     return {
-        "state": 2 * (config.ssm_state_bytes + config.conv_state_bytes()),
+        "state": 2 * (config.ssm_state_bytes + config.conv_state_bytes(conv_element)),
         "keys_and_values": kv_bytes_per_token(config, kv) * context,
     }
 
@@ -110,17 +110,26 @@ def serve_torch(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     dtype = None if is_packed(path) else "bfloat16"
     backend: Any = zamba2.load(path, backend="torch", device=device, dtype=dtype).backend
     load_seconds, config = time.perf_counter() - start, backend.config
-    context, kv = prompt_tokens + (new_tokens + 1) / 2, kv_format_named("bf16")
+    context, kv, element = prompt_tokens + (new_tokens + 1) / 2, kv_format_named("bf16"), DTYPE_BYTES["BF16"]
     if is_packed(path):
         file, packing, _ = open_packed(path, config)
-        name, moved = packing.format.name, decode_bytes(file, config, context, kv)
+        name, moved = packing.format.name, decode_bytes(file, config, context, kv, element)
     else:
-        name, moved = "bf16", state_bytes(config, context, kv) | {"weights": 2.0 * config.weights_per_token()}
+        name, moved = "bf16", state_bytes(config, context, kv, element) | {"weights": 2.0 * config.weights_per_token()}
     yield {
         "load_seconds": load_seconds, "isa": device_name(device), "threads": 1, "format": name, "kv_format": kv.name,
         "decode_bytes": moved, "prefill_operations": prefill_operations(config, prompt_tokens), "kind": GPU_PRODUCTS,
     }  # fmt: skip
-    yield from answers(backend, request, lambda: gpu_limits(device))
+
+    def limits() -> dict[str, Any]:
+        found = gpu_limits(device)
+        if device != "cpu":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)  # what the probes held is not the model's
+        return found
+
+    yield from answers(backend, request, limits)
 
 
 def answers(backend: Any, request: dict[str, Any], limits: Callable[[], dict[str, Any]]) -> Iterator[dict[str, Any]]:
