@@ -21,7 +21,7 @@ pytest.importorskip("transformers", reason="the rivals' shapes are transformers'
 import transformers
 from accelerate import init_empty_weights
 
-from zamba2.bench import figures
+from zamba2.bench import figures, peers
 from zamba2.bench.figures import CLAIMS, OURS, Point, Settings, medians, run, verdicts
 from zamba2.bench.peers import BeyondLimits, DoesNotFit, Limits, Worker
 from zamba2.bench.report import PLOTS, lines, write_report
@@ -54,6 +54,16 @@ def test_true_shapes(rival: str) -> None:
     count = sum(weight.numel() for weight in model.parameters())
     assert parameters(RIVALS[rival].gguf) == count
     assert count / 1e9 == pytest.approx(PUBLISHED[rival], rel=0.005) == pytest.approx(RIVALS[rival].parameters)
+
+
+def test_a_shape_has_its_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that llama.cpp reads are written once for a shape; one that was corrected does not run those of before."""
+    monkeypatch.setattr(peers, "llama_cpp_folder", lambda: tmp_path)
+    monkeypatch.setattr(peers, "llama_cpp_python", lambda: Path("python"))
+    monkeypatch.setattr(peers, "write_by", lambda command: Path(command[-1]).write_text(command[-2]))
+    spec = RIVALS["phi-2"].gguf
+    files = [Path(peers.llama_cpp(found)[-1]) for found in (spec, {**spec, "layers": 2}, spec)]
+    assert [json.loads(file.read_text())["layers"] for file in files] == [32, 2, 32] and len(set(files)) == 2
 
 
 @pytest.mark.parametrize("rival", [*RIVALS, OURS])

@@ -207,7 +207,8 @@ def llama_cpp(spec: llama_cpp_peer.Spec) -> list[str | Path]:
     if python is None:
         raise Zamba2Error("llama.cpp is not built; build it from the repository with: python scripts/llama_cpp.py install")
     weights = parameters(spec)
-    model = llama_cpp_folder() / f"{spec['name']}-q4_0.gguf"
+    mark = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:12]
+    model = llama_cpp_folder() / f"{spec['name']}-q4_0-{mark}.gguf"
     if not model.exists():
         need_disk(model, 0.6 * weights + 1e8)  # 4.5 bits each
         notice(f"writing {spec['name']}, {weights / 1e9:.2f} G random weights in Q4_0, into {model}, once.", once=False)
