@@ -321,7 +321,7 @@ def group(machine: Path, path: str, **files: str) -> None:
 def test_one_thread_for_each_core(machine: Path) -> None:
     """Hyper-threads of a core count once; pinned threads take cores first, then the rest, and never more than there are."""
     assert cores() == [[0, 4], [1, 5], [2, 6], [3]]
-    assert (quota(), default_threads()) == (None, 4)
+    assert (quota(), default_threads()) == (None, 4) and ", 4 cores, " in processors.machine()
     assert processors_for(3) == [0, 1, 2]
     assert processors_for(7) == [0, 1, 2, 3, 4, 5, 6]
     with pytest.raises(Zamba2Error, match="8 threads cannot be pinned to the 7 processors"):

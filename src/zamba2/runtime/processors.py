@@ -20,12 +20,12 @@ MEMORY = Path("/proc/meminfo")
 
 
 def machine() -> str:
-    """What this is, in a few words: for figures that depend on it."""
+    """What this is, in a few words, for figures that depend on it; cores are those that this process may use."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+    return f"{name}, {len(cores())} cores, {platform.system()}"
 
 
 def versions(*names: str) -> dict[str, str]:
