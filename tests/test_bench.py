@@ -127,7 +127,7 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], arguments:
 
 
 def test_too_little_room_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Disk and memory are asked for before anything is written or loaded."""
+    """Disk and memory, the rivals' too, are asked for before anything is written or loaded."""
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
     with pytest.raises(Zamba2Error, match=r"needs 5\.3 GB and .* has 1\.0 GB free"):
         need_disk(tmp_path / "not" / "there", 5.3e9)
@@ -141,10 +141,12 @@ def test_too_little_room_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.undo()
     monkeypatch.setattr("zamba2.commands.bench.need_memory", need)
-    for batch in ("1", "3"):
-        assert run([*QUICK, "--batch", batch]) == 2
-    kv = measure.kv_bytes_per_token(Config.from_file(RANDOM / "config.json"), KV_FORMATS["bf16"])
+    for options in (["--batch", "1"], ["--batch", "3"], ["--compare", "transformers-fp32"], ["--compare", "llama.cpp"]):
+        assert run([*QUICK, *options]) == 2
+    config = Config.from_file(RANDOM / "config.json")
+    kv = measure.kv_bytes_per_token(config, KV_FORMATS["bf16"])
     assert asked[1] - asked[0] == 2 * 22 * kv  # each sequence has keys and values of its own
+    assert asked[2] - asked[0] > 4 * config.num_parameters and asked[3] - asked[0] > config.weights_per_token(hoisted=False)
 
 
 def test_what_a_gpu_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:

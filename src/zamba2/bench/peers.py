@@ -27,7 +27,7 @@ from zamba2.weights.hub import cache_folder
 
 __all__ = [
     "PEERS", "BeyondLimits", "DoesNotFit", "Limits", "Worker", "llama_cpp", "llama_cpp_folder", "llama_cpp_python", "need_disk",
-    "random_checkpoint", "written_checkpoint",
+    "peer_bytes", "random_checkpoint", "written_checkpoint",
 ]  # fmt: skip
 
 TRANSFORMERS = "5.23.0"
@@ -224,3 +224,10 @@ PEERS: dict[str, Callable[[Config, Path | None], list[str | Path]]] = {
     "transformers-fp32": partial(prepare_transformers, dtype="float32"),  # what processors without bf16 products are served better by
     "llama.cpp": prepare_llama_cpp,  # a dense stand-in in Q4_0
 }
+
+
+def peer_bytes(name: str, config: Config) -> float:
+    """Of memory that a peer's weights take. llama.cpp keeps its mapped file and a copy of it in another order."""
+    if name == "llama.cpp":
+        return 2 * 18 / 32 * config.weights_per_token(hoisted=False)
+    return {"transformers": 2, "transformers-fp32": 4}[name] * config.num_parameters

@@ -15,7 +15,7 @@ from typing import Any
 
 from zamba2.api import checkpoint_in, packed_copy, read_config, refuse_standalone, torch_backend
 from zamba2.bench.measure import kv_bytes_per_token
-from zamba2.bench.peers import PEERS, Worker, need_disk
+from zamba2.bench.peers import PEERS, Worker, need_disk, peer_bytes
 from zamba2.commands import interrupts_raise
 from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
@@ -69,7 +69,8 @@ def main(
         notice(f"more than the {config.max_position_embeddings} tokens that the model was trained for.")
     if device == "cpu":
         caches = batch * (prompt_tokens + new_tokens) * kv_bytes_per_token(config, kv)
-        need_memory((path / "model.safetensors").stat().st_size + caches + ROOM)
+        rivals = sum(peer_bytes(name, config) + ROOM for name in compare)  # all are loaded before any is measured
+        need_memory((path / "model.safetensors").stat().st_size + caches + ROOM + rivals)
     interrupts_raise()  # the processes that measure are to be closed
     commands = {name: PEERS[name](config, original) for name in compare}
     request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads, "device": device}
