@@ -22,10 +22,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from true_shape import CHECKPOINT, ROOT, peak_bytes, run, text_tokens, transformers_model
+from true_shape import CHECKPOINT, ROOT, run, text_tokens, transformers_model
 
 from zamba2.bench.peers import PEERS
 from zamba2.config import PRESETS
+from zamba2.runtime.memory import memory
 from zamba2.runtime.processors import machine
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -181,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = {"blocks": blocks, "ends": ends, "bf16": bf16, "bf16-logits": lambda side, target: bf16_logits(side, Path(target))}
     if arguments.part:
-        measured = parts[arguments.part[0]](*arguments.part[1:]) | {"peak_rss_bytes": peak_bytes()}  # type: ignore[operator]
+        measured = parts[arguments.part[0]](*arguments.part[1:]) | {"peak_rss_bytes": memory()["peak_rss_bytes"]}  # type: ignore[operator]
     else:
         PEERS["transformers"](PRESETS["2.7b"], None)
         measured = {"machine": machine()}

@@ -5,7 +5,7 @@
     python scripts/true_shape.py speed     # prefill of 512 tokens, decode, peak memory, in bf16
     python scripts/true_shape.py all --rounds 3 --out docs/measurements/true_shape.json
 
-The checkpoint and the rival's measurement are those of ``zamba2 bench --compare transformers``. Needs the
+The checkpoint and the measurements are those of ``zamba2 bench``. Needs the
 [hf] extra, 5.3 GB of disk and 16 GB of memory. The last line of standard output is one JSON document.
 """
 
@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from zamba2.bench.peers import PEERS, Worker, random_checkpoint
 from zamba2.config import PRESETS
+from zamba2.runtime.memory import memory
 from zamba2.runtime.processors import machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +33,6 @@ TEXT = SHARED / "data" / "text" / "pg1342_pride_and_prejudice.txt"
 TOKENIZER = SHARED / "data" / "tokenizer" / "mistral_v1_tokenizer.json"
 LENGTH = 600  # tokens of text for parity: more than two chunks of 256
 SCALES = {"float32": "fp32", "bfloat16": "bf16"}
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def text_tokens() -> list[int]:
@@ -79,41 +74,7 @@ def logits_worker(implementation: str, dtype: str, target: Path) -> None:
         with torch.inference_mode():
             scores = transformers_model(dtype)(torch.tensor([tokens])).logits[0].float().numpy()
     np.save(target, scores)
-    print(json.dumps({"peak_rss_bytes": peak_bytes()}))
-
-
-def speed_worker(prompt_tokens: int, new_tokens: int) -> None:
-    """Our side of the rival's measurement: the same prompt, repeats and definitions."""
-    import numpy as np
-    import torch
-
-    import zamba2
-    from zamba2.runtime.backend import Row
-
-    torch.set_num_threads(2)
-    start = time.perf_counter()
-    backend = zamba2.load(CHECKPOINT, device="cpu").backend
-    load_seconds = time.perf_counter() - start
-    prompt = torch.randint(3, 32000, (prompt_tokens,), generator=torch.Generator().manual_seed(1)).numpy().astype(np.int32)
-
-    def timed(new: int) -> float:
-        start = time.perf_counter()
-        state = backend.new_state()
-        row = Row(prompt, state)
-        for _ in range(new):
-            token = int(backend.forward([row])[0].numpy()[-1].argmax())
-            row = Row(np.array([token], dtype=np.int32), state)
-        return time.perf_counter() - start
-
-    timed(1)
-    first = statistics.median(timed(1) for _ in range(3))
-    whole = statistics.median(timed(1 + new_tokens) for _ in range(3))
-    result = {
-        "implementation": "zamba2", "load_seconds": load_seconds, "ttft_seconds": first,
-        "prefill_tokens_per_second": prompt_tokens / first, "decode_tokens_per_second": new_tokens / (whole - first),
-        "peak_rss_bytes": peak_bytes(),
-    }  # fmt: skip
-    print(json.dumps(result))
+    print(json.dumps({"peak_rss_bytes": memory()["peak_rss_bytes"]}))
 
 
 def run(*command: str | Path) -> dict[str, Any]:
@@ -157,10 +118,9 @@ def parity() -> dict[str, Any]:
     return results
 
 
-def rival(command: list[str | Path], prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """transformers in a process of its own: medians of three after one to warm up."""
-    request = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": 2}
-    worker = Worker("transformers", [*command, json.dumps(request)])
+def side(name: str, command: list[str | Path], request: dict[str, Any]) -> dict[str, Any]:
+    """One of the two in a process of its own: medians of three after one to warm up."""
+    worker = Worker(name, [*command, json.dumps(request)], {"OMP_NUM_THREADS": str(request["threads"])})
     try:
         _, *runs = [worker.ask("repeat") for _ in range(4)]
     finally:
@@ -169,29 +129,27 @@ def rival(command: list[str | Path], prompt_tokens: int, new_tokens: int) -> dic
 
 
 def speed(command: list[str | Path], rounds: int) -> dict[str, Any]:
-    """Medians over interleaved rounds; ratios are ours over theirs."""
-    ours, theirs = [], []
+    """Medians over interleaved rounds, the same prompt and definitions for both; ratios are ours over theirs."""
+    request = {"prompt_tokens": 512, "new_tokens": 16, "threads": 2, "device": "cpu", "batch": 1, "path": str(CHECKPOINT)}
+    commands = {"transformers": command, "zamba2": [sys.executable, "-m", "zamba2.bench.measure"]}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
     for _ in range(rounds):
-        theirs.append(rival(command, 512, 16))
-        ours.append(run(sys.executable, __file__, "speed-worker", "512", "16"))
+        for name, own in commands.items():
+            runs[name].append(side(name, own, request))
     keys = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second", "peak_rss_bytes")
-    sides = {"zamba2": ours, "transformers": theirs}
-    table = {side: {key: statistics.median(r[key] for r in runs) for key in keys} for side, runs in sides.items()}
+    table = {name: {key: statistics.median(r[key] for r in found) for key in keys} for name, found in runs.items()}
     return table | {"ratios": {key: table["zamba2"][key] / table["transformers"][key] for key in keys}, "rounds": rounds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["parity", "speed", "all", "logits", "speed-worker"])
+    parser.add_argument("command", choices=["parity", "speed", "all", "logits"])
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=1, help="interleaved repeats of the speed measurement")
     parser.add_argument("--out", type=Path, help="also write the JSON document to this file")
     arguments = parser.parse_args()
     if arguments.command == "logits":
         logits_worker(arguments.rest[0], arguments.rest[1], Path(arguments.rest[2]))
-        return
-    if arguments.command == "speed-worker":
-        speed_worker(*map(int, arguments.rest))
         return
     command = PEERS["transformers"](PRESETS["2.7b"], None)
     measured: dict[str, Any] = {"machine": f"{machine()}, {versions()}"}
