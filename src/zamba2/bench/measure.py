@@ -104,6 +104,7 @@ def serve(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def serve_torch(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """As ``serve``, for our PyTorch model on a device: what a GPU runs. A checkpoint that is not packed runs in bf16."""
     import zamba2
+    import zamba2.runtime.torch  # importing PyTorch is no loading
 
     path, prompt_tokens, new_tokens, device = Path(request["path"]), request["prompt_tokens"], request["new_tokens"], request["device"]
     start = time.perf_counter()
