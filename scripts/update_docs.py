@@ -42,7 +42,9 @@ def commands() -> str:
     for name, command in flat(group).items():
         parts.append(f"\n## zamba2 {name}\n\n{inspect.cleandoc(command.help).strip()}\n\n| | |\n|---|---|\n")
         for parameter in command.params:
-            flags = ", ".join(parameter.opts) if parameter.param_type_name == "option" else (parameter.metavar or parameter.name.upper())
+            flags = parameter.metavar or parameter.name.upper()
+            if parameter.param_type_name == "option":
+                flags = " ".join([", ".join(parameter.opts), *filter(None, [parameter.metavar])])
             default = parameter.default
             shown = "" if default is None or callable(default) or default is False or parameter.required else f" Default: {default}."
             parts.append(f"| `{flags}` | {parameter.help}{shown} |\n")

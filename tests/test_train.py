@@ -34,6 +34,7 @@ from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
 import zamba2.hf
+from zamba2.cli import OUR_RECIPES
 from zamba2.cli import run as command
 from zamba2.commands.train import demonstration, stage
 from zamba2.errors import Zamba2Error
@@ -1094,6 +1095,11 @@ def test_our_recipes_are_valid(name):
 
     wanted = read_recipe(name)
     assert Recipe.model_validate(yaml.safe_load(wanted.to_yaml())) == wanted
+
+
+def test_our_recipes_are_in_the_help():
+    """The help names those that are meant for users: all but the demonstration model's."""
+    assert sorted(OUR_RECIPES.split(", ")) == sorted(file.stem for file in RECIPES.glob("*.yaml") if not file.stem.startswith("demo-"))
 
 
 def test_bad_data_and_folders_are_named(tmp_path):

@@ -211,7 +211,7 @@ def quantize(
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
-    """Pack a checkpoint for the native CPU engine.
+    """Pack a checkpoint into 4, 8 or 16 bits a weight, for the native CPU engine or a GPU.
 
     With `--calibrate` the model reads a text first, and rounding makes good what it can of the errors that such a text would
     show: the same size, less than half of the KL divergence in q4. Any prose in the languages that matter to you will do.
@@ -343,7 +343,7 @@ def serve(
     kv_format: KVFormatName = None,
     adapter: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="NAME=FOLDER", help="NAME=FOLDER of a LoRA adapter (peft): requests to model NAME use it; repeatable."),
+        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter (peft) in FOLDER: requests to model NAME use it; repeatable."),
     ] = None,
     threads: Threads = None,
     pin: Pin = None,
@@ -425,7 +425,8 @@ def preview(
     )  # fmt: skip
 
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or one of ours by name.")]
+OUR_RECIPES = "sft-2.7b, sft-2.7b-lora, sft-cpu, dpo-2.7b, dpo-2.7b-lora, dpo-cpu"
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help=f"A YAML file, or one of ours: {OUR_RECIPES}.")]
 Changes = Annotated[
     Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Fields of the recipe in other words, as in out=run2 lora.rank=8.")
 ]
@@ -606,7 +607,7 @@ def ifeval(
     prompts: Annotated[Optional[Path], typer.Option(help="IFEval's input_data.jsonl; from the Hub if not given.")] = None,
     responses: Annotated[Optional[Path], typer.Option(help="Score these answers instead of the model's (prompt and response).")] = None,
     limit: Limit = None,
-    max_tokens: Annotated[Optional[int], typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")] = None,
+    max_tokens: Annotated[Optional[int], typer.Option("--max-tokens", "-n", min=1, help="Longest answer; 1280 if not given.")] = None,
     out: Results = Path("results"), as_json: AsJson = False, format: FormatName = None, kv_format: KVFormatName = None,
     adapter: Adapter = None, device: Device = None, dtype: Dtype = None, threads: Threads = None, revision: Revision = None,
     offline: Offline = False,
@@ -642,7 +643,7 @@ def mt_bench(
     judgments: Annotated[Optional[Path], typer.Option(help="Only average finished ratings (model_judgment/*_single.jsonl).")] = None,
     rate: Annotated[Optional[float], typer.Option(min=0.01, help="Most requests a minute to the judge.")] = None,
     prices: Annotated[
-        Optional[tuple[float, float]], typer.Option(help="Of a million prompt and reply tokens, for the estimate.")
+        Optional[tuple[float, float]], typer.Option(help="Of a million prompt tokens, of a million reply tokens: for the estimate.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Judge without asking.")] = False,
     limit: Limit = None,
