@@ -78,6 +78,13 @@ def test_language_knows_the_waist_alone(module: str) -> None:
             assert target == "zamba2.runtime.backend", f"{module} imports {target}; only runtime.backend is for this layer"
 
 
+def test_architecture_names_every_module() -> None:
+    """The picture of the layers leaves no module out."""
+    picture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
+    named, modules = set(re.findall(r"\w+", picture)), {module.rpartition(".")[2] for module in MODULES}
+    assert {name for name in modules if not name.startswith("triton_")} <= named
+
+
 def test_import_is_light() -> None:
     """Importing the package and its language layer prints nothing and leaves PyTorch alone."""
     names = ["zamba2", "zamba2.weights.hub", *(name for name in MODULES if name.startswith("zamba2.language"))]
