@@ -27,9 +27,9 @@ def load(
     device or dtype is given, and for ``.pt`` files, else native. format: "q4", "q8" or "bf16"; a checkpoint that is not
     packed is packed into the user's cache on first use, as q4 if none is given (small models: as bf16, for this run alone).
     kv: "bf16" (the default) or "q8", for the keys and values of native. threads, pin (to processors): for native, by default
-    all cores, unpinned, or what ZAMBA2_THREADS and ZAMBA2_PIN say. device, dtype ("float32", "bfloat16", "float16"): for torch; with
-    device "cuda" it runs packed checkpoints, and formats, too.
-    adapter: folder of a LoRA adapter (peft) for the native engine, added at run time to every answer. Raises Zamba2Error.
+    one for each core, unpinned, or what ZAMBA2_THREADS and ZAMBA2_PIN say. device, dtype ("float32", "bfloat16", "float16"): for torch;
+    with device "cuda" it runs packed checkpoints, and formats, too. adapter: folder of a LoRA adapter (peft) for the native engine, added
+    at run time to every answer. revision (branch, tag or commit), offline (what is downloaded alone): of the Hub. Raises Zamba2Error.
     """
     from zamba2.api import load as load_model
 
