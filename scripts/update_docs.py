@@ -33,8 +33,8 @@ RIVALS = {
     "llama.cpp": "llama.cpp (llama-cpp-python {version}), Q4_0",
 }  # fmt: skip
 STAND_IN = (
-    "llama.cpp cannot run Zamba2; it runs a dense model with as many weights per token. Mapped files count as memory on all sides: llama.cpp "
-    "by default has its own mapped and a copy in another order."
+    "llama.cpp cannot run Zamba2; it runs a dense model with as many weights per token. Mapped files count as memory on all sides: "
+    "llama.cpp by default has its own mapped and a copy in another order."
 )
 
 
@@ -178,8 +178,9 @@ def serving_table(measured: dict[str, Any]) -> str:
     }  # fmt: skip
     lines = [f"| serving the 2.7B shape in q4, {crowd['threads']} CPU cores | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    machines = " and ".join(dict.fromkeys(data["machine"] for data in (turns, crowd, load, guessed)))
     lines.append(
-        f"\n{turns['machine']}; random weights; by `python scripts/serve_load.py` and `python scripts/speculation.py`. "
+        f"\n{machines}; random weights; by `python scripts/serve_load.py` and `python scripts/speculation.py`. "
         f"{load['settings']['clients']} clients of the demonstration model for {load['settings']['minutes']:.0f} minutes: "
         f"{load['replies']} replies, {sum(load['errors'].values())} errors, {load['stalls']} stalled streams; first token in "
         f"{load['time_to_first_token']['p50_ms']:.0f} ms (99 %: {load['time_to_first_token']['p99_ms']:.0f}), then one each "

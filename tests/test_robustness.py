@@ -328,6 +328,18 @@ def test_one_thread_for_each_core(machine: Path) -> None:
         processors_for(8)
 
 
+def test_machines_of_one_name_are_told_apart(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of one processor are not taken for those of another whose name is the same."""
+    monkeypatch.setattr(processors, "CPUS", machine / "cpuinfo")
+    for kind in ("cpu family\t: 25\nmodel\t\t: 17", "cpu family\t: 26\nmodel\t\t: 2"):
+        block = f"processor\t: 0\nvendor_id\t: AuthenticAMD\n{kind}\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+        (machine / "cpuinfo").write_text(f"{block}\n{block.replace('EPYC', 'other')}")
+        family, model = (line.split(": ")[1] for line in kind.splitlines())
+        assert processors.machine().startswith(f"AMD EPYC (family {family}, model {model}), 4 cores, ")
+    (machine / "cpuinfo").unlink()
+    assert ", 4 cores, " in processors.machine()
+
+
 def test_cores_that_the_system_does_not_tell(machine: Path) -> None:
     """Where a container hides which processors are one core, each is taken for one."""
     shutil.rmtree(machine / "sys" / "devices")

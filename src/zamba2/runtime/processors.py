@@ -16,15 +16,16 @@ __all__ = ["MOST_THREADS", "cores", "default_threads", "free_memory", "machine",
 MOST_THREADS = 1024
 SYSTEM = Path("/sys")
 CGROUPS = Path("/proc/self/cgroup")
-MEMORY = Path("/proc/meminfo")
+MEMORY, CPUS = Path("/proc/meminfo"), Path("/proc/cpuinfo")
 
 
 def machine() -> str:
     """What this is, in a few words, for figures that depend on it; cores are those that this process may use."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    parts = [line.partition(":") for line in _text(CPUS).splitlines()]
+    found = {key.strip(): value.strip() for key, _, value in reversed(parts)}  # of the first processor
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found:  # three generations call themselves "AMD EPYC" in virtual machines
+        name += f" (family {found['cpu family']}, model {found.get('model')})"
     return f"{name}, {len(cores())} cores, {platform.system()}"
 
 
