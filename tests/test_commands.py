@@ -735,8 +735,9 @@ def test_readme_has_commands_and_python(monkeypatch: pytest.MonkeyPatch, capsys:
     (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.setitem(names.ALIASES, "2.7b-instruct", RANDOM)
     exec(compile(source, "README.md", "exec"), {})
-    answer = zamba2.load("2.7b-instruct").generate("Why is the sky blue?", max_tokens=150).text
-    assert answer and capsys.readouterr().out == answer + "\n"
+    model = zamba2.load("2.7b-instruct")
+    answer = model.chat([{"role": "user", "content": "Why is the sky blue?"}], max_tokens=150).text
+    assert answer and capsys.readouterr().out == f"{answer}\n{model.generate('Once upon a time', max_tokens=50).text}\n"
 
 
 def test_a_text_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
