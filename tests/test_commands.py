@@ -30,7 +30,7 @@ import zamba2.commands
 from zamba2.cli import app, run, sampling_options
 from zamba2.commands import complain, need, read_text
 from zamba2.commands.chat import reply, user_folder
-from zamba2.commands.generate import load_with_status
+from zamba2.commands.generate import load_with_status, reading_progress
 from zamba2.errors import Zamba2Error, install
 from zamba2.language.model import LanguageModel
 from zamba2.weights.hub import RANDOM
@@ -316,7 +316,7 @@ def test_the_line_behind_a_reply(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ticks = itertools.count()
     monkeypatch.setattr("zamba2.commands.chat.time.perf_counter", lambda: float(next(ticks)))
     pieces = (SimpleNamespace(text=letter) for letter in "abcdef")
-    reply(cast(Any, SimpleNamespace(say=lambda *_, **__: pieces, cached_tokens=3)), "hi", {})
+    reply(cast(Any, SimpleNamespace(backend=SimpleNamespace(stretch=512), say=lambda *_, **__: pieces, cached_tokens=3)), "hi", {})
     assert capsys.readouterr() == ("abcdef\n", "[6 tokens, 5.0 tokens/s, first after 1.00 s, 3 cached]\n")
 
 
@@ -598,6 +598,18 @@ def test_generate_in_a_terminal(terminal: Any) -> None:
     window.expect(r"reading[^\n]*/\d{4}")
     window.expect(r"2 new at")
     assert window.wait() == 0
+
+
+@pytest.mark.parametrize("stretch", [512, 4096])
+def test_a_reply_goes_to_standard_output(stretch: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """However many tokens a backend reads at once, the bar is gone before the reply is printed, which it would take to the terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with reading_progress(stretch) as report:
+        assert report is not None
+        report(stretch, 3 * stretch)
+        report(2 * stretch, 3 * stretch)
+        print("a reply")
+    assert capsys.readouterr().out == "a reply\n"
 
 
 # ---- download --------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def reply(conversation: Conversation, text: str, options: Mapping[str, Any]) -> 
     """Stream one reply, then say how fast it was. Ctrl-C passes through after what was said is kept."""
     start = first = time.perf_counter()
     count = 0
-    with reading_progress() as progress:
+    with reading_progress(conversation.backend.stretch) as progress:
         pieces = conversation.say(text, progress=progress, **options)
         cached = conversation.cached_tokens
         try:

@@ -40,7 +40,7 @@ def main(
         request = loaded.request(text, **options)
     else:
         request = loaded.request(loaded.tokenizer.encode_chat(conversation, add_generation_prompt=True), **options)
-    with reading_progress() as progress:
+    with reading_progress(loaded.backend.stretch) as progress:
         result = generate(loaded, request, progress, echo=not as_json)
     if as_json:
         print(json.dumps(document(loaded, result), ensure_ascii=False))
@@ -98,8 +98,8 @@ def load_with_status(model: str, where: Mapping[str, Any]) -> LanguageModel:
 
 
 @contextmanager
-def reading_progress() -> Iterator[Progress | None]:
-    """A progress bar on a terminal while a long prompt is read; gone when the first token comes."""
+def reading_progress(stretch: int) -> Iterator[Progress | None]:
+    """A progress bar on a terminal while a long prompt is read, ``Backend.stretch`` tokens at once; gone when the first token comes."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -113,7 +113,7 @@ def reading_progress() -> Iterator[Progress | None]:
     def report(done: int, total: int) -> None:
         bar.start()
         bar.update(task, completed=done, total=total)
-        if total - done <= 512:
+        if total - done <= stretch:  # the last; what is printed while a bar stands goes where the bar is, not to standard output
             bar.stop()
 
     try:
