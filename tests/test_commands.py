@@ -222,6 +222,7 @@ def test_json_is_one_document(zamba: Any, model: LanguageModel) -> None:
         "total_tokens": expected.prompt_tokens + 6,
     }
     assert [(item["token"], item["logprob"]) for item in data["logprobs"]] == [(i.token, i.logprob) for i in expected.logprobs]
+    assert "".join(item["text"] for item in data["logprobs"]) == data["text"]
     assert [[tuple(t.values()) for t in item["top"]] for item in data["logprobs"]] == [list(i.top) for i in expected.logprobs]
     assert data["time_to_first_token_seconds"] > 0 and data["decode_tokens_per_second"] > 0
     code, out, err = zamba(*GREEDY_HI, "--logprobs", "2")

@@ -26,6 +26,7 @@ import zamba2
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import TokenLogprob
 from zamba2.language.model import LanguageModel
+from zamba2.language.tokenizer import TokenTexts
 from zamba2.serve.cache import StateCache
 from zamba2.serve.grammar import Unmet
 from zamba2.serve.scheduler import Busy, Prompt, Scheduler, TimeIsUp
@@ -48,7 +49,6 @@ from zamba2.serve.protocol import (  # noqa: E402
     ResponseBody,
     ResponseStream,
     Said,
-    TokenTexts,
     chat_logprob,
     problem_of,
     token_counts,

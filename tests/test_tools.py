@@ -878,7 +878,8 @@ def test_arguments_that_no_json_holds(arguments: str, wanted: dict[str, Any] | N
     """Arguments that cannot be sent as an object are an error with the tool named, never a body that is no JSON; cut ones come as far as
     they are."""
     from zamba2.language.model import make_request
-    from zamba2.serve.protocol import Ask, MessageStream, Problem, Reply, Said, TokenTexts
+    from zamba2.language.tokenizer import TokenTexts
+    from zamba2.serve.protocol import Ask, MessageStream, Problem, Reply, Said
     from zamba2.serve.scheduler import Prompt
 
     reply = Reply(0, Ask(make_request([1], {}), Prompt(), "", calls="may"))

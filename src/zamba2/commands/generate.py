@@ -15,6 +15,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece, Progress, Request, collect
 from zamba2.language.messages import check_messages
 from zamba2.language.model import LanguageModel, make_request
+from zamba2.language.tokenizer import TokenTexts
 
 __all__ = ["load_with_status", "main", "reading_progress", "summary"]
 
@@ -159,10 +160,11 @@ def document(loaded: LanguageModel, result: Generation) -> dict[str, Any]:
         "decode_tokens_per_second": result.tokens_per_second,
     }
     if result.logprobs is not None:
+        texts = TokenTexts(loaded.tokenizer)
         data["logprobs"] = [
             {
                 "token": item.token,
-                "text": loaded.tokenizer.decode([item.token], skip_special_tokens=False),
+                "text": texts(item.token)[0],
                 "logprob": item.logprob,
                 "top": [{"token": token, "logprob": value} for token, value in item.top],
             }

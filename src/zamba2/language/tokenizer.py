@@ -18,7 +18,7 @@ from zamba2.config import Config, read_json
 from zamba2.errors import Zamba2Error
 from zamba2.language.messages import CHATML, check_messages
 
-__all__ = ["IncrementalDecoder", "Tokenizer"]
+__all__ = ["IncrementalDecoder", "TokenTexts", "Tokenizer"]
 
 CHATML_END = "<|im_end|>"
 LONG = 4096  # characters or ids, from which on the library is called so that it lets other threads run
@@ -229,6 +229,40 @@ class IncrementalDecoder:
             return BYTE_PIECE.fullmatch(piece) is not None
         self._utf8.decode(_piece_bytes(piece))
         return self._utf8.getstate()[0] != b""
+
+
+class TokenTexts:
+    """Texts of single tokens as they stand behind a word, so that they join to the text, and their bytes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._word = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        self._skip = len(tokenizer.decode(self._word, skip_special_tokens=False))
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def is_special(self, token: int) -> bool:
+        """Whether a reply's text leaves it out."""
+        return self._tokenizer._backend.id_to_token(token) in self._tokenizer._special
+
+    def __call__(self, token: int) -> tuple[str, bytes]:
+        r"""Text and bytes; a token that is part of a character alone is written \xe2."""
+        if token not in self._known:
+            data = self._bytes(token)
+            try:
+                self._known[token] = data.decode(), data
+            except UnicodeDecodeError:
+                self._known[token] = "".join(f"\\x{byte:02x}" for byte in data), data
+        return self._known[token]
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self._tokenizer._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if not self._tokenizer._byte_level and BYTE_PIECE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        if self._tokenizer._byte_level and not self.is_special(token):
+            return _piece_bytes(piece)
+        return self._tokenizer.decode([*self._word, token], skip_special_tokens=False)[self._skip :].encode()
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -34,6 +34,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Constraint, Piece
 from zamba2.language.model import LanguageModel, make_request
+from zamba2.language.tokenizer import TokenTexts
 from zamba2.serve.cache import StateCache
 from zamba2.serve.grammar import Grammars
 from zamba2.serve.protocol import (
@@ -53,7 +54,6 @@ from zamba2.serve.protocol import (
     Said,
     Stream,
     TokenizeBody,
-    TokenTexts,
     anthropic_error,
     openai_error,
     problem_of,

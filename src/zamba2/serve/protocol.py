@@ -33,7 +33,7 @@ from pydantic_core import CoreSchema, core_schema, from_json
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Request, TokenLogprob
 from zamba2.language.messages import brief
-from zamba2.language.tokenizer import BYTE_PIECE, Tokenizer, _piece_bytes
+from zamba2.language.tokenizer import TokenTexts
 from zamba2.serve.grammar import Unmet
 from zamba2.serve.scheduler import Busy, Prompt, TimeIsUp
 from zamba2.serve.tools import (
@@ -54,7 +54,7 @@ from zamba2.serve.tools import (
 
 __all__ = [
     "Ask", "ChatBody", "ChatStream", "CompletionBody", "CompletionStream", "CountTokensBody", "DetokenizeBody", "Event", "MessageStream",
-    "MessagesBody", "Problem", "Reply", "ResponseBody", "ResponseFormat", "ResponseStream", "Said", "Stream", "TokenTexts", "TokenizeBody",
+    "MessagesBody", "Problem", "Reply", "ResponseBody", "ResponseFormat", "ResponseStream", "Said", "Stream", "TokenizeBody",
     "anthropic_error", "openai_error", "problem_of", "sampling_options", "sse", "validation_problem",
 ]  # fmt: skip
 
@@ -1049,40 +1049,6 @@ def usage(replies: Sequence[Reply]) -> Json:
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
     }  # fmt: skip
-
-
-class TokenTexts:
-    """Texts of single tokens as they stand behind a word, so that they join to the text, and their bytes."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._word = tokenizer.encode("a", add_special_tokens=False)[-1:]
-        self._skip = len(tokenizer.decode(self._word, skip_special_tokens=False))
-        self._known: dict[int, tuple[str, bytes]] = {}
-
-    def is_special(self, token: int) -> bool:
-        """Whether a reply's text leaves it out."""
-        return self._tokenizer._backend.id_to_token(token) in self._tokenizer._special
-
-    def __call__(self, token: int) -> tuple[str, bytes]:
-        r"""Text and bytes; a token that is part of a character alone is written \xe2."""
-        if token not in self._known:
-            data = self._bytes(token)
-            try:
-                self._known[token] = data.decode(), data
-            except UnicodeDecodeError:
-                self._known[token] = "".join(f"\\x{byte:02x}" for byte in data), data
-        return self._known[token]
-
-    def _bytes(self, token: int) -> bytes:
-        piece = self._tokenizer._backend.id_to_token(token)
-        if piece is None:
-            return b""
-        if not self._tokenizer._byte_level and BYTE_PIECE.fullmatch(piece):
-            return bytes([int(piece[3:5], 16)])
-        if self._tokenizer._byte_level and not self.is_special(token):
-            return _piece_bytes(piece)
-        return self._tokenizer.decode([*self._word, token], skip_special_tokens=False)[self._skip :].encode()
 
 
 def chat_logprob(texts: TokenTexts, entry: TokenLogprob) -> Json:
