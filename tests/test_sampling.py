@@ -182,6 +182,7 @@ def test_corrupt_logits_are_reported(bad, temperature):
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
 BAD_OPTIONS = [(name, value) for name in NUMBERS for value in (math.nan, math.inf, -3.0, "1", None, True)] + [
     ("temperature", 10**400),
+    ("temperature", np.float32(math.inf)),
     ("top_k", -1),
     ("top_k", 1.5),
     ("top_k", True),
@@ -204,6 +205,12 @@ def test_bad_options_are_named(name, value):
     """An option out of range or of the wrong type is one sentence that names it."""
     with pytest.raises(Zamba2Error, match=rf"option {name}.* is needed\.$"):
         Sampling(**{name: value})
+
+
+def test_options_may_be_numpys():
+    """Numbers of NumPy's are taken as Python's are, without a warning."""
+    options = {"temperature": np.float32(0.5), "top_p": np.float16(0.5), "top_k": np.int32(3), "seed": np.uint8(1)}
+    assert Sampling(**options, logit_bias={np.int64(1): np.float32(2)}) == Sampling(0.5, 3, 0.5, seed=1, logit_bias={1: 2.0})
 
 
 def test_bad_ids_and_shapes():

@@ -77,7 +77,8 @@ class Sampling:
 
 
 def _check(name: str, value: Any, low: float, high: float, needed: str, kind: type = Real) -> None:
-    # NaN fails the comparison; bool is an Integral to Python but never meant.
+    # NaN fails the comparison; bool is an Integral to Python but never meant. LARGEST is infinite as a NumPy float of fewer bits.
+    value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:  # type: ignore[operator]
         raise Zamba2Error(f"sampling option {name} is {value!r}; {needed} is needed.")
 
