@@ -423,6 +423,8 @@ BAD_CALLS: dict[str, Callable[[Any], object]] = {
     "tokens of 64 bits": lambda m: m.generate([1 << 63]),
     "tokens not whole": lambda m: m.generate([1.5]),
     "tokens of nothing": lambda m: m.generate([None]),
+    "tokens in lists of unequal lengths": lambda m: next(m.stream([[1], [2, 3]])),
+    "a text beside a token": lambda m: m.generate(["a", 1]),
     "tokens in a square": lambda m: m.generate(torch.ones(2, 2, dtype=torch.int64).numpy()),
     "no tokens": lambda m: m.generate([]),
     "no tokens in a batch": lambda m: m.generate([[1], []]),

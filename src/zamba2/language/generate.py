@@ -71,9 +71,12 @@ class Request:
             raise Zamba2Error(f"logprobs is {self.logprobs!r}; a number of alternatives from 0 to 100 is needed.")
         if not all(isinstance(s, str) and s for s in self.stop):
             raise Zamba2Error(f"stop is {list(self.stop)!r}; texts that are not empty are needed.")
-        if len(self.tokens) == 0:
+        try:
+            tokens = np.asarray(self.tokens)
+        except ValueError:  # lists of unequal lengths
+            tokens = np.asarray(None)
+        if tokens.size == 0:
             raise Zamba2Error("the prompt is empty; at least one token is needed.")
-        tokens = np.asarray(self.tokens)
         if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or int(tokens.max()) >= 1 << 63:
             raise Zamba2Error("the prompt is neither a text nor a list of token ids; whole numbers from 0 are needed.")
 
