@@ -212,6 +212,14 @@ def test_forward_arguments(ours: Any, theirs: Any) -> None:
         torch.testing.assert_close(rest[0], full.logits[:, 4:], **CLOSE)
 
 
+def test_hidden_states_are_the_decoders(ours: Any, theirs: Any) -> None:
+    """``get_decoder`` is the model without its head, as in transformers."""
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        found, wanted = (model.get_decoder()(ids).last_hidden_state for model in (ours, theirs))
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
 def test_packed_rows_do_not_leak(ours: Any) -> None:
     """Documents of a row marked by position_ids (as trl does) or seq_idx score as they do alone, beside padding too."""
     one, two, three = tokens(1, 40, 2), tokens(1, 13, 3), tokens(1, 25, 4)

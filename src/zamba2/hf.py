@@ -335,6 +335,9 @@ class Zamba2ForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: Any) -> None:
         self.model.embed_tokens = value
 
+    def get_decoder(self) -> Backbone:
+        return self.model
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The head; where it is tied, a view of the embedding."""
         return TiedHead(self.model) if self.model.lm_head is None else self.model.lm_head
