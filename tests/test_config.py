@@ -45,7 +45,7 @@ def test_published_sizes(name: str) -> None:
     assert config.kv_bytes_per_token() == kv_bytes
     assert config.kv_bytes_per_token(4) == 2 * kv_bytes
     assert same_digits(config.ssm_state_bytes / MIB, ssm)
-    assert same_digits(config.conv_state_bytes(2, columns=4) / MIB, conv)
+    assert same_digits(config.conv_state_bytes(2) * 4 / 3 / MIB, conv)
     backbone = dataclasses.replace(config, hybrid_layer_ids=(), num_mem_blocks=1)
     assert backbone.weights_per_token() == backbone.num_parameters  # the table is read by the head, and nothing twice
 

@@ -254,10 +254,9 @@ class Config:
         """Bytes of the fp32 SSM state of one sequence."""
         return self.num_hidden_layers * self.d_inner * self.mamba_d_state * 4
 
-    def conv_state_bytes(self, element_bytes: int = 4, columns: int | None = None) -> int:
-        """Bytes of the convolution state of one sequence; ``columns`` defaults to the d_conv - 1 that are needed."""
-        columns = self.mamba_d_conv - 1 if columns is None else columns
-        return self.num_hidden_layers * self.conv_dim * columns * element_bytes
+    def conv_state_bytes(self, element_bytes: int = 4) -> int:
+        """Bytes of the convolution state of one sequence, d_conv - 1 columns (fp32 by default)."""
+        return self.num_hidden_layers * self.conv_dim * (self.mamba_d_conv - 1) * element_bytes
 
     # ---- config.json ---------------------------------------------------------------------------------------------
 

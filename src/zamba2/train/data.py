@@ -174,7 +174,7 @@ def _answers(value: Any) -> Messages:
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-TEXT, TURNS, NUMBER, WHOLE = (str,), (list,), (int, float), (int,)
+TEXT, TURNS, NUMBER = (str,), (list,), (int, float)
 
 
 @dataclass(frozen=True)

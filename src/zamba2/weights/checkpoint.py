@@ -124,7 +124,7 @@ def read_config(path: Path) -> Config:
 
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Config | None = None,
-    ops: str = "auto", unmapped: tuple[str, ...] = (), kind: type[M] = Zamba2,  # type: ignore[assignment]
+    unmapped: tuple[str, ...] = (), kind: type[M] = Zamba2,  # type: ignore[assignment]
 ) -> M:  # fmt: skip
     """Load a checkpoint folder in the Hub's layout, or a standalone ``.pt`` file.
 
@@ -141,7 +141,7 @@ def load_model(
     else:
         source = HubSource(HubFiles(path, config))
     with torch.device("meta"):
-        model = kind(config, ops=ops)
+        model = kind(config)
     if dtype is None:
         dtype = source.dtype(source.plan["embed_tokens.weight"][0])
     for name, (stored, part) in source.plan.items():

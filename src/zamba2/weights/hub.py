@@ -11,7 +11,6 @@ import os
 import re
 from logging import WARNING, LogRecord, getLogger
 from pathlib import Path
-from typing import Any
 
 from zamba2.errors import Zamba2Error, notice
 
@@ -44,21 +43,13 @@ def cache_folder() -> Path:
         raise Zamba2Error("there is no home folder for a cache; set XDG_CACHE_HOME to a folder that can be written to.") from None
 
 
-def resolve(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    offline: bool = False,
-    weights: bool = True,
-    progress: bool = True,
-) -> Path:
+def resolve(source: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> Path:
     """Return the local folder (or ``.pt`` file) of a checkpoint, downloading it when needed.
 
     ``source``: an existing folder or ``.pt`` file, else a short name (``ALIASES``; those of embedded models yield only to a
     folder that is a checkpoint), else a Hub id "owner/name". A ``Path``
     is always a local path. ``revision``: branch, tag or commit of a Hub repository. ``offline``: use the download cache
     only (as HF_HUB_OFFLINE=1 does). ``weights``: False fetches configuration and tokenizer alone.
-    ``progress``: show progress bars on standard error.
 
     Raises Zamba2Error, one sentence, for everything that keeps the files from being here.
     """
@@ -78,7 +69,7 @@ def resolve(
                 f"{name!r} is no folder here, no short name and no Hub id; give a checkpoint folder, one of {_short_names()}, "
                 f"or a Hub id owner/name."
             )
-        return _download(repository, revision, offline, weights, progress)
+        return _download(repository, revision, offline, weights)
     if revision is not None:
         raise Zamba2Error(f"revision {revision!r} was given for the local {local}; only Hub repositories have revisions: leave it out.")
     if local.is_file() and local.suffix != ".pt":
@@ -94,14 +85,9 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith(("/", ".pt")) or name.count("/") > 1
 
 
-def _download(repository: str, revision: str | None, offline: bool, weights: bool, progress: bool) -> Path:
+def _download(repository: str, revision: str | None, offline: bool, weights: bool) -> Path:
     check_settings()
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Quiet(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **(kwargs | {"disable": True}))  # type: ignore[no-untyped-call]
 
     unreachable: Exception | None = None
     cached_only = offline or constants.HF_HUB_OFFLINE
@@ -118,7 +104,6 @@ def _download(repository: str, revision: str | None, offline: bool, weights: boo
                 revision=revision,
                 local_files_only=cached_only or unreachable is not None,
                 allow_patterns=SMALL_FILES + (WEIGHT_FILES if weights else []),
-                tqdm_class=None if progress else Quiet,
             )
         )
     except Exception as error:  # the library lets errors of several HTTP libraries through
