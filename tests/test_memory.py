@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     folder = tmp_path_factory.mktemp("memory") / "checkpoint"
-    save_checkpoint(model, folder, dtype=torch.bfloat16, max_shard_bytes=60_000_000)
+    save_checkpoint(model.bfloat16(), folder, max_shard_bytes=60_000_000)
     return folder
 
 

@@ -393,7 +393,7 @@ def test_file_that_runs_code_is_refused(tmp_path: Path) -> None:
 def test_dtypes(tmp_path: Path) -> None:
     """bf16 halves the large weights alone: what exponents and norms depend on stays fp32, whatever the file's dtype."""
     config = MINIATURES["1.2b"]
-    save_checkpoint(random_model(config, 10), tmp_path / "bf16", dtype=torch.bfloat16)
+    save_checkpoint(random_model(config, 10).bfloat16(), tmp_path / "bf16")
     model = load_model(tmp_path / "bf16")
     for name, parameter in model.named_parameters():
         small = parameter.dim() == 1 or "conv1d" in name
@@ -406,12 +406,12 @@ def test_dtypes(tmp_path: Path) -> None:
     coarse = logits_of(model)
     assert coarse.dtype == torch.bfloat16
     assert relative_error(coarse, logits_of(upcast)) < 0.1  # sane; the format's own error is measured elsewhere
-    save_checkpoint(model, tmp_path / "again", dtype=torch.bfloat16)
+    save_checkpoint(model.bfloat16(), tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "bf16" / "model.safetensors").read_bytes()
 
 
 def test_saving_keeps_every_bit(tmp_path: Path) -> None:
-    """Without a dtype each tensor is written as it is, so that a bf16 model's fp32 parts come back whole."""
+    """Each tensor is written as it is, so that a bf16 model's fp32 parts come back whole."""
     save_checkpoint(random_model(MINIATURES["1.2b"], 10), tmp_path / "fp32")
     model = load_model(tmp_path / "fp32", dtype=torch.bfloat16)
     save_checkpoint(model, tmp_path / "mixed")
@@ -502,10 +502,3 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises((AttributeError, TypeError)):
         save_checkpoint(model, tmp_path / "half", state_dict=broken)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["used"]
-    small = tmp_path / "small"
-    small.mkdir()
-    names = ["chat_template.jinja", "generation_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
-    for name in (*names, "README.md"):
-        (small / name).write_text("{}")
-    save_checkpoint(model, tmp_path / "whole", small_files_from=small)
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == sorted([*names, "config.json", "model.safetensors"])

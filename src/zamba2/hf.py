@@ -505,7 +505,7 @@ def _locate(
     return Path(
         snapshot_download(
             str(name), revision=revision, token=token, cache_dir=None if cache_dir is None else str(cache_dir),
-            local_files_only=local_files_only, force_download=force_download, allow_patterns=[*SMALL_FILES, *WEIGHT_FILES],
+            local_files_only=local_files_only, force_download=force_download, allow_patterns=["config.json", *SMALL_FILES, *WEIGHT_FILES],
         )
     )  # fmt: skip
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from zamba2.errors import Zamba2Error
-from zamba2.weights.files import TensorFile, replacing, write_tensors
+from zamba2.weights.files import Entries, TensorFile, replacing, write_tensors
 
 __all__ = ["open_state", "write_state"]
 
 VERSION = 1
-Entries = Sequence[tuple[str, str, Sequence[int], Callable[[], Iterable[memoryview]]]]  # as write_tensors takes them
 
 
 def write_state(path: Path, entries: Entries, *, position: int, model: str, note: str) -> None:

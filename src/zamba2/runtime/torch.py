@@ -27,7 +27,7 @@ from zamba2.model.packed import PackedEmbedding, PackedLinear
 from zamba2.model.state import KVCache, ModelState
 from zamba2.runtime.backend import Logits, Row, State, check_row, checked_best
 from zamba2.runtime.state_file import open_state, write_state
-from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, load_model, load_packed, read_config
+from zamba2.weights.checkpoint import DTYPE_NAMES, DTYPES, entries_of, load_model, load_packed, read_config
 from zamba2.weights.files import TensorFile
 from zamba2.weights.packed import is_packed
 
@@ -136,12 +136,7 @@ class TorchState:
         for kind in ("conv", "ssm"):
             tensors |= {f"{kind}.{i}": t for i, t in enumerate(getattr(self.inner, kind)) if t is not None}
         tensors |= {f"kv.{j}": t for j, kv in enumerate(self.inner.kv) if (t := kv.tensor()) is not None}
-
-        def produce(tensor: Tensor) -> list[memoryview]:
-            return [tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data]
-
-        entries = [(name, DTYPE_NAMES[t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors.items()]
-        write_state(path, entries, position=self.position, model=self.backend.fingerprint, note=note)
+        write_state(path, entries_of(tensors.items()), position=self.position, model=self.backend.fingerprint, note=note)
 
     def load(self, path: Path) -> str:
         file, position, note = open_state(path, self.backend.fingerprint)

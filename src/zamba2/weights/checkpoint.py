@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,12 +20,12 @@ from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error
 from zamba2.model.model import Zamba2
 from zamba2.model.packed import Packed, PackedEmbedding, PackedLinear
-from zamba2.weights.files import replacing, write_tensors
+from zamba2.weights.files import Entries, replacing, write_tensors
 from zamba2.weights.hub_files import HubFiles
 from zamba2.weights.names import hub_names, parameter_shapes, standalone_names
 from zamba2.weights.packed import Packing, Part, open_packed, parts
 
-__all__ = ["load_model", "load_packed", "packed_model", "read_config", "save_checkpoint"]
+__all__ = ["entries_of", "load_model", "load_packed", "packed_model", "read_config", "save_checkpoint"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -33,7 +33,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FP32_PARTS = ("A_log", "D", "dt_bias", "norm.weight", "layernorm.weight", "conv1d.weight", "conv1d.bias")
 SHARD_BYTES = 5_000_000_000
 M = TypeVar("M", bound=Zamba2)
-SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 
 
 Plan = dict[str, tuple[str, int | None]]  # model parameter -> stored name and part of it
@@ -213,14 +212,12 @@ def _deinterleave(qkv: Tensor, config: Config, part: int) -> Tensor:
 
 
 def save_checkpoint(
-    model: Zamba2, folder: Path, *, dtype: torch.dtype | None = None, small_files_from: Path | None = None,
-    max_shard_bytes: int = SHARD_BYTES, state_dict: Mapping[str, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Write the Hub's layout, which transformers reads too: each weight once, tied head left out, in shards.
+    model: Zamba2, folder: Path, *, max_shard_bytes: int = SHARD_BYTES, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the Hub's layout, which transformers reads too: each weight once and as it is, tied head left out, in shards.
 
-    dtype: of every tensor (default: each its own, so that small ones kept in fp32 lose nothing). small_files_from: a
-    folder whose tokenizer, template and generation files are copied. state_dict: tensors to write in place of the model's own (training).
-    The folder must not exist or be empty; it appears complete or not at all. Raises Zamba2Error.
+    state_dict: tensors to write in place of the model's own (training). The folder must not exist or be empty; it appears complete or not
+    at all. Raises Zamba2Error.
     """
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise Zamba2Error(f"{folder} exists and is not an empty folder; choose another place to save to.")
@@ -233,36 +230,29 @@ def save_checkpoint(
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
     for part in parts:
-        nbytes = part[1].numel() * (dtype or part[1].dtype).itemsize
-        if shards[-1] and size + nbytes > max_shard_bytes:
+        if shards[-1] and size + part[1].nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(part)
-        size += nbytes
+        size += part[1].nbytes
     with replacing(folder) as temporary:
         temporary.mkdir()
-        named = str(dtype or tensors["embed_tokens.weight"].dtype).removeprefix("torch.")
-        config = model.config.to_dict() | {"torch_dtype": named}
+        config = model.config.to_dict() | {"torch_dtype": str(tensors["embed_tokens.weight"].dtype).removeprefix("torch.")}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             weight_map |= {stored: name for stored, _ in shard}
-            _write_shard(temporary / name, shard, dtype)
+            write_tensors(temporary / name, entries_of(shard), {"format": "pt"})
         if len(shards) > 1:
-            total = sum(t.numel() * (dtype or t.dtype).itemsize for _, t in parts)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(t.nbytes for _, t in parts)}, "weight_map": weight_map}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for pattern in SMALL_FILES if small_files_from is not None else ():
-            assert small_files_from is not None
-            for file in filter(Path.is_file, small_files_from.glob(pattern)):
-                shutil.copyfile(file, temporary / file.name)
 
 
-def _write_shard(path: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> None:
+def entries_of(tensors: Iterable[tuple[str, Tensor]]) -> Entries:
+    """Named tensors as ``write_tensors`` takes them; from a device they come one at a time."""
+
     def produce(tensor: Tensor) -> list[memoryview]:
-        flat = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous().view(-1).view(torch.uint8)
-        return [flat.numpy().data]
+        return [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data]
 
-    entries = [(name, DTYPE_NAMES[dtype or t.dtype], tuple(t.shape), lambda t=t: produce(t)) for name, t in tensors]
-    write_tensors(path, entries, {"format": "pt"})
+    return [(name, DTYPE_NAMES[t.dtype], tuple(t.shape), partial(produce, t)) for name, t in tensors]

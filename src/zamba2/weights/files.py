@@ -24,13 +24,17 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["DTYPE_BYTES", "Entry", "TensorFile", "forget_leftovers", "replacing", "write_tensors"]
+__all__ = ["DTYPE_BYTES", "Entries", "Entry", "TensorFile", "forget_leftovers", "replacing", "write_tensors", "write_text"]
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format's own library
 MOST_SIDES = 8  # of a shape; with the next, keeps hostile headers from asking for endless products
 LARGEST = 1 << 62
 LEFT_SECONDS = 24 * 60 * 60  # without writing, until a half-written file counts as left behind
+
+
+# Tensors to write: name, dtype, shape, function giving the bytes in pieces.
+Entries = Sequence[tuple[str, str, Sequence[int], Callable[[], Iterable[memoryview]]]]
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,12 @@ def replacing(path: Path) -> Iterator[Path]:
             signal.raise_signal(ended[0])
 
 
+def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Put a text in UTF-8 in the place of a file, as ``replacing`` does. Raises Zamba2Error."""
+    with replacing(path) as place:
+        place.write_text(text, encoding="utf-8", errors=errors)
+
+
 def forget_leftovers(folder: Path) -> None:
     """Delete what killed writers left of ``replacing`` in a folder: what nobody has written to for a day."""
     import shutil
@@ -238,10 +248,8 @@ def forget_leftovers(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_tensors(
-    path: Path, tensors: Sequence[tuple[str, str, Sequence[int], Callable[[], Iterable[memoryview]]]], metadata: Mapping[str, str]
-) -> None:
-    """Write a safetensors file, one piece in memory at a time. tensors: (name, dtype, shape, function giving the bytes in pieces)."""
+def write_tensors(path: Path, tensors: Entries, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, one piece in memory at a time."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape, _ in tensors:

@@ -30,8 +30,8 @@ ALIASES: dict[str, str | Path] = {
     "7b": "Zyphra/Zamba2-7B",
     "7b-instruct": "Zyphra/Zamba2-7B-Instruct",
 }
-SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]
-WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json"]
+SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")  # beside config.json and the weights
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -103,7 +103,7 @@ def _download(repository: str, revision: str | None, offline: bool, weights: boo
                 repository,
                 revision=revision,
                 local_files_only=cached_only or unreachable is not None,
-                allow_patterns=SMALL_FILES + (WEIGHT_FILES if weights else []),
+                allow_patterns=["config.json", *SMALL_FILES, *(WEIGHT_FILES if weights else ())],
             )
         )
     except Exception as error:  # the library lets errors of several HTTP libraries through

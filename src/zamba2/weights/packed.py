@@ -27,6 +27,7 @@ from zamba2.errors import Zamba2Error
 from zamba2.weights.calibration import Moments
 from zamba2.weights.files import TensorFile, replacing, write_tensors
 from zamba2.weights.formats import BLOCK, Format, format_named, pack
+from zamba2.weights.hub import SMALL_FILES
 from zamba2.weights.hub_files import HubFiles
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
 
 VERSION = 2
 ALIGNMENT = 64  # of a matrix in the file, and so in memory
-SMALL_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "chat_template*")
 ROWS_AT_ONCE = 1024  # of one matrix, so that quantizing needs little memory
 MOST_THREADS = 4  # that round; each holds ROWS_AT_ONCE rows several times
 Floats = npt.NDArray[np.float32]
