@@ -26,7 +26,7 @@ from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, install
 from zamba2.runtime.processors import machine
 from zamba2.runtime.processors import versions as installed
-from zamba2.weights.files import replacing
+from zamba2.weights.files import write_text
 from zamba2.weights.packed import Packing
 from zamba2.weights.synthetic import packed_bytes
 
@@ -209,7 +209,7 @@ def run(
                     entry["allowed_bytes"] = int(memory)
                 results["seconds"] += time.monotonic() - begun
                 begun = time.monotonic()
-                write(file, results)
+                write_text(file, json.dumps(results, indent=1) + "\n")
                 if before != (entry["status"], entry["reason"], len(entry["runs"])):
                     say(f"{one.name}, {point.batch} x {point.prompt_tokens} tokens: {sentence(entry)}", done, total)
     return results
@@ -312,11 +312,6 @@ def versions(settings: Settings) -> dict[str, str]:
         for info in python.parents[1].glob("lib/python*/site-packages/llama_cpp_python-*.dist-info"):
             found["llama-cpp-python"] = info.name.removesuffix(".dist-info").split("-")[1]
     return found
-
-
-def write(file: Path, results: Mapping[str, Any]) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def read_results(file: Path) -> dict[str, Any]:

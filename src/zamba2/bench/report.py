@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from zamba2.bench.figures import OURS, Verdict, medians, verdicts
 from zamba2.bench.rivals import RIVALS
 from zamba2.errors import Zamba2Error
-from zamba2.weights.files import replacing
+from zamba2.weights.files import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,11 +68,9 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
                 svg = io.StringIO()
                 figure.savefig(svg, format="svg", metadata={"Date": None})
                 pictures[name] = svg.getvalue()
-                with replacing(folder / f"{name}.svg") as place:
-                    place.write_text(svg.getvalue(), encoding="utf-8")
+                write_text(folder / f"{name}.svg", svg.getvalue())
     page = folder / "report.html"
-    with replacing(page) as place:
-        place.write_text(page_of(results, pictures), encoding="utf-8")
+    write_text(page, page_of(results, pictures))
     return page
 
 

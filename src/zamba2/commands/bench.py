@@ -21,7 +21,7 @@ from zamba2.config import PRESETS, Config
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.tokenizer import Tokenizer
 from zamba2.runtime.processors import default_threads, free_memory, machine
-from zamba2.weights.files import replacing
+from zamba2.weights.files import write_text
 from zamba2.weights.formats import format_named, kv_format_named
 from zamba2.weights.hub import RANDOM, cache_folder, resolve
 from zamba2.weights.packed import VERSION, Packing, is_packed, open_packed
@@ -87,8 +87,7 @@ def main(
         print_tables(result)
     print(json.dumps(result), flush=True)
     if out is not None:  # last: where it cannot be written, minutes of measuring are not lost
-        with replacing(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(result, indent=1) + "\n")
 
 
 def config_of(shape: str) -> Config:

@@ -265,10 +265,9 @@ def agree(estimate: Any, yes: bool) -> None:
 
 def report(place: Path, result: Mapping[str, Any], markdown: str, as_json: bool) -> None:
     """FOLDER/EVALUATION.md beside the document; print one of the two."""
-    from zamba2.weights.files import replacing
+    from zamba2.weights.files import write_text
 
-    with replacing(place.with_suffix(".md")) as file:
-        file.write_text(markdown, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
+    write_text(place.with_suffix(".md"), markdown, errors="backslashreplace")  # names of files may be any bytes
     if as_json:
         print(json.dumps(result))
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from zamba2 import __version__
 from zamba2.runtime.processors import machine, versions
-from zamba2.weights.files import replacing
+from zamba2.weights.files import write_text
 
 __all__ = ["CARD", "beside_the_card", "document", "slug", "write_result"]
 
@@ -40,8 +40,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
     """FOLDER/EVALUATION.json, replaced as a whole. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{result['evaluation']}.json"
-    with replacing(target) as place:
-        place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_text(target, json.dumps(result, indent=1) + "\n")
     return target
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error, notice
 from zamba2.runtime.backend import State
-from zamba2.weights.files import replacing
+from zamba2.weights.files import write_text
 
 __all__ = ["Found", "Memory", "StateCache"]
 
@@ -352,8 +352,7 @@ class StateCache:
         note = file.with_suffix(".json")
         state.save(file)
         about = {"tokens": entry.tokens.tolist(), "adapter": entry.adapter, "text": entry.text, "model": self.model}
-        with replacing(note) as place:
-            place.write_text(json.dumps(about), encoding="utf-8")
+        write_text(note, json.dumps(about))
         return file.stat().st_size + note.stat().st_size
 
     def _refuse(self, error: BaseException) -> None:

@@ -38,7 +38,7 @@ from zamba2.runtime.backend import Row
 from zamba2.runtime.processors import machine
 from zamba2.train.instructions import KINDS, Task, documents, passes, tasks
 from zamba2.train.progress import read_metrics
-from zamba2.weights.files import replacing
+from zamba2.weights.files import replacing, write_text
 from zamba2.weights.formats import format_named
 from zamba2.weights.packed import is_packed, quantize
 
@@ -124,8 +124,7 @@ def build(
     report = write_report(folder, sizes, say)
     target = folder / "model"
     shutil.copytree(packed(folder, "averaged2", "q8"), target, dirs_exist_ok=True)
-    with replacing(target / "README.md") as place:
-        place.write_text(card(report), encoding="utf-8")
+    write_text(target / "README.md", card(report))
     return target
 
 
@@ -312,8 +311,7 @@ def write_base(folder: Path, texts: int, seed: int = SEED) -> None:
     new_weights(CONFIG, seed).save_pretrained(folder)
     files = {"config.json": CONFIG.to_dict(), "generation_config.json": ids, "tokenizer_config.json": tokenizer_settings(CONFIG)}
     for name, content in (files | {"tokenizer.json": learn_tokenizer(lines(), CONFIG.vocab_size)}).items():
-        with replacing(folder / name) as place:
-            place.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def new_weights(config: Config, seed: int) -> Any:
@@ -424,8 +422,7 @@ def write_report(folder: Path, sizes: Sizes, say: Callable[[str], None]) -> dict
         "machine": machine(),
         "tasks": [{"kind": task.kind, "messages": task.messages, "check": task.check} for task in asked],
     }
-    with replacing(place) as beside:
-        beside.write_text(json.dumps(report), encoding="utf-8")
+    write_text(place, json.dumps(report))
     return report
 
 

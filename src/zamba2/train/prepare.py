@@ -26,7 +26,7 @@ from zamba2.train.data import Example, Filters, Part, Prompts, Reader, Tally, ch
 from zamba2.train.masks import Masked, MaskedPair
 from zamba2.train.packing import IGNORED, pack
 from zamba2.train.recipe import Recipe
-from zamba2.weights.files import replacing
+from zamba2.weights.files import write_text
 from zamba2.weights.hub import cache_folder
 
 __all__ = ["Prepared", "prepare"]
@@ -117,8 +117,7 @@ def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path
             {"set": reader.part.label, "weight": reader.part.weight, **reader.tally.to_dict(), "used": _amounts(used[id(reader.part)])}
             for reader in readers
         ]
-        with replacing(temporary / "report.json") as place:
-            place.write_text(json.dumps(report, indent=1))
+        write_text(temporary / "report.json", json.dumps(report, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)

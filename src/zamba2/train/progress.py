@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zamba2.errors import notice
 from zamba2.runtime.memory import memory
-from zamba2.weights.files import replacing
+from zamba2.weights.files import write_text
 
 if TYPE_CHECKING:
     from zamba2.train.adapters import Coverage
@@ -111,8 +111,7 @@ class Progress:
             return
         trained = itertools.takewhile(lambda line: "train_runtime" not in line, read_metrics(file))  # the trainer's summary
         kept = [line for line in trained if line["step"] <= step]
-        with replacing(file) as place:
-            place.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
         self._started -= kept[-1]["seconds"] if kept else 0.0
 
     def __enter__(self) -> Progress:

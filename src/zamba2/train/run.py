@@ -52,7 +52,7 @@ from zamba2.train.prepare import Prepared, prepare
 from zamba2.train.progress import Progress
 from zamba2.train.recipe import Recipe
 from zamba2.train.rounding import RoundWeights, divergence
-from zamba2.weights.files import replacing
+from zamba2.weights.files import replacing, write_text
 from zamba2.weights.formats import format_named
 from zamba2.weights.hub import resolve, upload
 from zamba2.weights.packed import Packing, is_packed, quantize
@@ -110,8 +110,7 @@ def run(recipe: Recipe, *, resume: bool = False, progress: Progress | None = Non
 
 def finish(recipe: Recipe, report: Mapping[str, Any], folder: Path) -> None:
     """The result's card, its packed copies, and its way to the Hub. Raises Zamba2Error."""
-    with replacing(folder / "README.md") as place:
-        place.write_text(model_card(recipe, report, _versions(), recipe.out / "metrics.jsonl"), encoding="utf-8")
+    write_text(folder / "README.md", model_card(recipe, report, _versions(), recipe.out / "metrics.jsonl"))
     for name in recipe.pack:
         target = recipe.out / f"model-{name}"
         shutil.rmtree(target, ignore_errors=True)  # of an earlier end of this run
@@ -441,8 +440,7 @@ def _write_facts(recipe: Recipe, prepared: Prepared) -> None:
         ("data.json", json.dumps(prepared.report, indent=1)),
         ("versions.json", json.dumps(_versions() | machine | {"command": sys.argv, "started": started}, indent=1)),
     ):
-        with replacing(recipe.out / name) as place:
-            place.write_text(text, encoding="utf-8")
+        write_text(recipe.out / name, text)
 
 
 def _versions() -> dict[str, str]:
