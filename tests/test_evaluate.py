@@ -204,7 +204,7 @@ def test_ifeval_from_prompts_to_scores(tmp_path: Path, capsys: pytest.CaptureFix
 def choice_nats(model: LanguageModel, context: str, choice: str) -> float:
     """log p of a choice behind a context and a space, token by token."""
     ids = np.array(model.tokenizer.encode(f"{context} {choice}"), np.int32)
-    scores = np.concatenate(list(log_probabilities(model, ids)))
+    scores = np.concatenate([scores for scores, _ in log_probabilities(model, ids)])
     picked = scores[np.arange(len(ids) - 1), ids[1:]]
     return float(picked[len(model.tokenizer.encode(context)) - 1 :].sum())
 

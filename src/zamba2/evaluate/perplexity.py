@@ -44,15 +44,16 @@ def windows(model: LanguageModel, text: str, context: int) -> list[Ints]:
     return [np.array([begin, *ids[i : i + step]], np.int32) for i in range(0, len(ids), step)]
 
 
-def log_probabilities(model: LanguageModel, ids: Ints) -> Iterator[Floats]:
-    """log p of every next token behind each but the last of the ids, some positions at a time. Yields fp64 [positions, V]."""
+def log_probabilities(model: LanguageModel, ids: Ints) -> Iterator[tuple[Floats, Ints]]:
+    """log p of every next token behind each but the last of the ids, some positions at a time, fp64 [positions, V], and the token that
+    comes."""
     state = model.backend.new_state()
     for start in range(0, len(ids) - 1, PIECE):
         read = ids[start : min(start + PIECE, len(ids) - 1)]
         (logits,) = model.backend.forward([Row(read, state, logits=len(read))])
         scores = logits.numpy().astype(np.float64)
         scores -= scores.max(axis=-1, keepdims=True)
-        yield scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
+        yield scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True)), ids[start + 1 : start + 1 + len(read)]
 
 
 def perplexity(model: LanguageModel, text: str, *, context: int = CONTEXT, progress: Progress | None = None) -> dict[str, Any]:
@@ -63,15 +64,11 @@ def perplexity(model: LanguageModel, text: str, *, context: int = CONTEXT, progr
     """
     pieces = windows(model, text, context)
     total, done = sum(len(ids) - 1 for ids in pieces), 0
-    nats, right, places = [], [], []
+    nats, right = [], []
     for ids in pieces:
-        at = 0
-        for scores in log_probabilities(model, ids):
-            targets = ids[at + 1 : at + 1 + len(scores)]
+        for scores, targets in log_probabilities(model, ids):
             nats.append(-scores[np.arange(len(scores)), targets])
             right.append(scores.argmax(axis=-1) == targets)
-            places.append(np.arange(at + 1, at + 1 + len(scores)))
-            at += len(scores)
             done += len(scores)
             if progress is not None:
                 progress(done, total)
@@ -80,7 +77,7 @@ def perplexity(model: LanguageModel, text: str, *, context: int = CONTEXT, progr
     return {
         "tokens": total, "windows": len(pieces), "context": context, "nats": mean, "perplexity": math.exp(mean),
         "top1": float(np.concatenate(right).mean()), "nats_per_byte": float(losses.sum()) / len(text.encode()),
-        "by_position": by_position(losses, np.concatenate(places)),
+        "by_position": by_position(losses, places_in(pieces)),
     }  # fmt: skip
 
 
@@ -100,17 +97,14 @@ def divergence(
         sizes = (reference.backend.config.vocab_size, model.backend.config.vocab_size)
         raise Zamba2Error(f"the vocabularies have {sizes[0]} and {sizes[1]} tokens; the divergence needs one vocabulary.")
     total, done = sum(len(ids) - 1 for ids in pieces), 0
-    found: dict[str, list[Any]] = {"kl": [], "same": [], "reference": [], "nats": [], "place": []}
+    found: dict[str, list[Any]] = {"kl": [], "same": [], "reference": [], "nats": []}
     for ids in pieces:
-        at = 0
-        for p, q in zip(log_probabilities(reference, ids), log_probabilities(model, ids), strict=True):
-            rows, targets = np.arange(len(p)), ids[at + 1 : at + 1 + len(p)]
+        for (p, targets), (q, _) in zip(log_probabilities(reference, ids), log_probabilities(model, ids), strict=True):
+            rows = np.arange(len(p))
             found["kl"].append((np.exp(p) * (p - q)).sum(axis=-1))
             found["same"].append(p.argmax(axis=-1) == q.argmax(axis=-1))
             found["reference"].append(-p[rows, targets])
             found["nats"].append(-q[rows, targets])
-            found["place"].append(np.arange(at + 1, at + 1 + len(p)))
-            at += len(p)
             done += len(p)
             if progress is not None:
                 progress(done, total)
@@ -120,8 +114,13 @@ def divergence(
         "quantiles": {f"{q:g}": float(np.quantile(kl, q)) for q in QUANTILES},
         "top1_agreement": float(np.concatenate(found["same"]).mean()),
         "reference_nats": float(np.concatenate(found["reference"]).mean()), "nats": float(np.concatenate(found["nats"]).mean()),
-        "by_position": by_position(kl, np.concatenate(found["place"])),
+        "by_position": by_position(kl, places_in(pieces)),
     }  # fmt: skip
+
+
+def places_in(pieces: Sequence[Ints]) -> npt.NDArray[np.int64]:
+    """How many tokens of its window stand before each that is scored."""
+    return np.concatenate([np.arange(1, len(ids)) for ids in pieces])
 
 
 def by_position(values: Floats, places: npt.NDArray[np.int64]) -> list[dict[str, float]]:

@@ -32,9 +32,9 @@ import numpy as np
 from zamba2.api import load
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error
+from zamba2.evaluate.perplexity import log_probabilities
 from zamba2.language.messages import CHATML
 from zamba2.language.model import LanguageModel
-from zamba2.runtime.backend import Row
 from zamba2.runtime.processors import machine
 from zamba2.train.instructions import KINDS, Task, documents, passes, tasks
 from zamba2.train.progress import read_metrics
@@ -373,15 +373,11 @@ def measure(model: LanguageModel, asked: Sequence[Task], texts: Sequence[str]) -
 
 def perplexity(model: LanguageModel, texts: Sequence[str]) -> float:
     """exp of the mean negative log-probability of each text's tokens, its end token among them."""
-    total, count = 0.0, 0
+    found = []
     for text in texts:
         ids = np.array([*model.tokenizer.encode(text), model.tokenizer.eos_token_ids[0]], np.int32)
-        (logits,) = model.backend.forward([Row(ids[:-1], model.backend.new_state(), logits=len(ids) - 1)])
-        scores = logits.numpy().astype(np.float64)
-        scores -= scores.max(-1, keepdims=True)
-        picked = scores[np.arange(len(ids) - 1), ids[1:]] - np.log(np.exp(scores).sum(-1))
-        total, count = total - float(picked.sum()), count + len(picked)
-    return math.exp(total / count)
+        found += [scores[np.arange(len(targets)), targets] for scores, targets in log_probabilities(model, ids)]
+    return math.exp(-float(np.concatenate(found).mean()))
 
 
 def packed(folder: Path, stage: str, format: str) -> Path:
