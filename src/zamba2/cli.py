@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -108,10 +108,7 @@ def generate(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
     )  # fmt: skip
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
-        "revision": revision, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
 
@@ -155,10 +152,7 @@ def chat(
         frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
         max_tokens=max_tokens, stop=stop,
     )  # fmt: skip
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "pin": pin,
-        "revision": revision, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     raise typer.Exit(main(model, where, system, options))
 
 
@@ -341,9 +335,9 @@ def serve(
     dtype: Dtype = None,
     format: FormatName = None,
     kv_format: KVFormatName = None,
-    adapter: Annotated[
+    adapters: Annotated[
         Optional[list[str]],
-        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter (peft) in FOLDER: requests to model NAME use it; repeatable."),
+        typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter (peft) in FOLDER: requests to model NAME use it; repeatable."),
     ] = None,
     threads: Threads = None,
     pin: Pin = None,
@@ -366,14 +360,11 @@ def serve(
     """
     from zamba2.commands.serve import main
 
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "threads": threads, "pin": pin, "revision": revision,
-        "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     main(
         model, where, host=host, port=port, name=name, api_keys=api_keys, open_to_all=open_to_all, origins=cors or (),
         max_tokens=max_tokens, batch=batch, queue=queue, seconds=timeout, grace=grace, cache_mb=cache_mb, cache_folder=cache_folder,
-        disk_mb=disk_mb, body_mb=body_mb, log_prompts=log_prompts, quiet=quiet, adapters=adapter or (),
+        disk_mb=disk_mb, body_mb=body_mb, log_prompts=log_prompts, quiet=quiet, adapters=adapters or (),
     )  # fmt: skip
 
 
@@ -528,10 +519,7 @@ def perplexity(
     """
     from zamba2.commands.evaluate import perplexity as main
 
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
-        "revision": revision, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     main(text, model, where, context=context, out=out, as_json=as_json)
 
 
@@ -555,9 +543,7 @@ def divergence(
     """
     from zamba2.commands.evaluate import divergence as main
 
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     reference_where = {"format": reference_format, "dtype": reference_dtype, "offline": offline}
     main(text, reference, model, reference_where, where, context=context, out=out, as_json=as_json)
 
@@ -592,10 +578,7 @@ def tasks(
     """
     from zamba2.commands.evaluate import tasks as main
 
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
-        "revision": revision, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     main(
         names, model, where, few_shot=few_shot, limit=limit, batch=batch, chat=chat, include=include, out=out, as_json=as_json
     )
@@ -622,10 +605,7 @@ def ifeval(
     """
     from zamba2.commands.evaluate import ifeval as main
 
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
-        "revision": revision, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     main(
         model, where, prompts=prompts, responses=responses, limit=limit, max_tokens=max_tokens, out=out, as_json=as_json, offline=offline
     )
@@ -663,10 +643,7 @@ def mt_bench(
     """
     from zamba2.commands.evaluate import mt_bench as main
 
-    where = {
-        "device": device, "dtype": dtype, "format": format, "kv": kv_format, "adapter": adapter, "threads": threads,
-        "revision": revision, "offline": offline,
-    }  # fmt: skip
+    where = loading(locals())
     main(
         model, where, questions=questions, judgments=judgments, judge=judge, judge_url=judge_url, judge_key=judge_key,
         judge_prompts=judge_prompts, references=references, rate=rate, prices=prices, yes=yes, limit=limit, max_tokens=max_tokens, out=out,
@@ -687,6 +664,15 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Run the Zamba2 hybrid language models (Mamba2 with shared attention)."""
+
+
+# Options that say how a model is loaded.
+LOADING = ("device", "dtype", "format", "kv_format", "adapter", "threads", "pin", "revision", "offline")
+
+
+def loading(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those among a command's options, by the names that ``zamba2.load`` has for them."""
+    return {"kv" if name == "kv_format" else name: options[name] for name in LOADING if name in options}
 
 
 def sampling_options(*, logit_bias: Sequence[str] | None, stop: Sequence[str] | None, **options: object) -> dict[str, object]:

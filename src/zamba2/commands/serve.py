@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from zamba2.errors import Zamba2Error, install, notice
 
 if TYPE_CHECKING:
     from zamba2.runtime.backend import Backend
+    from zamba2.serve.cache import StateCache
+    from zamba2.serve.scheduler import Scheduler
 
 __all__ = ["main"]
 
@@ -42,51 +45,54 @@ def main(
     if cache_folder is not None and cache_mb == 0:
         raise Zamba2Error("--cache-folder keeps what --cache-mb holds, which is 0; leave one of them out.")
     keys, folders = read_keys(api_keys), read_adapters(adapters, name or model)
-    bound = bind(host, port, protected=bool(keys) or open_to_all)
-    try:
-        serve(
-            bound, model, where, host=host, keys=keys, name=name, origins=origins, max_tokens=max_tokens, batch=batch, queue=queue,
-            seconds=seconds, grace=grace, cache_mb=cache_mb, cache_folder=cache_folder, disk_mb=disk_mb, body_mb=body_mb,
-            log_prompts=log_prompts, quiet=quiet, adapters=folders,
+    with closing(bind(host, port, protected=bool(keys) or open_to_all)) as bound:
+        from zamba2.commands.generate import load_with_status
+        from zamba2.serve.app import Settings, create_app
+        from zamba2.serve.scheduler import Scheduler
+
+        loaded = load_with_status(model, where)
+        loaded.tokenizer  # noqa: B018 - raises where there is none, before anything is started
+        load_adapters(loaded.backend, folders)
+        cache = state_cache(loaded.backend, cache_mb, cache_folder, disk_mb) if cache_mb else None
+        address = bound.getsockname()[:2]
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        # A web page whose own name resolves to this machine could otherwise call a server that has no keys.
+        alone = ipaddress.ip_address(address[0]).is_loopback and not keys
+        settings = Settings(
+            model_name=name or loaded.name, adapters=tuple(folders), api_keys=keys, origins=tuple(origins), max_tokens=max_tokens,
+            hosts=("localhost", "127.0.0.1", "[::1]", shown, host.lower()) if alone else (),
+            seconds=seconds, most_body_bytes=body_mb * MEBI, log=not quiet, log_prompts=log_prompts,
         )  # fmt: skip
-    finally:
-        bound.close()
-
-
-def serve(
-    bound: socket.socket, model: str, where: Mapping[str, Any], *, host: str, keys: tuple[str, ...], name: str | None,
-    origins: Sequence[str], max_tokens: int, batch: int, queue: int, seconds: float, grace: float, cache_mb: int,
-    cache_folder: Path | None, disk_mb: int, body_mb: int, log_prompts: bool, quiet: bool, adapters: Mapping[str, Path],
-) -> None:  # fmt: skip
-    import uvicorn
-
-    from zamba2.commands.generate import load_with_status
-    from zamba2.serve.app import Settings, create_app
-    from zamba2.serve.cache import StateCache
-    from zamba2.serve.scheduler import Scheduler
-
-    loaded = load_with_status(model, where)
-    loaded.tokenizer  # noqa: B018 - raises where there is none, before anything is started
-    backend, cache = loaded.backend, None
-    load_adapters(backend, adapters)
-    if cache_mb:
+        scheduler = Scheduler(loaded.backend, loaded.tokenizer, cache=cache, most_running=batch, most_waiting=queue)
+        app = create_app(loaded, scheduler, cache, settings)
+        server = server_of(app, scheduler, grace, f"{settings.model_name} at http://{shown}:{address[1]}")
+        gc.collect()
+        gc.freeze()  # what is there now stays; looking through it again would stop all streams
         try:
-            cache = StateCache(
-                lambda adapter: backend.new_state(adapter=adapter), most_bytes=cache_mb * MEBI, folder=cache_folder,
-                disk_bytes=disk_mb * MEBI, model=backend.fingerprint,
-            )  # fmt: skip
-        except OSError as error:
-            raise Zamba2Error(f"{cache_folder} cannot be used for the cache ({error.strerror or error}); give another folder.") from None
-    address = bound.getsockname()[:2]
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    # A web page whose own name resolves to this machine could otherwise call a server that has no keys.
-    hosts = ("localhost", "127.0.0.1", "[::1]", shown, host.lower()) if ipaddress.ip_address(address[0]).is_loopback and not keys else ()
-    settings = Settings(
-        model_name=name or loaded.name, adapters=tuple(adapters), api_keys=keys, hosts=hosts, origins=tuple(origins),
-        max_tokens=max_tokens, seconds=seconds, most_body_bytes=body_mb * MEBI, log=not quiet, log_prompts=log_prompts,
-    )  # fmt: skip
-    scheduler = Scheduler(backend, loaded.tokenizer, cache=cache, most_running=batch, most_waiting=queue)
-    app = create_app(loaded, scheduler, cache, settings)
+            server.run(sockets=[bound])
+        finally:
+            dropped = scheduler.close(0) if server.dropped is None else server.dropped  # None after a third signal
+            if cache is not None:
+                cache.flush()
+            print("zamba2: stopped" + (f"; {dropped} requests were dropped." if dropped else "."), file=sys.stderr, flush=True)
+
+
+def state_cache(backend: Backend, cache_mb: int, folder: Path | None, disk_mb: int) -> StateCache:
+    """Raises Zamba2Error for a folder that cannot be used."""
+    from zamba2.serve.cache import StateCache
+
+    try:
+        return StateCache(
+            lambda adapter: backend.new_state(adapter=adapter), most_bytes=cache_mb * MEBI, folder=folder, disk_bytes=disk_mb * MEBI,
+            model=backend.fingerprint,
+        )  # fmt: skip
+    except OSError as error:
+        raise Zamba2Error(f"{folder} cannot be used for the cache ({error.strerror or error}); give another folder.") from None
+
+
+def server_of(app: Any, scheduler: Scheduler, grace: float, ready: str) -> Any:
+    """uvicorn's server, which gives replies ``grace`` seconds when it is stopped. ready: what it says when it answers."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         """Ends a reply that is on its way, or drops it, and tells its client, when its time is up or a second signal comes. Nobody is told
@@ -101,7 +107,7 @@ def serve(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"zamba2: {settings.model_name} at http://{shown}:{address[1]}", file=sys.stderr, flush=True)
+            print(f"zamba2: {ready}", file=sys.stderr, flush=True)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             for server in self.servers:
@@ -118,18 +124,9 @@ def serve(
                 self.config.timeout_graceful_shutdown = 1  # for those who are slow to hear it
             await super().shutdown(sockets)
 
-    server = Server(uvicorn.Config(
+    return Server(uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=5,
     ))  # fmt: skip
-    gc.collect()
-    gc.freeze()  # what is there now stays; looking through it again would stop all streams
-    try:
-        server.run(sockets=[bound])
-    finally:
-        dropped = scheduler.close(0) if server.dropped is None else server.dropped  # None after a third signal
-        if cache is not None:
-            cache.flush()
-        print("zamba2: stopped" + (f"; {dropped} requests were dropped." if dropped else "."), file=sys.stderr, flush=True)
 
 
 def read_adapters(given: Sequence[str], model: str) -> dict[str, Path]:
