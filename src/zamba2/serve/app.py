@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -801,12 +801,14 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
 
 
 def handle_errors(app: FastAPI) -> None:
-    """Every error in the layout that clients expect."""
+    """Every error in the layout that clients expect. Without ``async`` each would go through a worker thread."""
 
-    def wrong_body(http: HTTPRequest, error: RequestValidationError) -> Response:
+    @app.exception_handler(RequestValidationError)
+    async def wrong_body(http: HTTPRequest, error: RequestValidationError) -> Response:
         return refusal(validation_problem(error.errors()), http.url.path)
 
-    def wrong_place(http: HTTPRequest, error: HTTPException) -> Response:
+    @app.exception_handler(HTTPException)
+    async def wrong_place(http: HTTPRequest, error: HTTPException) -> Response:
         path = http.url.path
         if error.status_code == 404:
             problem = Problem(f"there is nothing at {path[:200]}; see /openapi.json.", status=404, code="not_found")
@@ -819,23 +821,9 @@ def handle_errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    def known(http: HTTPRequest, error: Zamba2Error) -> Response:
+    @app.exception_handler(Zamba2Error)
+    async def known(http: HTTPRequest, error: Zamba2Error) -> Response:
         return refusal(problem_of(error), http.url.path)
-
-    handlers: list[tuple[type[Exception], Callable[[Any, Any], Response]]] = [
-        (RequestValidationError, wrong_body), (HTTPException, wrong_place), (Zamba2Error, known),
-    ]  # fmt: skip
-    for kind, handler in handlers:
-        app.add_exception_handler(kind, in_the_loop(handler))
-
-
-def in_the_loop(handler: Callable[[Any, Any], Response]) -> Callable[[Any, Any], Awaitable[Response]]:
-    """Without this each error would go through a worker thread."""
-
-    async def handle(http: Any, error: Any) -> Response:
-        return handler(http, error)
-
-    return handle
 
 
 def document(app: FastAPI) -> dict[str, Any]:
