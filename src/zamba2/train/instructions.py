@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-__all__ = ["KINDS", "LAWS", "SPLITS", "Kind", "Task", "documents", "passes", "split_of", "tasks"]
+__all__ = ["KINDS", "LAWS", "SPLITS", "Task", "documents", "passes", "split_of", "tasks"]
 
 SPLITS = ("train", "test")
 CLASSES = 10
@@ -719,14 +719,6 @@ class Made(NamedTuple):
     arguments: str
     turns: list[str]
     check: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """make: draws a task that fits the split."""
-
-    name: str
-    make: Callable[[Chance], Made]
 
 
 def _request(chance: Chance, wordings: Sequence[str], slots: Mapping[str, Any]) -> str:
@@ -1493,31 +1485,13 @@ def _talk(*mentions: Sequence[str]) -> dict[str, Any]:
     return {"sentences": [1, 4], "words": [1, 40], "mentions": [list(any_of) for any_of in mentions]}
 
 
-ROWS = (
-    Kind("upper", _make_case("upper")),
-    Kind("lower", _make_case("lower")),
-    Kind("title", _make_case("title")),
-    Kind("repeat", _repeat),
-    Kind("copy", _copy),
-    Kind("count", _count),
-    Kind("sort", _sort),
-    Kind("reverse", _reverse),
-    Kind("pick", _pick),
-    Kind("json", _json),
-    Kind("bullets", _bullets_given),
-    Kind("sentences", _sentences_about),
-    Kind("words", _words_about),
-    Kind("forbid", _forbid),
-    Kind("require", _require),
-    Kind("arithmetic", _arithmetic),
-    Kind("compare", _compare),
-    Kind("spell", _spell),
-    Kind("story", _story),
-    Kind("follow_up", _follow_up),
-    Kind("combined", _combined),
-    Kind("chat", _chat),
-)
-KINDS = {kind.name: kind for kind in ROWS}
+# Each draws a task that fits the split.
+KINDS: dict[str, Callable[[Chance], Made]] = {
+    "upper": _make_case("upper"), "lower": _make_case("lower"), "title": _make_case("title"), "repeat": _repeat, "copy": _copy,
+    "count": _count, "sort": _sort, "reverse": _reverse, "pick": _pick, "json": _json, "bullets": _bullets_given,
+    "sentences": _sentences_about, "words": _words_about, "forbid": _forbid, "require": _require, "arithmetic": _arithmetic,
+    "compare": _compare, "spell": _spell, "story": _story, "follow_up": _follow_up, "combined": _combined, "chat": _chat,
+}  # fmt: skip
 
 
 def _chance(seed: int | str, purpose: str, split: str) -> Chance:
@@ -1539,20 +1513,20 @@ def tasks(seed: int | str, *, split: str, kinds: Collection[str] | None = None) 
     if unknown or (kinds is not None and not kinds):
         raise ValueError(f"kinds are {unknown}; some of {', '.join(KINDS)} are needed")
     names = list(KINDS if kinds is None else kinds)
-    return _tasks(chance, [kind for name, kind in KINDS.items() for _ in range(names.count(name))])
+    return _tasks(chance, [name for name in KINDS for _ in range(names.count(name))])
 
 
-def _tasks(chance: Chance, kinds: Sequence[Kind]) -> Iterator[Task]:
+def _tasks(chance: Chance, kinds: Sequence[str]) -> Iterator[Task]:
     while True:
         yield _task(chance, chance.choice(kinds))
 
 
-def _task(chance: Chance, kind: Kind) -> Task:
-    made = kind.make(chance)
+def _task(chance: Chance, kind: str) -> Task:
+    made = KINDS[kind](chance)
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(made.turns)]
-    if chance.random() < (0.3 if kind.name == "chat" else 0.09):
-        messages.insert(0, {"role": "system", "content": chance.choice(CHAT_SYSTEMS if kind.name == "chat" else SYSTEMS)})
-    return Task(kind.name, messages, made.check, f"{kind.name}: {made.arguments}")
+    if chance.random() < (0.3 if kind == "chat" else 0.09):
+        messages.insert(0, {"role": "system", "content": chance.choice(CHAT_SYSTEMS if kind == "chat" else SYSTEMS)})
+    return Task(kind, messages, made.check, f"{kind}: {made.arguments}")
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
@@ -1681,10 +1655,10 @@ QUESTIONS = ("{name} said: {asked}\n{friend} answered: {answer}", "Question: {as
 
 def _questions(chance: Chance) -> Iterator[str]:
     """Requests and their answers as they would stand in a book."""
-    layout, kinds = chance.choice(QUESTIONS), chance.sample(ROWS, chance.choice((1, 3, len(ROWS))))
+    layout, kinds = chance.choice(QUESTIONS), chance.sample(list(KINDS.values()), chance.choice((1, 3, len(KINDS))))
     names = chance.sample(NAMES, 2)
     while True:
-        turns = chance.choice(kinds).make(chance).turns
+        turns = chance.choice(kinds)(chance).turns
         yield "\n".join(layout.format(name=names[0], friend=names[1], asked=turns[i], answer=turns[i + 1]) for i in range(0, len(turns), 2))
 
 
