@@ -53,23 +53,14 @@ Config config_of(const nb::dict& d) {
     return static_cast<int>(value);
   };
   Config c;
-  c.hidden_size = whole("hidden_size");
-  c.num_hidden_layers = whole("num_hidden_layers");
-  c.vocab_size = whole("vocab_size");
-  c.num_mem_blocks = whole("num_mem_blocks");
-  c.mamba_d_state = whole("mamba_d_state");
-  c.n_mamba_heads = whole("n_mamba_heads");
-  c.mamba_headdim = whole("mamba_headdim");
-  c.mamba_ngroups = whole("mamba_ngroups");
-  c.mamba_d_conv = whole("mamba_d_conv");
-  c.d_inner = whole("d_inner");
-  c.conv_dim = whole("conv_dim");
-  c.in_proj_dim = whole("in_proj_dim");
-  c.num_attention_heads = whole("num_attention_heads");
-  c.num_key_value_heads = whole("num_key_value_heads");
-  c.attention_head_dim = whole("attention_head_dim");
-  c.intermediate_size = whole("intermediate_size");
-  c.adapter_rank = whole("adapter_rank");
+  const std::pair<const char*, int*> sizes[] = {
+      {"hidden_size", &c.hidden_size}, {"num_hidden_layers", &c.num_hidden_layers}, {"vocab_size", &c.vocab_size}, {"num_mem_blocks", &c.num_mem_blocks},
+      {"mamba_d_state", &c.mamba_d_state}, {"n_mamba_heads", &c.n_mamba_heads}, {"mamba_headdim", &c.mamba_headdim}, {"mamba_ngroups", &c.mamba_ngroups},
+      {"mamba_d_conv", &c.mamba_d_conv}, {"d_inner", &c.d_inner}, {"conv_dim", &c.conv_dim}, {"in_proj_dim", &c.in_proj_dim},
+      {"num_attention_heads", &c.num_attention_heads}, {"num_key_value_heads", &c.num_key_value_heads}, {"attention_head_dim", &c.attention_head_dim},
+      {"intermediate_size", &c.intermediate_size}, {"adapter_rank", &c.adapter_rank},
+  };
+  for (const auto& [key, size] : sizes) *size = whole(key);
   c.rms_norm_eps = nb::cast<float>(d["rms_norm_eps"]);
   c.attention_scale = nb::cast<float>(d["attention_scale"]);
   c.rope_base = nb::cast<double>(d["rope_base"]);
@@ -223,7 +214,7 @@ std::vector<std::pair<uintptr_t, size_t>> memory_of(const State& state) {
   for (const auto& values : {state.conv, state.ssm})
     if (values) add(values->data(), values->size() * sizeof(float));
   for (const Cache& cache : state.caches)
-    for (const auto& page : cache.pages) add(page->data, page->bytes);
+    for (const auto& page : cache.pages) add(page->data, page->blocks->bytes);
   if (state.record) add(state.record.get(), (state.record->inputs.size() + state.record->dt.size()) * sizeof(float));
   return found;
 }

@@ -91,7 +91,7 @@ Engine::~Engine() = default;
 size_t State::bytes() const {
   size_t total = ((conv ? conv->size() : 0) + (ssm ? ssm->size() : 0) + (record ? record->inputs.size() + record->dt.size() : 0)) * 4;
   for (const Cache& cache : caches)
-    for (const auto& page : cache.pages) total += page->bytes;
+    for (const auto& page : cache.pages) total += page->blocks->bytes;
   return total;
 }
 

@@ -77,32 +77,29 @@ class Blocks {
   std::vector<void*> free_;
 };
 
-// Floats in a block.
-struct Values {
-  explicit Values(std::shared_ptr<Blocks> from) : blocks(std::move(from)), values(static_cast<float*>(blocks->take())) {}
-  ~Values() { blocks->give(values); }
-  Values(const Values&) = delete;
-  Values& operator=(const Values&) = delete;
-  size_t size() const { return blocks->bytes / sizeof(float); }
-  float* data() { return values; }
-  const float* data() const { return values; }
-  float* begin() { return values; }
-  float* end() { return values + size(); }
-  const float* begin() const { return values; }
-  const float* end() const { return values + size(); }
+// A block while it is held.
+struct Held {
+  explicit Held(std::shared_ptr<Blocks> from) : blocks(std::move(from)), block(blocks->take()) {}
+  ~Held() { blocks->give(block); }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
   const std::shared_ptr<Blocks> blocks;
-  float* const values;
+  void* const block;
+};
+
+// Floats in a block.
+struct Values : Held {
+  using Held::Held;
+  size_t size() const { return blocks->bytes / sizeof(float); }
+  float* data() const { return static_cast<float*>(block); }
+  float* begin() const { return data(); }
+  float* end() const { return data() + size(); }
 };
 
 // kPage tokens, written front to back. Several states may share a page, and its first `used` tokens never change.
-struct Page {
-  explicit Page(std::shared_ptr<Blocks> from) : blocks(std::move(from)), bytes(blocks->bytes), data(static_cast<uint8_t*>(blocks->take())) {}
-  ~Page() { blocks->give(data); }
-  Page(const Page&) = delete;
-  Page& operator=(const Page&) = delete;
-  const std::shared_ptr<Blocks> blocks;
-  const size_t bytes;
-  uint8_t* const data;
+struct Page : Held {
+  using Held::Held;
+  uint8_t* const data = static_cast<uint8_t*>(block);
   int used = 0;
 };
 
