@@ -111,7 +111,7 @@ def test_least_recently_used_goes_first(model: LanguageModel) -> None:
     cache.put(*made[3])
     assert cache.nbytes <= room and cache.find([*made[1][0], 5]) is None
     found = cache.find([*made[0][0], 5])
-    assert found is not None and found.tokens == 20 and found.state.position == 20
+    assert found is not None and found.position == 20
     again = cache_of(model, most_bytes=room)
     for number in (0, 1, 0, 2, 3):  # the first is put a second time
         again.put(*made[number])
@@ -130,7 +130,7 @@ def test_the_longest_beginning_counts(model: LanguageModel) -> None:
         model.backend.forward([Row(np.array(tokens[:length], np.int32), state, logits=0)])
         cache.put(tokens[:length], state)
     found = [cache.find(tokens[:n]) for n in (60, 41, 40, 25, 11, 10, 3)]
-    assert [one and one.tokens for one in found] == [40, 40, 25, 10, 10, None, None]
+    assert [one and one.position for one in found] == [40, 40, 25, 10, 10, None, None]
     assert (cache.hits, cache.misses, cache.cached_tokens) == (5, 2, 125)
     assert cache.find(tokens, adapter="other") is None
     other = Slow(model.backend.new_state())
@@ -193,7 +193,7 @@ def test_a_conversations_turns_share_its_keys_and_values(model: LanguageModel) -
     assert cache.nbytes == before - (cache.dropped - 1) * recurrent + 2 * page == recounted(cache)
     assert cache.find([*made[0][0], 5]) is None
     found = cache.find([*made[-1][0], 5])
-    assert found is not None and found.tokens == len(made[-1][0])
+    assert found is not None and found.position == len(made[-1][0])
     cache.clear()
     assert cache.nbytes == 0 and not cache._memory._pieces
 
@@ -240,7 +240,7 @@ def test_any_order_of_calls(data: st.DataObject, disk: bool, model: LanguageMode
             cache.put(*one)
         else:
             found = cache.find([*begin[0], 5])
-            assert found is None or found.state.position == found.tokens <= len(begin[0])
+            assert found is None or found.position <= len(begin[0])
         if data.draw(st.booleans()):
             cache.flush()
         assert cache.nbytes == recounted(cache) <= cache.most_bytes
@@ -283,7 +283,7 @@ def test_several_threads(model: LanguageModel, tmp_path: Path) -> None:
                     cache.put(tokens, state)
                 else:
                     found = cache.find([*tokens, 5])
-                    assert found is None or found.state.position == found.tokens <= len(tokens)
+                    assert found is None or found.position <= len(tokens)
         except BaseException as error:
             problems.append(error)
 
@@ -311,12 +311,12 @@ def test_kept_on_disk(model: LanguageModel, tmp_path: Path) -> None:
     second = cache_of(model, folder=tmp_path)
     assert len(second) == 2 and second.nbytes == 0 and second.disk_nbytes == first.disk_nbytes == on_disk(tmp_path)
     found = second.find([*tokens, 9])
-    assert found is not None and found.tokens == 70
+    assert found is not None and found.position == 70
     more = "<|im_start|>user\nHello"
     assert second.encode(CLOSING + more, lambda part: plain(model, part)) == [*tokens, *plain(model, more)]
     assert second.encode(more, lambda part: plain(model, part)) == plain(model, more)
     row = np.array([9], np.int32)
-    one, two = (model.backend.forward([Row(row, s)])[0].numpy() for s in (state.copy(), found.state))
+    one, two = (model.backend.forward([Row(row, s)])[0].numpy() for s in (state.copy(), found))
     np.testing.assert_array_equal(one, two)
 
 
@@ -342,7 +342,7 @@ def test_memory_lets_go_what_disk_keeps(model: LanguageModel, tmp_path: Path) ->
         cache.flush()
     assert len(cache) == 3 and cache.nbytes <= cache.most_bytes and cache.unsaved == 0
     found = cache.find([*made[0][0], 5])
-    assert found is not None and found.tokens == 20 and cache.nbytes <= cache.most_bytes
+    assert found is not None and found.position == 20 and cache.nbytes <= cache.most_bytes
     cache.disk_bytes = 1
     cache.put(*states(model, [50])[0])
     cache.flush()
@@ -420,7 +420,7 @@ def test_writing_keeps_nobody_waiting(model: LanguageModel, tmp_path: Path, asid
     cache.put(tokens, state, CLOSING)  # which is no reason to write it twice
     for prompt, length in (([*tokens, 5], 70), ([*other[0], 5], 30)):
         found = aside(cache.find, prompt).result(30)
-        assert found is not None and found.tokens == length
+        assert found is not None and found.position == length
     encoded = aside(cache.encode, CLOSING + "<|im_start|>", lambda part: plain(model, part)).result(30)
     assert encoded[:70] == tokens and cache.nbytes == recounted(cache)
     flushing = aside(cache.flush)
@@ -440,12 +440,12 @@ def test_dropped_while_it_is_written(model: LanguageModel, tmp_path: Path) -> No
         cache.put(*other)
         assert cache.nbytes == other[1].nbytes == recounted(cache)
         found = cache.find([*tokens, 5])
-        assert found is not None and found.tokens == 70 and cache.nbytes <= cache.most_bytes
+        assert found is not None and found.position == 70 and cache.nbytes <= cache.most_bytes
     slow.go.set()
     cache.flush()
     assert cache.nbytes == recounted(cache) <= cache.most_bytes and cache.disk_nbytes == on_disk(tmp_path)
     again = cache_of(model, folder=tmp_path).find([*tokens, 5])
-    assert again is not None and again.tokens == 70
+    assert again is not None and again.position == 70
 
 
 def test_dropped_while_the_disk_refuses_it(model: LanguageModel, tmp_path: Path) -> None:
@@ -599,7 +599,7 @@ def test_reading_keeps_nobody_waiting(model: LanguageModel, tmp_path: Path, asid
     assert aside(reading.cache.find, [*other[0], 5]).result(30) is not None
     reading.go.set()
     found = [one.result(30) for one in both]
-    assert [one.tokens for one in found] == [70, 70] and reading.cache.nbytes == recounted(reading.cache)
+    assert [one.position for one in found] == [70, 70] and reading.cache.nbytes == recounted(reading.cache)
 
 
 @pytest.mark.parametrize("how", ["forgotten", "put again"])

@@ -179,7 +179,7 @@ def test_killed_while_states_are_written(model: LanguageModel, tmp_path: Path, k
     for name in texts:
         tokens = json.loads((folder / f"{name}.json").read_text())["tokens"]
         found = cache.find([*tokens, 5])
-        assert found is not None and found.tokens == len(tokens)
+        assert found is not None and found.position == len(tokens)
 
 
 def ask_without_end(url: str, seed: int) -> None:

@@ -25,7 +25,7 @@ from zamba2.errors import Zamba2Error, notice
 from zamba2.runtime.backend import State
 from zamba2.weights.files import write_text
 
-__all__ = ["Found", "Memory", "StateCache"]
+__all__ = ["Memory", "StateCache"]
 
 Tokens = npt.NDArray[np.int32]
 
@@ -69,14 +69,6 @@ class Entry:
     places: tuple[int, ...] = ()
     file_bytes: int | None = None
     writing: State | None = None
-
-
-@dataclass(frozen=True)
-class Found:
-    """A state of one's own that has read the first tokens of a prompt."""
-
-    state: State
-    tokens: int
 
 
 class StateCache:
@@ -140,7 +132,7 @@ class StateCache:
             entry = None if key is None else self._entries[key]
             return entry is None or entry.state is not None or entry.writing is not None
 
-    def find(self, tokens: Sequence[int], adapter: str | None = None) -> Found | None:
+    def find(self, tokens: Sequence[int], adapter: str | None = None) -> State | None:
         """The state that has read most of a prompt's beginning, and not all of it; a copy, so that the one here stays as it is."""
         prompt = np.asarray(tokens, np.int32)
         while True:
@@ -202,7 +194,7 @@ class StateCache:
                 return key
         return None
 
-    def _found(self, key: bytes, entry: Entry, state: State) -> Found:
+    def _found(self, key: bytes, entry: Entry, state: State) -> State:
         """A copy of an entry's state, which is in memory from now on unless it was forgotten while it was read."""
         if self._entries.get(key) is entry:
             self._entries.move_to_end(key)
@@ -210,7 +202,7 @@ class StateCache:
                 self._hold(entry, state)
         self.hits += 1
         self.cached_tokens += len(entry.tokens)
-        found = Found(state.copy(), len(entry.tokens))
+        found = state.copy()
         self._trim()
         return found
 

@@ -23,8 +23,8 @@ from zamba2.language.generate import Piece, Request, Running, TokenLogprob, gues
 from zamba2.language.sampling import log_softmax, top_logprobs
 from zamba2.language.speculate import Prices
 from zamba2.language.tokenizer import Tokenizer
-from zamba2.runtime.backend import Backend, Logits, Row
-from zamba2.serve.cache import Found, StateCache
+from zamba2.runtime.backend import Backend, Logits, Row, State
+from zamba2.serve.cache import StateCache
 
 __all__ = ["Busy", "Job", "Prompt", "Scheduler", "TimeIsUp"]
 
@@ -79,7 +79,7 @@ class Job:
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     cancelled: bool = False
-    fetched: Future[Found | None] = field(default_factory=Future)  # what the cache has on disk
+    fetched: Future[State | None] = field(default_factory=Future)  # what the cache has on disk
     running: Running | None = None
     read: int = 0  # of the prompt
     said: list[int] = field(default_factory=list)
@@ -240,21 +240,21 @@ class Scheduler:
             found = self.cache.find(request.tokens, adapter)
         self._set_out(job, self._beginning, found)
 
-    def _wake(self, _: Future[Found | None]) -> None:
+    def _wake(self, _: Future[State | None]) -> None:
         with self._condition:
             self._condition.notify_all()
 
-    def _set_out(self, job: Job, place: Any, found: Found | None) -> None:
+    def _set_out(self, job: Job, place: Any, found: State | None) -> None:
         """A request's prompt is read from now on, behind what was found of it."""
         request = job.request
         try:
-            state = self.backend.new_state(adapter=request.adapter) if found is None else found.state
+            state = self.backend.new_state(adapter=request.adapter) if found is None else found
             job.running = Running(0, request, state, self.backend.config.vocab_size, self.tokenizer)
         except Zamba2Error as error:
             self._remove(job)
             self._tell(job, error)
             return
-        job.read = job.cached_tokens = 0 if found is None else found.tokens
+        job.read = job.cached_tokens = 0 if found is None else found.position
         if job.prompt.logprobs is not None:
             job.prompt_logprobs.append(None)
         with self._condition:
