@@ -185,7 +185,7 @@ def asked() -> Iterator[None]:
 
 
 class Server:
-    """What the endpoints share. The methods without ``async`` are for worker threads, but for ``talk``."""
+    """What the endpoints share. The methods without ``async`` are for worker threads."""
 
     def __init__(self, model: LanguageModel, scheduler: Scheduler, cache: StateCache | None, settings: Settings) -> None:
         self.scheduler, self.cache, self.settings = scheduler, cache, settings
@@ -339,14 +339,13 @@ class Server:
                     asks.append(Ask(request, prompt, text, number, added, silent=body.max_tokens == 0))
         return asks
 
-    def talk(self, http: HTTPRequest, asks: Sequence[Ask], streamed: bool | None) -> Talk:
-        """Submit; called in the event loop. Raises Problem where the scheduler takes no more."""
+    async def respond(
+        self, http: HTTPRequest, asks: Sequence[Ask], streamed: bool | None, stream_of: Callable[[Sequence[Reply]], Stream]
+    ) -> Response:
+        """Submit, and answer whole or by events. Raises Problem where the scheduler takes no more."""
         talk = Talk(self, asks, streamed=bool(streamed))
         http.scope["zamba2"] = talk  # for the log
-        return talk
-
-    async def respond(self, http: HTTPRequest, talk: Talk, stream: Stream) -> Response:
-        """The answer, whole or as events."""
+        stream = stream_of(talk.replies)
         if talk.streamed:
             return Events(talk, stream)
         await talk.finish(http)
@@ -446,22 +445,17 @@ class Talk:
 
     async def events(self, stream: Stream) -> AsyncIterator[bytes]:
         """A stream's bytes. What goes wrong is its last event."""
-        begun = False
+        first = stream.begin()
         try:
             if not stream.waits:
-                begun = True
-                for event in stream.begin():
+                for event in first:
                     yield sse(*event)
             while not self.done:
                 said = await self.next(IDLE)
                 if said is None:
                     yield stream.idle()
                     continue
-                if not begun:
-                    begun = True
-                    for event in stream.begin():
-                        yield sse(*event)
-                for event in stream.said(said):
+                for event in (*first, *stream.said(said)):  # of the first, what is left
                     yield sse(*event)
             for event in stream.end():
                 yield sse(*event)
@@ -667,8 +661,9 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         asks = await asyncio.to_thread(
             server.chat_asks, body.turns, options, body.most_tokens, n=body.n or 1, box=body.toolbox(), form=form
         )  # fmt: skip
-        talk = server.talk(http, asks, body.stream)
-        return await server.respond(http, talk, ChatStream(name, talk.replies, server.texts, include_usage=body.include_usage))
+        return await server.respond(
+            http, asks, body.stream, lambda replies: ChatStream(name, replies, server.texts, include_usage=body.include_usage)
+        )
 
     @app.post("/v1/completions", responses=documented(COMPLETION, stream=True), response_class=Response)
     async def completions(body: CompletionBody, http: HTTPRequest) -> Response:
@@ -676,9 +671,8 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         name, adapter = server.chosen(body.model)
         server.check_sizes(n=body.n, stops=len(body.stop), prompts=len(body.prompt))
         asks = await asyncio.to_thread(server.completion_asks, body, adapter)
-        talk = server.talk(http, asks, body.stream)
-        stream = CompletionStream(name, talk.replies, server.texts, echo=bool(body.echo), include_usage=body.include_usage)
-        return await server.respond(http, talk, stream)
+        options = {"echo": bool(body.echo), "include_usage": body.include_usage}
+        return await server.respond(http, asks, body.stream, lambda replies: CompletionStream(name, replies, server.texts, **options))
 
     good = schema(id=TEXT, object=TEXT, created_at=NUMBER, status=TEXT, model=TEXT, output=ANYTHING)
 
@@ -690,8 +684,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
         asks = await asyncio.to_thread(
             server.chat_asks, body.turns, options, body.max_output_tokens, box=body.toolbox(), form=body.form, field="text.format"
         )  # fmt: skip
-        talk = server.talk(http, asks, body.stream)
-        return await server.respond(http, talk, ResponseStream(name, talk.replies, server.texts, body=body))
+        return await server.respond(http, asks, body.stream, lambda replies: ResponseStream(name, replies, server.texts, body=body))
 
     good = schema(id=TEXT, type=TEXT, role=TEXT, model=TEXT, content=ANYTHING, usage={"type": "object"})
 
@@ -706,8 +699,7 @@ def create_app(model: LanguageModel, scheduler: Scheduler, cache: StateCache | N
             server.chat_asks, body.turns, options, body.max_tokens, box=body.toolbox(), form=body.form, field="output_config.format",
             goes_on=goes_on,
         )  # fmt: skip
-        talk = server.talk(http, asks, body.stream)
-        return await server.respond(http, talk, MessageStream(name, talk.replies, server.texts))
+        return await server.respond(http, asks, body.stream, lambda replies: MessageStream(name, replies, server.texts))
 
     good = schema(input_tokens=NUMBER)
 
