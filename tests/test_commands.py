@@ -237,7 +237,7 @@ def test_every_option_reaches_the_sampler(zamba: Any, model: LanguageModel) -> N
     }  # fmt: skip
     line = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     expected = model.generate("hi", logit_bias={300: 2.0, 7: -1.5}, stop=("zz", "e"), ignore_eos=True, **options)
-    assert sampling_options(logit_bias=["300=2", "7=-1.5"], stop=None)["logit_bias"] == {300: 2.0, 7: -1.5}
+    assert sampling_options({"logit_bias": ["300=2", "7=-1.5"], "stop": None})["logit_bias"] == {300: 2.0, 7: -1.5}
     data = json.loads(
         zamba(
             "generate",

@@ -103,11 +103,7 @@ def generate(
     """
     from zamba2.commands.generate import main
 
-    options = sampling_options(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
-        max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos,
-    )  # fmt: skip
+    options = sampling_options(locals())
     where = loading(locals())
     main(model, where, prompt, file, messages, chat, system, options | {"logprobs": logprobs}, as_json)
 
@@ -147,11 +143,7 @@ def chat(
     """
     from zamba2.commands.chat import main
 
-    options = sampling_options(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, logit_bias=logit_bias, seed=seed,
-        max_tokens=max_tokens, stop=stop,
-    )  # fmt: skip
+    options = sampling_options(locals())
     where = loading(locals())
     raise typer.Exit(main(model, where, system, options))
 
@@ -675,16 +667,23 @@ def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"kv" if name == "kv_format" else name: options[name] for name in LOADING if name in options}
 
 
-def sampling_options(*, logit_bias: Sequence[str] | None, stop: Sequence[str] | None, **options: object) -> dict[str, object]:
-    """Generation options by name, with the repeatable ones parsed. Raises Zamba2Error."""
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty", "seed", "max_tokens",
+    "ignore_eos",
+)  # fmt: skip
+
+
+def sampling_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those among a command's options that say how to generate, with the repeatable ones parsed. Raises Zamba2Error."""
     bias: dict[int, float] = {}
-    for text in logit_bias or ():
+    for text in options["logit_bias"] or ():
         token, _, value = text.partition("=")
         try:
             bias[int(token)] = float(value)
         except ValueError:
             raise Zamba2Error(f"--logit-bias is {text!r}; a token id and a number are needed, as in --logit-bias 42=-1.5") from None
-    return options | {"logit_bias": bias, "stop": tuple(stop or ())}
+    found = {name: options[name] for name in SAMPLING if name in options}
+    return found | {"logit_bias": bias, "stop": tuple(options["stop"] or ())}
 
 
 # The base of typer's own errors, from whichever click it is built on: ClickException.
