@@ -7,6 +7,7 @@ long as real ones.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -181,37 +182,33 @@ def run(
     results = start_results(file, settings, series)
     status = {(entry["series"], entry["prompt_tokens"], entry["batch"]): entry for entry in results["points"]}
     commands: dict[str, list[str | Path] | str] = {}
-    done, total = 0, repeats * len(points) * len(series)
     begun = time.monotonic()
-    for turn in range(repeats):
-        for point in points:
-            for one in series:
-                done += 1
-                key = (one.name, *point)
-                entry = status[key]
-                too_large = entry["status"] == "does not fit" and memory <= MORE * entry.get("allowed_bytes", math.inf)
-                if len(entry["runs"]) > turn or too_large:
-                    continue
-                if one.name not in commands:
-                    try:
-                        commands[one.name] = command_of(one, settings)
-                    except Zamba2Error as error:
-                        commands[one.name] = str(error)
-                command = commands[one.name]
-                before = (entry["status"], entry["reason"], len(entry["runs"]))
-                if isinstance(command, str):
-                    entry |= {"status": "not measured", "reason": command}
-                else:
-                    measure_once(entry, one, point, settings, command, synthetic, Limits(memory, end), expected(results, one, point))
-                if entry["runs"]:
-                    entry |= {"status": "measured", "reason": None}
-                if entry["status"] == "does not fit":
-                    entry["allowed_bytes"] = int(memory)
-                results["seconds"] += time.monotonic() - begun
-                begun = time.monotonic()
-                write_text(file, json.dumps(results, indent=1) + "\n")
-                if before != (entry["status"], entry["reason"], len(entry["runs"])):
-                    say(f"{one.name}, {point.batch} x {point.prompt_tokens} tokens: {sentence(entry)}", done, total)
+    for done, (turn, point, one) in enumerate(itertools.product(range(repeats), points, series), 1):
+        entry = status[(one.name, *point)]
+        too_large = entry["status"] == "does not fit" and memory <= MORE * entry.get("allowed_bytes", math.inf)
+        if len(entry["runs"]) > turn or too_large:
+            continue
+        if one.name not in commands:
+            try:
+                commands[one.name] = command_of(one, settings)
+            except Zamba2Error as error:
+                commands[one.name] = str(error)
+        command = commands[one.name]
+        before = (entry["status"], entry["reason"], len(entry["runs"]))
+        if isinstance(command, str):
+            entry |= {"status": "not measured", "reason": command}
+        else:
+            measure_once(entry, one, point, settings, command, synthetic, Limits(memory, end), expected(results, one, point))
+        if entry["runs"]:
+            entry |= {"status": "measured", "reason": None}
+        if entry["status"] == "does not fit":
+            entry["allowed_bytes"] = int(memory)
+        results["seconds"] += time.monotonic() - begun
+        begun = time.monotonic()
+        write_text(file, json.dumps(results, indent=1) + "\n")
+        if before != (entry["status"], entry["reason"], len(entry["runs"])):
+            what = f"{one.name}, {point.batch} x {point.prompt_tokens} tokens: {sentence(entry)}"
+            say(what, done, repeats * len(points) * len(series))
     return results
 
 

@@ -333,14 +333,12 @@ def model_class() -> Any:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             found: list[Any] = [None] * len(requests)
-            groups: dict[str, list[int]] = {}
-            for index, request in enumerate(requests):
-                groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-                generation_options(request.args[1])  # complains before anything is computed
+            groups = alike(requests)
+            for options, _ in groups:
+                generation_options(options)  # complains before anything is computed
             with self._bar(len(requests), "generate_until", disable_tqdm) as bar:
-                for members in groups.values():
+                for options, members in groups:
                     contexts = [self.tok_encode(requests[index].args[0]) for index in members]
-                    options = requests[members[0]].args[1]
                     backend = self.model.backend
                     for place, text in generations(backend, self.tokenizer, contexts, options, seed=self.seed, batch=self.batch_size):
                         found[members[place]] = text
@@ -386,16 +384,15 @@ def chat_class() -> Any:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             found: list[Any] = [None] * len(requests)
-            groups: dict[str, list[int]] = {}
-            for index, request in enumerate(requests):
-                groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-                until, limit, sampling = generation_options(request.args[1])
+            groups = []
+            for options, members in alike(requests):
+                until, limit, sampling = generation_options(options)
+                groups.append((until, limit, float(sampling.get("temperature", 0.0)), members))
                 if set(sampling) - {"temperature"}:
                     raise Zamba2Error(f"the task asks to sample by {', '.join(sampling)}; {self.answers.name} takes temperature alone.")
             with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm or not self.progress) as bar:
-                for members in groups.values():
-                    until, limit, sampling = generation_options(requests[members[0]].args[1])
-                    asked, temperature = [messages(requests[index].args[0]) for index in members], float(sampling.get("temperature", 0.0))
+                for until, limit, temperature, members in groups:
+                    asked = [messages(requests[index].args[0]) for index in members]
                     for place, text in self.answers.answer(asked, max_tokens=limit, temperature=temperature, seed=self.seed):
                         for stop in until:
                             text = text.split(stop)[0]
@@ -411,6 +408,14 @@ def chat_class() -> Any:
             raise Zamba2Error(f"{self.answers.name} gives no probabilities, which this task adds up; take a task that generates.")
 
     return AnswersLM
+
+
+def alike(requests: Sequence[Any]) -> list[tuple[Mapping[str, Any], list[int]]]:
+    """The generation_kwargs of lm-eval's requests, each with the numbers of those that have it."""
+    groups: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+    return [(requests[members[0]].args[1], members) for members in groups.values()]
 
 
 def messages(context: str) -> list[dict[str, str]]:
