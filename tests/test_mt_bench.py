@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from zamba2.errors import Zamba2Error
 from zamba2.evaluate import judge as judge_module
-from zamba2.evaluate.judge import Endpoint, Failure, Reply, estimate
+from zamba2.evaluate.judge import Endpoint, Failure, Outcome, estimate
 from zamba2.evaluate.lines import Lines
 from zamba2.evaluate.mt_bench import (
     CATEGORIES,
@@ -246,7 +246,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def one(server: ScriptedJudge, **settings: Any) -> Reply | Failure:
+def one(server: ScriptedJudge, **settings: Any) -> Outcome:
     outcome = server.endpoint(**settings).ask([{"role": "user", "content": "hi"}], max_tokens=5)
     assert outcome is not None
     return outcome
@@ -326,7 +326,7 @@ def test_published_answers_are_judged(tmp_path: Path) -> None:
     requests = judge_requests(questions, answers, read_judge_prompts(SHARED / "judge_prompts.jsonl"), references)
     with ScriptedJudge(lambda number, body: "[[4]]") as server:
         judged = judge_answers(server.endpoint(parallel=8), requests, tmp_path / "j.jsonl")
-    assert (judged.made, judged.kept, judged.failures, judged.prompt_tokens, judged.reply_tokens) == (160, 0, [], 16000, 1600)
+    assert (judged.made, judged.kept, judged.failures) == (160, 0, [])
     assert sorted(server.asked) == sorted(request.messages[-1]["content"] for request in requests)
     scores = aggregate(read_judgments(tmp_path / "j.jsonl"), questions).of("vicuna-13b-v1.3")
     assert (scores.overall, scores.missing) == (Mean(4.0, 160), 0)
@@ -550,7 +550,7 @@ def test_passing_trouble_is_tried_again(action: Action) -> None:
     """What may pass is tried again until there is an answer, or the tries are used up and there is a failure."""
     with ScriptedJudge(lambda number, body: action if number < 2 else "fine") as server:
         outcome = one(server, retries=2)
-        assert outcome == Reply("fine", 100, 10) and len(server.asked) == 3
+        assert outcome == "fine" and len(server.asked) == 3
         if isinstance(action, tuple) and action[1]:
             assert all(later - earlier >= 0.29 for earlier, later in zip(server.times, server.times[1:], strict=False))
     with ScriptedJudge(lambda number, body: action) as server:
@@ -576,7 +576,7 @@ def test_pauses_double(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_timeouts_are_tried_again() -> None:
     """A request without an answer in time is sent again; one that stays silent is a failure."""
     with ScriptedJudge(lambda number, body: "HANG" if number < 1 else "fine") as server:
-        assert one(server, timeout=0.3, retries=2) == Reply("fine", 100, 10)
+        assert one(server, timeout=0.3, retries=2) == "fine"
     with ScriptedJudge(lambda number, body: "HANG") as server:
         assert one(server, timeout=0.2, retries=1) == Failure("no answer within 0.2 seconds, 2 times")
     with ScriptedJudge(lambda number, body: "DRIP") as server:  # whose single bytes come in time
@@ -594,7 +594,7 @@ def test_retry_after_holds_everyone() -> None:
         conversations = [[{"role": "user", "content": str(i)}] for i in range(4)]
         endpoint = server.endpoint(parallel=2, requests_per_minute=1200)
         endpoint.ask_all(conversations, lambda index, outcome: outcomes.append(outcome), max_tokens=5)
-        assert outcomes == [Reply("fine", 100, 10)] * 4
+        assert outcomes == ["fine"] * 4
         held = [moment - server.times[0] for moment in server.times[2:]]  # the second may have been on its way
         assert min(held) >= 0.49
     assert judge_module._seconds(formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=3)
@@ -653,8 +653,8 @@ JSON = st.recursive(
 def test_any_reply_is_a_text_or_a_failure(reply: Any) -> None:
     """Whatever JSON is replied, the outcome is a text that is not blank, or a failure of one line."""
     outcome = Endpoint("m", "http://localhost")._read(json.dumps(reply).encode())
-    if isinstance(outcome, Reply):
-        assert outcome.text.strip() and outcome.text == reply["choices"][0]["message"]["content"]
+    if isinstance(outcome, str):
+        assert outcome.strip() and outcome == reply["choices"][0]["message"]["content"]
     else:
         assert outcome.reason and "\n" not in outcome.reason
 
@@ -662,7 +662,7 @@ def test_any_reply_is_a_text_or_a_failure(reply: Any) -> None:
 def test_a_text_beside_an_empty_refusal_is_the_answer() -> None:
     """Some endpoints send a refusal with every message, empty where there is none."""
     reply = {"choices": [{"message": {"content": "[[5]]", "refusal": ""}}]}
-    assert Endpoint("m", "http://localhost")._read(json.dumps(reply).encode()) == Reply("[[5]]")
+    assert Endpoint("m", "http://localhost")._read(json.dumps(reply).encode()) == "[[5]]"
 
 
 def test_a_judgment_without_a_rating(bench: Bench) -> None:
@@ -795,7 +795,7 @@ def test_unreachable_judge() -> None:
     """A judge that was never there ends the run at once; one that answered before is waited for."""
     with ScriptedJudge() as server:
         endpoint = server.endpoint(retries=1)
-        assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), Reply)
+        assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), str)
     assert isinstance(endpoint.ask([{"role": "user", "content": "hi"}], max_tokens=5), Failure)
     with ScriptedJudge(lambda number, body: 503) as server:
         endpoint = server.endpoint(retries=0)

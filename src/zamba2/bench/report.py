@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from zamba2.bench.figures import OURS, Verdict, medians, verdicts
 from zamba2.bench.rivals import RIVALS
-from zamba2.errors import Zamba2Error
 from zamba2.weights.files import replacing, write_text
 
 if TYPE_CHECKING:
@@ -49,12 +48,10 @@ X_LABELS = {"prompt_tokens": "tokens of prompt, one sequence", "batch": "sequenc
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
-    """The plots and report.html in ``folder``; returns the page. Raises Zamba2Error where matplotlib is missing."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise Zamba2Error("the plots need matplotlib; install it with: pip install matplotlib") from None
+    """The plots, by matplotlib, and report.html in ``folder``; returns the page. Raises Zamba2Error."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     pictures: dict[str, str] = {}
     for bits in (16, 4):
         for plot in PLOTS:

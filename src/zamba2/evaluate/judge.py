@@ -28,7 +28,7 @@ from urllib.parse import urlsplit, urlunsplit
 from zamba2.errors import Zamba2Error, notice
 from zamba2.language.messages import brief
 
-__all__ = ["OPENAI", "Endpoint", "Estimate", "Failure", "Outcome", "Reply", "estimate"]
+__all__ = ["OPENAI", "Endpoint", "Estimate", "Failure", "Outcome", "estimate"]
 
 OPENAI = "https://api.openai.com/v1"
 CHAT = "/chat/completions"
@@ -40,22 +40,13 @@ CHARACTERS_PER_TOKEN = 4  # OpenAI's rule of thumb for English text
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What was answered. Tokens are the endpoint's own count, 0 where it gives none."""
-
-    text: str
-    prompt_tokens: int = 0
-    reply_tokens: int = 0
-
-
-@dataclass(frozen=True)
 class Failure:
     """Why there is no answer."""
 
     reason: str
 
 
-Outcome = Reply | Failure
+Outcome = str | Failure  # what was answered, or why nothing was
 Receive = Callable[[int, Outcome], None]
 
 
@@ -289,9 +280,7 @@ class Endpoint:
             return Failure(f"the reply's content is a {type(text).__name__} and no text")
         if not (text and text.strip()) and not self.may_be_empty:
             return Failure("the reply is empty")
-        usage = reply.get("usage")
-        counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-        return Reply(text or "", *(count if type(count) is int and count > 0 else 0 for count in counts))
+        return text or ""
 
     def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Failure:
         """What a status other than 200 means. Raises Again or Zamba2Error unless it concerns this request alone."""
@@ -419,8 +408,8 @@ class Endpoint:
         threading.Thread(target=run, daemon=True).start()
         try:
             while (item := _next(came)) is not None:
-                if isinstance(item[1], Reply):
-                    yield item[0], item[1].text
+                if isinstance(item[1], str):
+                    yield item[0], item[1]
         finally:
             left.set()
         if problems:

@@ -17,7 +17,6 @@ import re
 import string
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,9 +145,10 @@ def _get(row: Row, place: str, name: str, what: str, *types: type) -> Any:
     return value
 
 
-def _texts(value: Any, place: str, name: str, what: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise Zamba2Error(f"{place}: {name} is {brief(json.dumps(value))}; {what} have a list of texts there.")
+def _turns(row: Row, place: str, what: str) -> tuple[str, ...]:
+    value = _get(row, place, "turns", what, list)
+    if not value or not all(isinstance(text, str) for text in value):
+        raise Zamba2Error(f"{place}: turns is {brief(json.dumps(value))}; {what} have a list of texts there.")
     return tuple(value)
 
 
@@ -164,7 +164,7 @@ def read_questions(path: Path) -> list[Question]:
     questions: dict[QuestionId, Question] = {}
     for place, row in _read(path, QUESTIONS):
         identity = _get(row, place, "question_id", QUESTIONS, int, str)
-        turns = _texts(_get(row, place, "turns", QUESTIONS, list), place, "turns", QUESTIONS)
+        turns = _turns(row, place, QUESTIONS)
         if len(turns) > 2:
             raise Zamba2Error(f"{place} has {len(turns)} turns; the judge's prompts are for one or two.")
         if identity in questions:
@@ -188,7 +188,7 @@ def _first_choice(row: Row, place: str, what: str) -> tuple[str, ...]:
     choices = _get(row, place, "choices", what, list)
     if not choices or not isinstance(choices[0], dict):
         raise Zamba2Error(f"{place}: choices is {brief(json.dumps(choices))}; {what} have a list of objects with turns there.")
-    turns = _texts(_get(choices[0], place, "turns", what, list), place, "turns", what)
+    turns = _turns(choices[0], place, what)
     if FAILED in turns:
         raise Zamba2Error(f"{place} holds {FAILED}, FastChat's mark of a failed call; take the line out to have it answered again.")
     return turns
@@ -412,14 +412,11 @@ def parse_rating(judgment: str) -> float:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a call of ``judge_answers`` did. made: new judgments; kept: those that were there; failures: requests without one, and why;
-    prompt_tokens and reply_tokens: the judge's own count of the new ones, 0 if it gives none."""
+    """What a call of ``judge_answers`` did. made: new judgments; kept: those that were there; failures: requests without one, and why."""
 
     made: int
     kept: int
     failures: Sequence[tuple[JudgeRequest, str]]
-    prompt_tokens: int
-    reply_tokens: int
 
 
 def unjudged(requests: Sequence[JudgeRequest], out: Path, judge: str) -> list[JudgeRequest]:
@@ -451,7 +448,6 @@ def judge_answers(endpoint: Endpoint, requests: Sequence[JudgeRequest], out: Pat
     next call asks again. Raises Zamba2Error where going on is of no use; then and on Ctrl-C all that came is written.
     """
     failures: list[tuple[JudgeRequest, str]] = []
-    tokens = Counter[str]()
     made = 0
     with Lines(out) as lines, _Failures(out.with_name(out.name.removesuffix(".jsonl") + ".failures.jsonl")) as failed:
         waiting = _open(requests, lines.rows, endpoint.model)
@@ -467,15 +463,14 @@ def judge_answers(endpoint: Endpoint, requests: Sequence[JudgeRequest], out: Pat
                 failures.append((request, outcome.reason))
                 failed.append(about | {"turn": request.turn, "failure": outcome.reason, "tstamp": time.time()})
             else:
-                about |= {"user_prompt": request.messages[-1]["content"], "judgment": outcome.text}
-                lines.append(about | {"score": parse_rating(outcome.text), "turn": request.turn, "tstamp": time.time()})
+                about |= {"user_prompt": request.messages[-1]["content"], "judgment": outcome}
+                lines.append(about | {"score": parse_rating(outcome), "turn": request.turn, "tstamp": time.time()})
                 made += 1
-                tokens.update(prompt=outcome.prompt_tokens, reply=outcome.reply_tokens)
             if progress is not None:
                 progress(kept + made + len(failures), len(requests))
 
         endpoint.ask_all([request.messages for request in waiting], receive, max_tokens=JUDGE_TOKENS)
-    return Judged(made, kept, failures, tokens["prompt"], tokens["reply"])
+    return Judged(made, kept, failures)
 
 
 class _Failures:
@@ -674,10 +669,7 @@ def chart(scores: Sequence[ModelScores], target: Path) -> list[Path]:
     """
     if not 1 <= len(scores) <= MOST_MODELS:
         raise Zamba2Error(f"a chart of {len(scores)} models cannot be read; give 1 to {MOST_MODELS}.")
-    try:
-        import matplotlib
-    except ImportError:
-        raise Zamba2Error("the chart needs matplotlib; install it with: pip install matplotlib") from None
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
