@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zamba2.errors import Zamba2Error
-from zamba2.language.sampling import Sampler, Sampling, _draw, distribution, log_softmax, top_logprobs
+from zamba2.language.sampling import Sampler, Sampling, _candidates, _draw, log_softmax, top_logprobs
 
 V = 50
 
@@ -23,6 +23,15 @@ def logits_of(seed: int, size: int = V) -> np.ndarray:
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max())
     return e / e.sum()
+
+
+def distribution(logits: np.ndarray, sampling: Sampling, prompt=(), counts: np.ndarray | None = None) -> np.ndarray:
+    """The probabilities, float64 [V], that ``Sampler.sample`` draws from, with so many of each token generated so far."""
+    counts = np.zeros(logits.size, dtype=np.int64) if counts is None else counts
+    ids, probabilities = _candidates(logits, sampling, np.asarray(prompt, dtype=np.intp), counts)
+    full = np.zeros(logits.size)
+    full[ids] = probabilities / probabilities.sum()
+    return full
 
 
 options = st.fixed_dictionaries(

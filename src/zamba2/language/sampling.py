@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from zamba2.errors import Zamba2Error
 
-__all__ = ["Sampler", "Sampling", "distribution", "log_softmax", "top_logprobs"]
+__all__ = ["Sampler", "Sampling", "log_softmax", "top_logprobs"]
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
@@ -96,7 +96,9 @@ class Sampler:
         if self._prompt.size and not 0 <= self._prompt[0] <= self._prompt[-1] < vocab_size:
             stray = self._prompt[0] if self._prompt[0] < 0 else self._prompt[-1]
             raise Zamba2Error(f"the prompt holds token {stray}; ids from 0 to {vocab_size - 1} are needed: use this model's tokenizer.")
-        _check_bias(sampling, vocab_size)
+        stray = max(sampling.logit_bias, default=0)
+        if stray >= vocab_size:
+            raise Zamba2Error(f"sampling option logit_bias names token {stray}; ids from 0 to {vocab_size - 1} are needed.")
         self._counts = np.zeros(vocab_size, dtype=np.int64)
         self._rng = np.random.Generator(np.random.PCG64(sampling.seed))
 
@@ -112,25 +114,6 @@ class Sampler:
         """
         ids, probabilities = _candidates(logits, self.sampling, self._prompt, self._counts)
         return self.take(int(ids[0] if ids.size == 1 else ids[_draw(probabilities, self._rng.random())]))
-
-
-def distribution(
-    logits: npt.NDArray[Any],
-    sampling: Sampling,
-    prompt_tokens_seen: npt.ArrayLike = (),
-    counts: npt.NDArray[np.int64] | None = None,
-) -> Floats:
-    """The probabilities, float64 [V], that ``Sampler.sample`` draws from.
-
-    ``prompt_tokens_seen``: ids in the prompt, repeats harmless; ``counts``: int [V], how often each token was generated so far.
-    Ties: top-k and top-p keep the lower ids of equals, so exactly k tokens stay (transformers keeps every tie).
-    """
-    counts = np.zeros(logits.size, dtype=np.int64) if counts is None else counts
-    _check_bias(sampling, logits.size)
-    ids, probabilities = _candidates(logits, sampling, np.asarray(prompt_tokens_seen, dtype=np.intp), counts)
-    full = np.zeros(logits.size)
-    full[ids] = probabilities / probabilities.sum()
-    return full
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> Floats:
@@ -152,7 +135,10 @@ def top_logprobs(logits: npt.NDArray[Any], k: int) -> list[tuple[int, float]]:
 
 
 def _candidates(logits: npt.NDArray[Any], sampling: Sampling, prompt: Ids, counts: npt.NDArray[np.int64]) -> tuple[Ids, Floats]:
-    """Ids that may be chosen and their probabilities up to a common factor."""
+    """Ids that may be chosen and their probabilities up to a common factor.
+
+    Ties: top-k and top-p keep the lower ids of equals, so exactly k tokens stay (transformers keeps every tie).
+    """
     if logits.shape != counts.shape:
         raise Zamba2Error(f"logits have shape {list(logits.shape)}; {list(counts.shape)}, one per token of the vocabulary, is needed.")
     best = _best(logits)
@@ -230,9 +216,3 @@ def _draw(weights: Floats, uniform: float) -> int:
     """Inverse CDF: the index at which the running sum first exceeds uniform * total; never one of weight 0."""
     cdf = np.cumsum(weights)  # ends at 1 or more, so that a number below 1 times it is below it
     return int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
-
-
-def _check_bias(sampling: Sampling, vocab_size: int) -> None:
-    stray = max(sampling.logit_bias, default=0)
-    if stray >= vocab_size:
-        raise Zamba2Error(f"sampling option logit_bias names token {stray}; ids from 0 to {vocab_size - 1} are needed.")
