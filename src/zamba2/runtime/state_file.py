@@ -25,11 +25,8 @@ def open_state(path: Path, model: str) -> tuple[TensorFile, int, str]:
     if not path.exists():
         raise Zamba2Error(f"{path} does not exist; a saved state is needed.")
     file = TensorFile(path)
-    try:
-        about = json.loads(file.metadata.get("zamba2", "null"))
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict) or about.get("kind") != "state":
+    about = file.about("state")
+    if about is None:
         raise Zamba2Error(f"{path} is not a saved Zamba2 state.")
     if about.get("version") != VERSION:
         raise Zamba2Error(f"{path} is a saved state of version {about.get('version')}; this program reads version {VERSION}.")

@@ -118,6 +118,14 @@ class TensorFile:
             raise self._bad(f"tensor {name} ends at byte {data + end} and the file has {size}")
         return Entry(dtype, tuple(shape), data + start, end - start)
 
+    def about(self, kind: str) -> dict[str, Any] | None:
+        """What the metadata say of a file that this program wrote, of "weights" or a "state"; None for any other."""
+        try:
+            found = json.loads(self.metadata.get("zamba2", "null"))
+        except (ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) and found.get("kind") == kind else None
+
     def check_size(self) -> None:
         """Raises Zamba2Error if the file has become shorter since it was opened, as mapped bytes may be gone, or was written to."""
         now = os.fstat(self._fd)

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -164,7 +163,11 @@ def is_random(path: Path) -> bool:
 def open_packed(path: Path, config: Config) -> tuple[TensorFile, Packing, list[Part]]:
     """Open a packed checkpoint's file. Raises Zamba2Error unless it is complete and belongs to the config."""
     file = TensorFile(path / "model.safetensors")
-    about = _about(file)
+    about = file.about("weights")
+    if about is None:
+        raise Zamba2Error(f"{file.path} is not a packed Zamba2 checkpoint.")
+    if about.get("version") != VERSION:
+        raise Zamba2Error(f"{file.path} is packed in version {about.get('version')}; this program reads version {VERSION}: quantize again.")
     packing = Packing.named(str(about.get("format")), str(about.get("embeddings")))
     if about.get("config") != config.to_dict():
         raise Zamba2Error(f"{file.path} was packed for another config.json than the one beside it; quantize the checkpoint again.")
@@ -180,18 +183,6 @@ def open_packed(path: Path, config: Config) -> tuple[TensorFile, Packing, list[P
         if part.is_matrix and entry.start % ALIGNMENT:
             raise Zamba2Error(f"{file.path}: tensor {part.name} starts at byte {entry.start}, no multiple of {ALIGNMENT}; quantize again.")
     return file, packing, plan
-
-
-def _about(file: TensorFile) -> Mapping[str, Any]:
-    try:
-        about = json.loads(file.metadata.get("zamba2", "null"))
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict) or about.get("kind") != "weights":
-        raise Zamba2Error(f"{file.path} is not a packed Zamba2 checkpoint.")
-    if about.get("version") != VERSION:
-        raise Zamba2Error(f"{file.path} is packed in version {about.get('version')}; this program reads version {VERSION}: quantize again.")
-    return about
 
 
 def check_target(target: Path) -> None:
