@@ -81,8 +81,8 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST):
-                raise Zamba2Error(f"config key {field.name} is {value!r}; a whole number from 1 to {LARGEST} is needed.")
+            if field.type == "int":
+                self._whole(vars(self), field.name)
             if field.type == "bool" and not isinstance(value, bool):
                 raise Zamba2Error(f"config key {field.name} is {value!r}; true or false is needed.")
             if field.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_FLOAT):
