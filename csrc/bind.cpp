@@ -244,7 +244,7 @@ NB_MODULE(_engine, m) {
   m.doc() = "Zamba2 on a CPU: packed weights, one state per sequence.";
   m.def("available", [] {
     nb::list names;
-    for (const char* name : available_kernels()) names.append(name);
+    for (const Kernels* k : available_kernels()) names.append(k->name);
     return names;
   }, "Instruction sets that this machine and build have, the best last.");
   m.def("chosen", [] { return std::string(kernels().name); }, "The instruction set in use: the best, or what ZAMBA2_ISA names.");

@@ -55,51 +55,40 @@ bool has_i8mm() { return false; }
 
 }  // namespace
 
-std::vector<const char*> available_kernels() {
-  std::vector<const char*> names{"scalar"};
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> found{kScalar};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    names.push_back("avx2");
-    if (has_avx_vnni()) names.push_back("avxvnni");
+    found.push_back(kAvx2);
+    if (has_avx_vnni()) found.push_back(kAvxVnni);
   }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  if (avx512) names.push_back("avx512");
+  if (avx512) found.push_back(kAvx512);
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  if (bf16) names.push_back("avx512bf16");
-  if (bf16 && has_amx() && amx_allowed()) names.push_back("amx");
+  if (bf16) found.push_back(kAvx512Bf16);
+  if (bf16 && has_amx() && amx_allowed()) found.push_back(kAmx);
 #elif defined(__aarch64__)
-  names.push_back("neon");
-  if (has_dotprod()) names.push_back("neon_dotprod");
-  if (has_dotprod() && has_i8mm()) names.push_back("neon_i8mm");
+  found.push_back(kNeon);
+  if (has_dotprod()) found.push_back(kNeonDotprod);
+  if (has_dotprod() && has_i8mm()) found.push_back(kNeonI8mm);
 #endif
-  return names;
+  return found;
 }
 
 const Kernels* find_kernels(const char* name) {
-  for (const char* available : available_kernels())
-    if (std::string(available) == name) {
-      const Kernels* all[] = {
-          kScalar,
-#if defined(__x86_64__)
-          kAvx2, kAvxVnni, kAvx512, kAvx512Bf16, kAmx,
-#elif defined(__aarch64__)
-          kNeon, kNeonDotprod, kNeonI8mm,
-#endif
-      };
-      for (const Kernels* k : all)
-        if (std::string(k->name) == name) return k;
-    }
+  for (const Kernels* k : available_kernels())
+    if (std::string(k->name) == name) return k;
   return nullptr;
 }
 
 const Kernels& kernels() {
   const char* wanted = std::getenv("ZAMBA2_ISA");
-  const std::string name = wanted && *wanted ? wanted : available_kernels().back();
-  if (const Kernels* found = find_kernels(name.c_str())) return *found;
+  if (!wanted || !*wanted) return *available_kernels().back();
+  if (const Kernels* found = find_kernels(wanted)) return *found;
   std::string names;
-  for (const char* available : available_kernels()) names += std::string(names.empty() ? "" : ", ") + available;
-  throw std::runtime_error("ZAMBA2_ISA is '" + name + "'; this machine and build have " + names);
+  for (const Kernels* k : available_kernels()) names += std::string(names.empty() ? "" : ", ") + k->name;
+  throw std::runtime_error(std::string("ZAMBA2_ISA is '") + wanted + "'; this machine and build have " + names);
 }
 
 }  // namespace zamba2

@@ -141,7 +141,7 @@ extern const Kernels* const kNeonI8mm;
 
 // The best table this machine can run, or the one that ZAMBA2_ISA names. Throws std::runtime_error for one it cannot.
 const Kernels& kernels();
-const Kernels* find_kernels(const char* name);
-std::vector<const char*> available_kernels();
+const Kernels* find_kernels(const char* name);    // nullptr for one that this machine and build do not have
+std::vector<const Kernels*> available_kernels();  // the best last
 
 }  // namespace zamba2

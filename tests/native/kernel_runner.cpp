@@ -266,8 +266,7 @@ const std::pair<const char*, Function> kFunctions[] = {
 };
 
 std::vector<const Kernels*> tables() {
-  std::vector<const Kernels*> found;
-  for (const char* name : available_kernels()) found.push_back(find_kernels(name));
+  std::vector<const Kernels*> found = available_kernels();
 #if defined(__x86_64__)
   if (find_kernels("avx2")) found.insert(found.end(), {kAvxVnniStandIn, kAvx512StandIn, kAvx512Bf16StandIn, kAmxStandIn});
 #endif
