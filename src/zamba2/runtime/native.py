@@ -19,7 +19,7 @@ from zamba2.runtime.backend import Logits, Row, State, best_of, check_row
 from zamba2.runtime.processors import MOST_THREADS, default_threads, processors_for
 from zamba2.runtime.state_file import open_state, write_state
 from zamba2.weights.files import TensorFile
-from zamba2.weights.formats import FORMATS, Format, KVFormat, kv_format_named, pack
+from zamba2.weights.formats import FORMATS, KVFormat, kv_format_named, pack
 from zamba2.weights.lora import read_lora
 from zamba2.weights.packed import Packing, open_packed
 
@@ -140,13 +140,14 @@ class NativeBackend:
         self.together = SHORT
         self.stretch = 2 * PREFILL_CHUNK
         self.kv = kv_format_named(kv)
-        self._file, self.packing, plan = open_packed(path, config)
+        self.file, self.packing, plan = open_packed(path, config)  # the engine reads the file's mapping
+        self.format = self.packing.format  # of all matrices but, perhaps, the embeddings
         settings = {key: getattr(config, key) for key in ENGINE_KEYS} | {"hybrid_layer_ids": list(config.hybrid_layer_ids)}
         try:
             count, processors = chosen_threads(threads, pin)
             self.engine = _engine.Engine(settings, count, isa, self.kv.number, processors)
             for part in plan:
-                data = np.frombuffer(self._file.map(part.name), dtype=np.uint8)
+                data = np.frombuffer(self.file.map(part.name), dtype=np.uint8)
                 if part.is_matrix:
                     self.engine.set_matrix(part.name, self.packing.of(part).number, data)
                     continue
@@ -160,19 +161,9 @@ class NativeBackend:
         except MemoryError:
             needed = sum(4 * part.count for part in plan if not part.is_matrix)
             raise Zamba2Error(f"{path}: there is not enough memory to start; {needed} bytes are needed beside the mapped file.") from None
-        self.fingerprint = fingerprint(self._file, config, self.packing, self.kv)
+        self.fingerprint = fingerprint(self.file, config, self.packing, self.kv)
         self._adapters: dict[str, tuple[int, str]] = {}  # name -> number in the engine, and a hash of its weights
         self.default_adapter: str | None = None  # of states for which none is named
-
-    @property
-    def format(self) -> Format:
-        """The format of all matrices but, perhaps, the embeddings (``packing``)."""
-        return self.packing.format
-
-    @property
-    def file(self) -> TensorFile:
-        """The packed file, whose mapping the engine reads."""
-        return self._file
 
     @property
     def isa(self) -> str:
@@ -253,7 +244,7 @@ class NativeBackend:
 
     def _read(self, states: list[Any], tokens: list[npt.NDArray[np.int32]], wanted: list[int], record: Sequence[bool] = ()) -> Any:
         """The engine's forward: logits (sum of wanted, V). Raises Zamba2Error; the states are unusable then."""
-        self._file.check_size()
+        self.file.check_size()
         try:
             scores = self.engine.forward(states, tokens, wanted, list(record))
         except MemoryError as error:
@@ -262,7 +253,7 @@ class NativeBackend:
             raise Zamba2Error("the model computed values that are not finite; the checkpoint is damaged: quantize it again.") from None
         except ValueError as error:
             raise Zamba2Error(f"the native engine cannot go on: {error}.") from None
-        self._file.check_size()  # what lies behind the end of the file, in its last page, reads as zeros
+        self.file.check_size()  # what lies behind the end of the file, in its last page, reads as zeros
         return scores
 
     def _own(self, state: State) -> NativeState:
