@@ -86,14 +86,13 @@ class IfevalResult:
     kinds: dict[str, dict[str, float]]
     examples: list[dict[str, Any]]
     unused: int
-    seed: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data; an estimate is {"value", "low", "high"} in percent."""
         metrics = {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in self.metrics.items()}
         return {
             "prompts": self.prompts, "instructions": self.instructions, "metrics": metrics, "kinds": self.kinds, "examples": self.examples,
-            "unused_responses": self.unused, "seed": self.seed,
+            "unused_responses": self.unused, "seed": SEED,
         }  # fmt: skip
 
     def to_markdown(self) -> str:
@@ -206,15 +205,12 @@ def _answer(place: str, row: Any) -> tuple[str, str]:
 # ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def score(
-    prompts: Sequence[Prompt], responses: Mapping[str, str], *, seed: int = SEED, resamples: int = RESAMPLES, offline: bool = False
-) -> IfevalResult:
+def score(prompts: Sequence[Prompt], responses: Mapping[str, str], *, offline: bool = False) -> IfevalResult:
     """Check every instruction of every prompt in its response, strictly and loosely.
 
     responses: by the prompt's text. Loose: followed by the response, or by it without its first line, its last line, both, or its
-    asterisks. A text whose language cannot be told counts as in the right one, as in lm-eval. seed: of the checkers' draws and of the
-    bootstrap, whose ``resamples`` draw whole prompts. Raises Zamba2Error for prompts without a response, unknown instructions or
-    arguments, and missing libraries or NLTK data.
+    asterisks. A text whose language cannot be told counts as in the right one, as in lm-eval. SEED is that of the checkers' draws and of
+    the bootstrap. Raises Zamba2Error for prompts without a response, unknown instructions or arguments, and missing libraries or NLTK data.
     """
     missing = [prompt for prompt in prompts if prompt.text not in responses]
     if missing or not prompts:
@@ -226,7 +222,7 @@ def score(
     loose: list[list[bool]] = []
     with _seeded():
         for prompt in prompts:
-            random.seed(f"{seed} {prompt.key}")
+            random.seed(f"{SEED} {prompt.key}")
             strict.append(_check(checkers.test_instruction_following_strict, checkers, prompt, responses[prompt.text]))
             loose.append(_check(checkers.test_instruction_following_loose, checkers, prompt, responses[prompt.text]))
     kinds: dict[str, list[tuple[bool, bool]]] = {}
@@ -236,7 +232,7 @@ def score(
     return IfevalResult(
         prompts=len(prompts),
         instructions=sum(len(prompt.instructions) for prompt in prompts),
-        metrics=_estimates(strict, loose, seed, resamples),
+        metrics=_estimates(strict, loose, SEED, RESAMPLES),
         kinds={
             name: {"count": len(found), "strict": _percent([f[0] for f in found]), "loose": _percent([f[1] for f in found])}
             for name, found in sorted(kinds.items())
@@ -246,7 +242,6 @@ def score(
             for prompt, tight, easy in zip(prompts, strict, loose, strict=True)
         ],
         unused=len(set(responses) - {prompt.text for prompt in prompts}),
-        seed=seed,
     )
 
 
@@ -288,7 +283,7 @@ def _estimates(strict: list[list[bool]], loose: list[list[bool]], seed: int, res
     for start in range(0, resamples, 1000):  # a thousand at a time: 4 MB
         counts = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), size=min(1000, resamples - start))
         drawn.append(_shares(counts @ columns))
-    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5], axis=0) if drawn else (values, values)
+    low, high = np.percentile(np.concatenate(drawn), [2.5, 97.5], axis=0)
     return {name: Estimate(float(values[i]), float(low[i]), float(high[i])) for i, name in enumerate((*METRICS, "mean_strict"))}
 
 
@@ -364,8 +359,8 @@ def _find_punkt(nltk: Any, offline: bool) -> None:
 
 
 def evaluate(
-    answers: Answers, prompts: Sequence[Prompt], file: Path, *, max_tokens: int = MAX_TOKENS, seed: int = SEED,
-    progress: Progress | None = None, offline: bool = False,
+    answers: Answers, prompts: Sequence[Prompt], file: Path, *, max_tokens: int = MAX_TOKENS, progress: Progress | None = None,
+    offline: bool = False,
 ) -> IfevalResult:  # fmt: skip
     """Have every prompt answered greedily, through the chat template, and score the answers.
 
@@ -388,7 +383,7 @@ def evaluate(
             found[prompt.text] = response
             if progress is not None:
                 progress(len(found), len(prompts))
-    return score(prompts, found, seed=seed, offline=offline)
+    return score(prompts, found, offline=offline)
 
 
 def _resumed(rows: Sequence[tuple[str, Row]], origin: Mapping[str, Any]) -> dict[str, str]:

@@ -166,16 +166,16 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def write_data(folder: Path, sizes: Sizes, seed: int = SEED) -> None:
+def write_data(folder: Path, sizes: Sizes) -> None:
     """pretrain.jsonl, sft.jsonl and practice.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "pretrain.jsonl", ({"text": text} for text in itertools.islice(documents(seed, split="train"), sizes.documents)))
+    write_lines(folder / "pretrain.jsonl", ({"text": text} for text in itertools.islice(documents(SEED, split="train"), sizes.documents)))
     for name, extra, count in (("sft", MORE, sizes.conversations), ("practice", PRACTICE, sizes.practice)):
-        chats = itertools.islice(tasks(seed if name == "sft" else f"{name} {seed}", split="train", kinds=[*KINDS, *extra]), count)
+        chats = itertools.islice(tasks(SEED if name == "sft" else f"{name} {SEED}", split="train", kinds=[*KINDS, *extra]), count)
         write_lines(folder / f"{name}.jsonl", ({"messages": task.messages} for task in chats))
 
 
-def write_pairs(folder: Path, stage: str, sizes: Sizes, say: Callable[[str], None], processes: int = 1, seed: int = SEED) -> None:
+def write_pairs(folder: Path, stage: str, sizes: Sizes, say: Callable[[str], None], processes: int) -> None:
     """A round's pairs: a right and a wrong answer of its first model's own, the greedy one among them, to each prompt that has both.
 
     Answers that the model would not give itself teach it nothing here but to give up what it knows (docs/log.md). A model that gives no
@@ -186,8 +186,8 @@ def write_pairs(folder: Path, stage: str, sizes: Sizes, say: Callable[[str], Non
     if path.exists():
         return
     say(f"sampling {model}; the checkers choose")
-    asked = list(itertools.islice(tasks(" ".join(["pairs", *number, str(seed)]), split="train", kinds=CHOOSING), sizes.prompts))
-    rng = random.Random(seed)
+    asked = list(itertools.islice(tasks(" ".join(["pairs", *number, str(SEED)]), split="train", kinds=CHOOSING), sizes.prompts))
+    rng = random.Random(SEED)
     every = list(zip(asked, sampled(packed(folder, model, "bf16"), asked, processes), strict=True))
     rows = [row for task, texts in every if (row := pair(task, texts, rng)) is not None]
     if len(rows) < FEWEST_PAIRS:
@@ -294,27 +294,27 @@ def tokenizer_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def write_base(folder: Path, texts: int, seed: int = SEED) -> None:
+def write_base(folder: Path, texts: int) -> None:
     """config.json, new weights and the tokenizer's files, which is learnt from so many texts; what is there already stays."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").exists():
         return
 
     def lines() -> Iterator[str]:
-        for task in itertools.islice(tasks(f"tokenizer {seed}", split="train"), texts * 4 // 5):
+        for task in itertools.islice(tasks(f"tokenizer {SEED}", split="train"), texts * 4 // 5):
             for message in task.messages:
                 yield from message["content"].split("\n")
-        for text in itertools.islice(documents(f"tokenizer {seed}", split="train"), texts // 5):
+        for text in itertools.islice(documents(f"tokenizer {SEED}", split="train"), texts // 5):
             yield from text.split("\n")
 
     ids = {"bos_token_id": CONFIG.bos_token_id, "eos_token_id": CONFIG.eos_token_id, "pad_token_id": CONFIG.pad_token_id}
-    new_weights(CONFIG, seed).save_pretrained(folder)
+    new_weights(CONFIG).save_pretrained(folder)
     files = {"config.json": CONFIG.to_dict(), "generation_config.json": ids, "tokenizer_config.json": tokenizer_settings(CONFIG)}
     for name, content in (files | {"tokenizer.json": learn_tokenizer(lines(), CONFIG.vocab_size)}).items():
         write_text(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def new_weights(config: Config, seed: int) -> Any:
+def new_weights(config: Config) -> Any:
     """A Zamba2ForCausalLM whose every product keeps its input's variance.
 
     The usual 0.02 is right for 2.7B's width alone: at 128 a shared block's output, a product of two small numbers that no residual
@@ -325,7 +325,7 @@ def new_weights(config: Config, seed: int) -> Any:
 
     from zamba2.hf import Zamba2ForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     model = Zamba2ForCausalLM(Zamba2Config.from_dict(config.to_dict()))
     with torch.no_grad():
         for weight in model.parameters():
@@ -347,11 +347,10 @@ def answers(model: LanguageModel, asked: Sequence[Task], *, temperature: float =
     return given
 
 
-def bootstrap(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(values: Sequence[float]) -> tuple[float, float, float]:
     """The mean and its 95 % interval, by resampling."""
     array = np.asarray(values, np.float64)
-    rng = np.random.default_rng(seed)
-    means = array[rng.integers(len(array), size=(draws, len(array)))].mean(1)
+    means = array[np.random.default_rng(0).integers(len(array), size=(2000, len(array)))].mean(1)
     return float(array.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
