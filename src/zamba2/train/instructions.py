@@ -276,10 +276,10 @@ class Chance(random.Random):
             if self.fits(found):
                 return found
 
-    def numbers(self, low: int, high: int) -> list[str]:
-        """A list of ``low`` to ``high`` different numbers from 1 to 99 that fits."""
+    def numbers(self, most: int) -> list[str]:
+        """A list of 2 to ``most`` different numbers from 1 to 99 that fits."""
         while True:
-            found = [str(number) for number in self.sample(range(1, 100), self.randint(low, high))]
+            found = [str(number) for number in self.sample(range(1, 100), self.randint(2, most))]
             if self.fits(found):
                 return found
 
@@ -861,7 +861,7 @@ def _sort(chance: Chance) -> Made:
     if chance.random() < 0.6:
         words = chance.words(2, 7)
         return _one(chance, _canonical(words), SORT, _listed(sorted(words)), {"items": sorted(words)}, list=_listed(words))
-    numbers, down = chance.numbers(2, 7), chance.random() < 0.5
+    numbers, down = chance.numbers(7), chance.random() < 0.5
     answer = sorted(numbers, key=int, reverse=down)
     wordings = SORT_DOWN if down else SORT_UP
     return _one(chance, _canonical(numbers), wordings, _listed(answer), {"items": answer}, list=_listed(numbers))
@@ -891,7 +891,7 @@ PICK_NUMBER = (
 def _pick(chance: Chance) -> Made:
     form = chance.choice(("place", "place", "length", "number"))
     if form == "number":
-        numbers = chance.numbers(2, 6)
+        numbers = chance.numbers(6)
         which = chance.choice(("largest", "smallest", "biggest"))
         answer = (min if which == "smallest" else max)(numbers, key=int)
         return _one(chance, _canonical(numbers), PICK_NUMBER, answer, {"word": answer}, list=_listed(numbers), which=which)
@@ -946,11 +946,6 @@ BULLETS_OF = (
 LISTED_CATEGORIES = [name for name in CATEGORIES if " " not in name]
 
 
-def _kinds(category: str, number: int) -> str:
-    """So many of a category, in words: "animals", "fruits"; "food" stays as it is spoken of."""
-    return category if number == 1 else plural(category)
-
-
 def _bullets_given(chance: Chance) -> Made:
     if chance.random() < 0.6:
         words = chance.words(2, 6)
@@ -961,7 +956,7 @@ def _bullets_given(chance: Chance) -> Made:
             break
     answer = _bulleted(chance.sample(CATEGORIES[category], number))
     check = {"bullets_of": [category, number]}
-    slots = {"n": _number_word(chance, number), "kinds": _kinds(category, number)}
+    slots = {"n": _number_word(chance, number), "kinds": plural(category)}
     return _one(chance, _canonical(category, number), BULLETS_OF, answer, check, **slots)
 
 
@@ -1153,7 +1148,7 @@ FAMILY = {name: GROUP[words[0]].family for name, words in CATEGORIES.items()}
 def _compare(chance: Chance) -> Made:
     form = chance.choice(("which", "which", "odd", "odd", "larger"))
     if form == "larger":
-        numbers = chance.numbers(2, 2)
+        numbers = chance.numbers(2)
         answer = max(numbers, key=int)
         return _one(chance, _canonical(numbers), LARGER, answer, {"word": answer}, list=_listed(numbers))
     while True:
@@ -1250,7 +1245,7 @@ def _follow_list(chance: Chance) -> Made | None:
         steps[-1] = chance.choice(("count", "first", "last"))
     category = next((GROUP[word].category for word in words if word in GROUP), "")
     if category in LISTED_CATEGORIES and all(word in CATEGORIES[category] for word in words) and chance.fits(category, len(words)):
-        slots = {"n": _number_word(chance, len(words)), "kinds": _kinds(category, len(words))}
+        slots = {"n": _number_word(chance, len(words)), "kinds": plural(category)}
         turns = [_request(chance, NAME_SOME, slots), _listed(words)]
     else:
         operation = chance.choice(("sort", "reverse", "copy"))
@@ -1593,7 +1588,7 @@ def _number_lines(chance: Chance) -> Iterator[str]:
             if len(line) > 1 and chance.fits(line):
                 yield _listed(line)
         else:
-            numbers = chance.numbers(2, 6)
+            numbers = chance.numbers(6)
             line = sorted(numbers, key=int, reverse=form == 2)
             yield f"{_listed(numbers)} {'from large to small' if form == 2 else 'from small to large'}: {_listed(line)}"
 

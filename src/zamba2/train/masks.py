@@ -90,7 +90,7 @@ def mask_pair(
 
 def _span(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], i: int, text: str) -> tuple[int, int]:
     """Where message i and its end token stand in the rendered conversation, in characters."""
-    before = tokenizer.render_chat(messages[:i], add_generation_prompt=True) if i else _opening(tokenizer, messages[0])
+    before = tokenizer.render_chat(messages[:i], add_generation_prompt=True) if i else _opening(tokenizer)
     upto = text if i + 1 == len(messages) else tokenizer.render_chat(messages[: i + 1], add_generation_prompt=False)
     if not text.startswith(upto) or not upto.startswith(before):
         raise Zamba2Error("the chat template renders a conversation's beginning otherwise than the whole; a ChatML template is needed.")
@@ -106,7 +106,7 @@ def _span(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], i: int, t
     return len(before), len(before) + len(content) + len(end)
 
 
-def _opening(tokenizer: Tokenizer, message: Mapping[str, Any]) -> str:
+def _opening(tokenizer: Tokenizer) -> str:
     """What stands before the content of an assistant message that begins a conversation: there is nothing to ask for a prompt with."""
     with_user = [{"role": "user", "content": ""}]
     asked = tokenizer.render_chat(with_user, add_generation_prompt=False)
