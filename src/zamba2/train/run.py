@@ -157,13 +157,8 @@ def load(recipe: Recipe) -> tuple[Zamba2ForCausalLM, Any, Path]:
 def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared, progress: Progress) -> Any:
     """trl's trainer for the recipe's stage. model: a Zamba2ForCausalLM; with ``recipe.lora``, adapters are added to it."""
     spread = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    if spread:  # each process would turn, or round, the parts of matrices that it holds
-        if recipe.precision == "bf16" and recipe.lora is None:
-            raise Zamba2Error("precision is bf16, where small weights stay fp32, and FSDP wants all of one kind; use precision=bf16-mixed.")
-        if recipe.optimizer == "muon":
-            raise Zamba2Error("optimizer is muon, which needs whole matrices, and FSDP spreads them; use optimizer=adamw.")
-        if recipe.rounding != "none":
-            raise Zamba2Error(f"rounding is {recipe.rounding}, which needs whole matrices, and FSDP spreads them; use rounding=none.")
+    if spread:
+        _check_spread(recipe)
     if recipe.lora is not None:
         model = add_lora(model, recipe.lora)
     callbacks: list[TrainerCallback] = [Watch(recipe, progress)]
@@ -178,24 +173,7 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
             f"batch_size is {recipe.batch_size}; a multiple of device_batch_size {recipe.device_batch_size} times the {workers} processes "
             f"is needed."
         )
-    shared: dict[str, Any] = {
-        "output_dir": str(recipe.out), "seed": recipe.seed, "data_seed": recipe.seed,
-        "num_train_epochs": recipe.epochs, "max_steps": recipe.steps or -1,
-        "per_device_train_batch_size": recipe.device_batch_size, "per_device_eval_batch_size": recipe.device_batch_size,
-        "gradient_accumulation_steps": accumulate,
-        "learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
-        "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1],
-        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule), "warmup_steps": recipe.warmup,
-        "bf16": recipe.precision == "bf16-mixed", "use_cpu": device.type == "cpu",
-        "activation_checkpointing": recipe.checkpointing, "activation_checkpointing_kwargs": {"use_reentrant": False},
-        "torch_compile": recipe.compile,
-        "logging_steps": recipe.log_every, "logging_first_step": True, "logging_nan_inf_filter": False,
-        "save_steps": recipe.save_every, "save_total_limit": None,  # Watch deletes old ones, when the new one is complete
-        "eval_strategy": "no" if recipe.evaluate_every is None else "steps", "eval_steps": recipe.evaluate_every,
-        "report_to": [] if recipe.tracker == "none" else [recipe.tracker],
-        "ddp_find_unused_parameters": False,
-        "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": device.type == "cuda",
-    }  # fmt: skip
+    shared = _shared_options(recipe, accumulate, device)
     common: dict[str, Any] = {
         "model": model, "processing_class": tokenizer, "train_dataset": prepared.train, "eval_dataset": prepared.held_out,
         "callbacks": callbacks,
@@ -230,6 +208,38 @@ def make_trainer(recipe: Recipe, model: Any, tokenizer: Any, prepared: Prepared,
     for callback in (transformers.PrinterCallback, transformers.trainer_callback.ProgressCallback):
         trainer.remove_callback(callback)
     return trainer
+
+
+def _check_spread(recipe: Recipe) -> None:
+    """Raises Zamba2Error for what FSDP cannot do: each process would turn, or round, the parts of matrices that it holds."""
+    if recipe.precision == "bf16" and recipe.lora is None:
+        raise Zamba2Error("precision is bf16, where small weights stay fp32, and FSDP wants all of one kind; use precision=bf16-mixed.")
+    if recipe.optimizer == "muon":
+        raise Zamba2Error("optimizer is muon, which needs whole matrices, and FSDP spreads them; use optimizer=adamw.")
+    if recipe.rounding != "none":
+        raise Zamba2Error(f"rounding is {recipe.rounding}, which needs whole matrices, and FSDP spreads them; use rounding=none.")
+
+
+def _shared_options(recipe: Recipe, accumulate: int, device: torch.device) -> dict[str, Any]:
+    """What both of trl's configs are given. accumulate: batches of a device in a step."""
+    return {
+        "output_dir": str(recipe.out), "seed": recipe.seed, "data_seed": recipe.seed,
+        "num_train_epochs": recipe.epochs, "max_steps": recipe.steps or -1,
+        "per_device_train_batch_size": recipe.device_batch_size, "per_device_eval_batch_size": recipe.device_batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm,
+        "adam_beta1": recipe.betas[0], "adam_beta2": recipe.betas[1],
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(recipe.schedule, recipe.schedule), "warmup_steps": recipe.warmup,
+        "bf16": recipe.precision == "bf16-mixed", "use_cpu": device.type == "cpu",
+        "activation_checkpointing": recipe.checkpointing, "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "torch_compile": recipe.compile,
+        "logging_steps": recipe.log_every, "logging_first_step": True, "logging_nan_inf_filter": False,
+        "save_steps": recipe.save_every, "save_total_limit": None,  # Watch deletes old ones, when the new one is complete
+        "eval_strategy": "no" if recipe.evaluate_every is None else "steps", "eval_steps": recipe.evaluate_every,
+        "report_to": [] if recipe.tracker == "none" else [recipe.tracker],
+        "ddp_find_unused_parameters": False,
+        "disable_tqdm": True, "remove_unused_columns": False, "dataloader_pin_memory": device.type == "cuda",
+    }  # fmt: skip
 
 
 class Watched:
