@@ -86,6 +86,23 @@ def native_table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sizes_table(runs: list[dict[str, Any]]) -> str:
+    """The three published sizes in the native engine, each from a run of ``zamba2 bench`` on one machine."""
+    first = runs[0]
+    lines = ["| | GB read a token | a reply, tokens/s | a prompt, tokens/s | first token, s | peak memory, GB |", "|---" * 6 + "|"]
+    for data in runs:
+        cells = (
+            f"{data['bytes_per_token'] / 1e9:.2f}", f"{data['decode_tokens_per_second']:.1f}", f"{data['prefill_tokens_per_second']:.0f}",
+            f"{data['ttft_seconds']:.1f}", f"{data['peak_rss_bytes'] / 1e9:.2f}",
+        )  # fmt: skip
+        lines.append(f"| {data['shape'].upper()}, {data['format']} | {' | '.join(cells)} |")
+    lines.append(
+        f"\n{first['machine']}, {first['isa']}, {first['threads']} threads; prompts of {first['prompt_tokens']} tokens; random weights; "
+        f"by `zamba2 bench --shape`, medians of {first['repeats']}."
+    )
+    return "\n".join(lines)
+
+
 def torch_table(data: dict[str, Any]) -> str:
     """Comparison of the PyTorch backend with transformers at the true shape."""
     speed, parity = data["speed"], data["parity"]
@@ -225,6 +242,7 @@ def generated() -> dict[Path, str]:
         "README.md": {"summary": summary_table(measured)},
         "docs/performance.md": {
             "native": "\n\n".join([*runs, STAND_IN]),
+            "sizes": sizes_table([measured[f"size_{size}"] for size in ("1.2b", "2.7b", "7b")]),
             "figures": figures_table(read_results(ROOT / "docs" / "figures" / "figures.json")),
             "serving": serving_table(measured),
             "quality": quality_table(measured["quality"]),

@@ -329,7 +329,9 @@ def serve(
     kv_format: KVFormatName = None,
     adapters: Annotated[
         Optional[list[str]],
-        typer.Option("--adapter", metavar="NAME=FOLDER", help="A LoRA adapter (peft) in FOLDER: requests to model NAME use it; repeatable."),
+        typer.Option(
+            "--adapter", metavar="NAME=FOLDER", help="A LoRA adapter (peft) in FOLDER: requests to model NAME use it; repeatable."
+        ),
     ] = None,
     threads: Threads = None,
     pin: Pin = None,
