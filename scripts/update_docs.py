@@ -89,7 +89,7 @@ def native_table(data: dict[str, Any]) -> str:
 def sizes_table(runs: list[dict[str, Any]]) -> str:
     """The three published sizes in the native engine, each from a run of ``zamba2 bench`` on one machine."""
     first = runs[0]
-    lines = ["| | GB read a token | a reply, tokens/s | a prompt, tokens/s | first token, s | peak memory, GB |", "|---" * 6 + "|"]
+    lines = ["| | GB moved a token | a reply, tokens/s | a prompt, tokens/s | first token, s | peak memory, GB |", "|---" * 6 + "|"]
     for data in runs:
         cells = (
             f"{data['bytes_per_token'] / 1e9:.2f}", f"{data['decode_tokens_per_second']:.1f}", f"{data['prefill_tokens_per_second']:.0f}",
