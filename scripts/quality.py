@@ -123,7 +123,7 @@ def train(folder: Path, minutes: float, seed: int = 1) -> None:
         shown = loss.item() if not shown else 0.95 * shown + 0.05 * loss.item()
         if step % 10 == 0:
             print(f"step {step}, {step * batch * length} tokens, {share:.0%} of the time, loss {shown:.3f}", flush=True)
-    save_checkpoint(model.requires_grad_(False), folder, dtype=torch.bfloat16)
+    save_checkpoint(model.requires_grad_(False).bfloat16(), folder)
     shutil.copyfile(SMALL_TOKENIZER, folder / "tokenizer.json")
 
 
@@ -220,7 +220,7 @@ def measure(model: Zamba2, folder: Path, tokens: Ints, calibration: Ints, *, thr
     """All figures of one model, whose weights are bf16 numbers, on ``tokens``. folder: an empty one for its packed checkpoints."""
     read = torch.from_numpy(tokens).long()
     reference = log_probabilities(model, read)
-    save_checkpoint(model, folder / "hub", dtype=torch.bfloat16)
+    save_checkpoint(model, folder / "hub", state_dict={name: weight.bfloat16() for name, weight in model.named_parameters()})
 
     def packed(name: str, format: str, embeddings: str | None = None, moments: dict[str, Moments] | None = None) -> Path:
         packing = Packing.named(format, embeddings)
