@@ -184,7 +184,8 @@ def run(
     commands: dict[str, list[str | Path] | str] = {}
     begun = time.monotonic()
     for done, (turn, point, one) in enumerate(itertools.product(range(repeats), points, series), 1):
-        entry = status[(one.name, *point)]
+        key = (one.name, *point)
+        entry = status[key]  # mypy on Python 3.10 takes a star within the brackets for syntax of 3.11
         too_large = entry["status"] == "does not fit" and memory <= MORE * entry.get("allowed_bytes", math.inf)
         if len(entry["runs"]) > turn or too_large:
             continue
