@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -96,8 +95,9 @@ def _write(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, folder: Path
     columns = ("input_ids", "labels", "lengths") if recipe.stage == "sft" else ("prompt_ids", "chosen_ids", "rejected_ids")
     features = Features({name: List(Value("int32")) for name in columns})
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial."))
+    temporary = folder.with_name(f".partial.{os.getpid()}-{os.urandom(4).hex()}")
     try:
+        temporary.mkdir()  # in here: Ctrl-C may come as soon as it is there
         report: dict[str, Any] = {}
         kept: set[tuple[str, str]] = set()
         held_out = _remembered(itertools.islice(examples, recipe.held_out), kept)
