@@ -71,7 +71,7 @@ def of_the_module() -> str:
     """CMake's option to test the very objects that the module is linked of, where they lie in this clone and no source is newer;
     to compile the same again takes minutes."""
     newest = max(file.stat().st_mtime for file in (*(ROOT / "csrc").iterdir(), ROOT / "CMakeLists.txt"))
-    for folder in sorted((ROOT / "build").glob("*/CMakeFiles/_engine.dir")):
+    for folder in sorted((ROOT / "build").glob("cp*/CMakeFiles/_engine.dir")):
         objects = [folder / "csrc" / f"{file.name}.o" for file in (ROOT / "csrc").glob("*.cpp") if "neon" not in file.name]
         if all(file.exists() and file.stat().st_mtime >= newest for file in objects):
             return f"-DZAMBA2_OBJECTS={folder}"

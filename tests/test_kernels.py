@@ -66,6 +66,18 @@ def other_bits(table: list[Case], found: list[dict[str, np.ndarray]]) -> list[Ca
     return differ
 
 
+def check_engine(runner: Runner, table: str, isa: str, format: str, kv: str) -> None:
+    """Fail unless a prompt through a table's kernels gives all models' twins' logits as near as rounding allows, where the twins round
+    as an instruction set does."""
+    for config in CONFIGS.values():
+        tokens = random_tokens(config, 3, 70)
+        found = runner.call(table, [("engine", engine_arguments(config, format, tokens.numpy(), [70], kv))])[0]["logits"]
+        with as_twin(format, units=uses_units(isa, format), attention=rounds_attention(isa), kv=kv):
+            expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
+        exact = format == "bf16" and not rounds_attention(isa)
+        assert error(found, expected) <= (AFTER_ROUNDING if exact else AFTER_FLIPS)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel(runner: Runner, kernel: str) -> None:
     """A kernel gives its reference's results for every case and instruction set, and touches nothing else."""
@@ -79,13 +91,7 @@ def test_engine_in_software(runner: Runner, isa: str, format: str, kv: str) -> N
     """A prompt through kernels whose instructions are in software gives the twin's logits as near as rounding allows."""
     if f"{isa}_stand_in" not in runner.tables:
         pytest.skip("this machine has no AVX2")
-    for config in CONFIGS.values():
-        tokens = random_tokens(config, 3, 70)
-        found = runner.call(f"{isa}_stand_in", [("engine", engine_arguments(config, format, tokens.numpy(), [70], kv))])[0]["logits"]
-        with as_twin(format, units=uses_units(isa, format), attention=rounds_attention(isa), kv=kv):
-            expected = twin(config, format)(tokens[None], state=twin(config, format).new_state())[0]
-        exact = format == "bf16" and not rounds_attention(isa)
-        assert error(found, expected) <= (AFTER_ROUNDING if exact else AFTER_FLIPS)
+    check_engine(runner, f"{isa}_stand_in", isa, format, kv)
 
 
 @pytest.mark.slow
