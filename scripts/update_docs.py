@@ -229,7 +229,8 @@ def summary_table(measured: dict[str, Any]) -> str:
     lines = ["| 2.7B shape | zamba2 | transformers | llama.cpp |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
     lines.append(
         f"\nRandom weights; one run a machine. transformers is {versions['transformers']} in bf16, "
-        f"with AVX2 in fp32 (bf16 is slower there), on the GPU {gpu['machine']['versions']['transformers']} with mamba-ssm's Triton kernels; llama.cpp, from llama-cpp-python "
+        "with AVX2 in fp32 (bf16 is slower there), on the GPU "
+        f"{gpu['machine']['versions']['transformers']} with mamba-ssm's Triton kernels; llama.cpp, from llama-cpp-python "
         f"{versions['llama.cpp']}, cannot run Zamba2: it runs a dense model with as many weights per token, in Q4_0."
     )
     return "\n".join(lines)
