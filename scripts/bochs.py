@@ -43,8 +43,10 @@ MODULES = (
 OPTIONS = (
     "--enable-x86-64", "--enable-avx", "--enable-evex", "--enable-amx", "--enable-all-optimizations", "--with-nogui", "--disable-docbook",
 )  # fmt: skip
-# Bochs 3.0 lacks XFD, without which Linux gives nobody tiles, saves half of each tile, and that of no program that uses them, and
-# converts the second half of a vector to bf16 from behind its end. File, what stands there, what is to.
+# Bochs 3.0 lacks XFD, without which Linux gives nobody tiles. Of a thread that has to wait it saves tiles' sizes the wrong way round,
+# half of their rows, and those of no thread that uses them. It converts the second half of a vector to bf16 from behind its end.
+# File, what stands there, what is to.
+AMX = "BX_CPU_THIS_PTR amx->tilecfg[n]"
 XFD = "BX_CPU_THIS_PTR msr.ia32_xfd"
 MENDED = (
     ("cpu/cpu.h", "Bit64u ia32_xss;", "Bit64u ia32_xss, ia32_xfd, ia32_xfd_err;"),
@@ -72,6 +74,8 @@ MENDED = (
         f"  if ({XFD} >> 18 & 1) {{\n    {XFD}_err |= 1 << 18;\n    exception(BX_NM_EXCEPTION, 0);\n  }}",
     ),
     ("cpu/xsave.cc", "row < BX_TILE_REGISTERS", "row < BX_TILE_MAX_ROWS"),
+    ("cpu/xsave.cc", f"tilecfg.vmm16u(8+n)    = {AMX}.rows;", f"tilecfg.vmm16u(8+n) = {AMX}.bytes_per_row;"),
+    ("cpu/xsave.cc", f"tilecfg.vmmubyte(48+n) = {AMX}.bytes_per_row;", f"tilecfg.vmmubyte(48+n) = {AMX}.rows;"),
     ("cpu/xsave.cc", "amx->tile_use_tracker == 0", "amx->tile_use_tracker != 0"),
     ("cpu/avx/avx512_bf16.cc", "(op1.vmm32u(n));\n\n  if", "(op1.vmm32u(n - DWORD_ELEMENTS(len)));\n\n  if"),
 )  # fmt: skip

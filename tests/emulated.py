@@ -37,15 +37,16 @@ while read -r table size; do
   echo "@@ done $code $size"
 done
 """
-# fsrm: Linux before 6.5 copies beyond all ends where short copies are said to be fast and long ones are not, as Bochs does.
+# clearcpuid=580, fsrm: Linux before 6.5 copies beyond all ends where short copies are said to be fast and long ones are not, as Bochs does.
 BOOT = """\
 DEFAULT linux
 LABEL linux
  KERNEL vmlinuz
  APPEND initrd=initrd console=ttyS0,115200 quiet mitigations=off nokaslr no5lvl clearcpuid=580 tsc=reliable no_timer_check panic=-1
 """
+# ips: instructions until Linux thinks that a second has passed; few, so that threads take turns often.
 BOCHSRC = """\
-cpu: model={cpu}, count=1, ips=2200000000
+cpu: model={cpu}, count=1, ips=200000000
 memory: guest=1024, host=1024
 romimage: file={bochs}/BIOS
 vgaromimage: file={bochs}/vgabios
