@@ -10,6 +10,7 @@ Speeds mean nothing there: it runs some 100 million instructions a second.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import lzma
 import os
@@ -135,14 +136,13 @@ def make(target: Path, work: Path) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:]:
-        print(__doc__)
-        return
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if BOCHS.exists():
         print(f"{BOCHS} is there; delete it to build anew.")
         return
     if missing := [package for file, package in FROM_DEBIAN.items() if not Path(file).exists()]:
-        sys.exit(f"bochs.py: packages are missing; install them with: apt install {' '.join(missing)}")
+        print(f"bochs.py: packages are missing; install them with: apt install {' '.join(missing)}", file=sys.stderr)
+        sys.exit(2)
     try:
         with replacing(BOCHS) as target, tempfile.TemporaryDirectory() as work:
             target.mkdir()
@@ -150,6 +150,8 @@ def main() -> None:
     except (Zamba2Error, OSError) as error:
         print(f"bochs.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f"{BOCHS} is built.")
 
 
