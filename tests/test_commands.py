@@ -28,7 +28,7 @@ from fake_hub import FakeHub
 import zamba2
 import zamba2.commands
 from zamba2.cli import app, run, sampling_options
-from zamba2.commands import complain, need, read_text
+from zamba2.commands import complain, need, read_text, say
 from zamba2.commands.chat import reply, user_folder
 from zamba2.commands.generate import load_with_status, reading_progress
 from zamba2.errors import Zamba2Error, install
@@ -764,3 +764,18 @@ def test_a_text_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert read_text(file) == "a\n" * (1 << 20)
     with pytest.raises(Zamba2Error, match="/dev/zero has more than 3 MiB, or no end"):
         read_text(Path("/dev/zero"))
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_reply_does_not_steer_the_terminal() -> None:
+    """Control characters of a reply are pictures on a terminal, which would obey them, and go as they are to a file."""
+    reply = "a\x1b]0;b\x07\r\x9b2J\x7f\tc\nd\N{GRINNING FACE}"
+    screen, file = Screen(), io.StringIO()
+    say(reply, screen)
+    say(reply, file)
+    assert screen.getvalue() == "a␛]0;b␇␍\ufffd2J␡\tc\nd\N{GRINNING FACE}"
+    assert file.getvalue() == reply

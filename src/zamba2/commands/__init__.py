@@ -6,13 +6,16 @@ import sys
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 from zamba2.errors import Zamba2Error, install
 
-__all__ = ["complain", "interrupts_raise", "need", "read_text"]
+__all__ = ["complain", "interrupts_raise", "need", "read_text", "say"]
 
 
 MOST_BYTES = 1 << 30  # of a text; some files that are devices have no end
+# What a terminal obeys is seen there instead: escape as its picture. Tabs and line ends stay.
+PICTURES = {c: chr(0x2400 + c) for c in range(32) if c not in (9, 10)} | {127: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 def complain(message: object) -> None:
@@ -20,6 +23,12 @@ def complain(message: object) -> None:
     line = "".join(c if c.isprintable() else " " for c in str(message)[:1000])
     with suppress(OSError):  # a full disk, or a reader that has gone: the exit code says it as well
         print(f"zamba2: {line}", file=sys.stderr, flush=True)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """What a model said, on standard output or another stream, at once: as it is, but on a terminal without what would steer that."""
+    stream = stream or sys.stdout
+    print(text.translate(PICTURES) if stream.isatty() else text, end="", file=stream, flush=True)
 
 
 def interrupts_raise() -> None:

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from zamba2.commands import complain, interrupts_raise
+from zamba2.commands import complain, interrupts_raise, say
 from zamba2.commands.generate import load_with_status, reading_progress
 from zamba2.errors import Zamba2Error
 from zamba2.language.conversations import Conversation
@@ -105,7 +105,7 @@ def command(conversation: Conversation, line: str) -> None:
         print(f"{len(conversation.messages)} messages loaded", file=sys.stderr)
     elif name == "/history":
         for message in conversation.messages:
-            print(f"{message['role']}: {message['content']}", file=sys.stderr)
+            say(f"{message['role']}: {message['content']}\n", sys.stderr)
     else:
         raise Zamba2Error(f"there is no command {name}; /help lists them.")
 
@@ -122,7 +122,7 @@ def reply(conversation: Conversation, text: str, options: Mapping[str, Any]) -> 
                 if not count:
                     first = time.perf_counter()
                 count += 1
-                print(piece.text, end="", flush=True)
+                say(piece.text)
         finally:
             pieces.close()  # type: ignore[attr-defined]  # a generator: keeps what was said when interrupted
     seconds = time.perf_counter() - first

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import zamba2
-from zamba2.commands import read_text
+from zamba2.commands import read_text, say
 from zamba2.errors import Zamba2Error
 from zamba2.language.generate import Generation, Piece, Progress, Request, collect
 from zamba2.language.messages import check_messages
@@ -128,7 +128,7 @@ def generate(loaded: LanguageModel, request: Request, progress: Progress | None,
 
     def show(piece: Piece) -> None:
         if echo and piece.text:
-            print(piece.text, end="", flush=True)
+            say(piece.text)
 
     tokenizer = loaded.tokenizer
     return collect(loaded.backend, [request], tokenizer, progress=progress, on_piece=show)[0]
