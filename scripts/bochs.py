@@ -5,7 +5,7 @@
     pytest -m slow tests/test_emulated.py     # every kernel and whole prompts on it, and who may use which on older processors
 
 For Debian, with: apt install g++ make xorriso isolinux syslinux-common busybox-static. Source, BIOS and Linux come from Debian's archive.
-Speeds mean nothing there: it runs some 100 million instructions a second.
+Speeds mean nothing there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -108,8 +109,12 @@ def mend(source: Path) -> None:
 
 def make(target: Path, work: Path) -> None:
     """Build everything in ``work`` and put into ``target`` what stays."""
+    print("fetching Bochs and Linux", file=sys.stderr, flush=True)
     archives = [fetch(path, digest, work) for path, digest in ARCHIVES.items()]
-    release = run("apt-cache", "depends", "linux-image-amd64", folder=work).split("Depends: ")[1].split()[0]
+    newest = re.search(r"Depends: (linux-image-\S+)", run("apt-cache", "depends", "linux-image-amd64", folder=work))
+    if newest is None:
+        raise Zamba2Error("apt knows no Linux that linux-image-amd64 stands for; run: apt-get update")
+    release = newest[1]
     run("apt-get", "download", "-q", release, folder=work)
     for archive in (*archives[1:], next(work.glob(f"{release}_*.deb"))):
         run("dpkg-deb", "-x", archive, "files", folder=work)
@@ -123,7 +128,9 @@ def make(target: Path, work: Path) -> None:
     modules = target / "modules"
     modules.mkdir()
     for number, name in enumerate(MODULES):
-        found = next((work / "files" / "lib" / "modules").rglob(f"{name}.ko*"))
+        found = next((work / "files").rglob(f"{name}.ko*"), None)
+        if found is None:
+            raise Zamba2Error(f"{release} has no module {name}; the list in {__file__} is Linux 6.1's.")
         data = found.read_bytes()
         (modules / f"{number:02}.ko").write_bytes(lzma.decompress(data) if found.suffix == ".xz" else data)
     share = work / "files" / "usr" / "share"

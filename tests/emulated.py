@@ -126,8 +126,11 @@ class Machine:
     def until(self, mark: str) -> tuple[str, str]:
         """What is said before the next line with the mark, and what that line says behind it."""
         while mark.encode() not in self._heard or b"\n" not in self._heard.partition(mark.encode())[2]:
-            data = self._line.recv(1 << 16)
-            assert data, f"the emulated machine ended; it said last: {self._heard[-2000:].decode(errors='replace')}"
+            try:
+                data = self._line.recv(1 << 16)
+            except TimeoutError:
+                data = b""
+            assert data, f"the emulated machine ended, or stands; it said last: {self._heard[-2000:].decode(errors='replace')}"
             self._heard += data
         before, _, rest = self._heard.partition(mark.encode())
         line, _, self._heard = rest.partition(b"\n")

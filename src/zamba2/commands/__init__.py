@@ -10,12 +10,12 @@ from typing import TextIO
 
 from zamba2.errors import Zamba2Error, install
 
-__all__ = ["complain", "interrupts_raise", "need", "read_text", "say"]
+__all__ = ["complain", "interrupts_raise", "need", "read_text", "say", "seen"]
 
 
 MOST_BYTES = 1 << 30  # of a text; some files that are devices have no end
-# What a terminal obeys is seen there instead: escape as its picture. Tabs and line ends stay.
-PICTURES = {c: chr(0x2400 + c) for c in range(32) if c not in (9, 10)} | {127: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+# Control characters but tabs and line ends: a terminal would obey them.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10}, "\ufffd")
 
 
 def complain(message: object) -> None:
@@ -25,10 +25,15 @@ def complain(message: object) -> None:
         print(f"zamba2: {line}", file=sys.stderr, flush=True)
 
 
+def seen(text: str) -> str:
+    """What a model or a file said, for a terminal: control characters do nothing there."""
+    return text.translate(CONTROLS)
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
-    """What a model said, on standard output or another stream, at once: as it is, but on a terminal without what would steer that."""
+    """What a model or a file said, on standard output or another stream, at once: on a terminal as ``seen``, else as it is."""
     stream = stream or sys.stdout
-    print(text.translate(PICTURES) if stream.isatty() else text, end="", file=stream, flush=True)
+    print(seen(text) if stream.isatty() else text, end="", file=stream, flush=True)
 
 
 def interrupts_raise() -> None:

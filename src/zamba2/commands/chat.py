@@ -96,7 +96,7 @@ def command(conversation: Conversation, line: str) -> None:
         conversation.reset(argument)
         print("(begun again, with this system message)", file=sys.stderr)
     elif name == "/system":
-        print(conversation.system or "(no system message)", file=sys.stderr)
+        say(f"{conversation.system or '(no system message)'}\n", sys.stderr)
     elif name == "/save":
         conversation.save(Path(os.path.expanduser(argument)))
         print(f"saved to {argument}", file=sys.stderr)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zamba2.commands import interrupts_raise, need
+from zamba2.commands import interrupts_raise, need, seen
 from zamba2.config import Config
 from zamba2.errors import Zamba2Error, install
 from zamba2.language.messages import brief
@@ -143,7 +143,7 @@ def pieces(masked: Masked) -> Iterator[tuple[str, bool]]:
     done = 0
     for (_, end), loss in zip(masked.offsets.tolist(), masked.loss.tolist(), strict=True):
         piece = masked.text[done : max(done, end)]
-        yield "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), loss
+        yield seen(piece), loss
         done = max(done, end)
 
 
